@@ -1,0 +1,1 @@
+"""handloom: a hand-written loop that weaves tokens."""
