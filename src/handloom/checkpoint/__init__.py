@@ -1,0 +1,7 @@
+"""Checkpoints: from a name that a user types to tensors that can be read one at a time."""
+
+from __future__ import annotations
+
+from handloom.checkpoint.types import Checkpoint, TensorInfo
+
+__all__ = ["Checkpoint", "TensorInfo"]
