@@ -1,0 +1,82 @@
+"""The KV cache: one pool of pages, handed out by reference count.
+
+Layers whose K and V have the same shape share one storage
+`[num_layers, 2, num_pages, page_size, num_kv_heads, head_dim]`; a page id names the same page in every
+storage. Pages are handed out lowest id first, so that a sequence alone in the pool lies contiguous.
+
+This module does not know sequences, tokens, or why a page is shared.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+from torch import Tensor
+
+from handloom.errors import OutOfPages
+from handloom.model.spec import ModelSpec
+
+
+class PagePool:
+    """Owns the K and V storage and the reference counts of its pages."""
+
+    def __init__(
+        self, spec: ModelSpec, num_pages: int, page_size: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_pages, self.page_size = num_pages, page_size
+        self.device = device
+        shapes = [(layer.mixer.num_kv_heads, layer.mixer.head_dim) for layer in spec.layers]
+        counts = {shape: shapes.count(shape) for shape in shapes}
+        self.storages: dict[tuple[int, int], Tensor] = {
+            shape: torch.empty((count, 2, num_pages, page_size, *shape), dtype=dtype, device=device)
+            for shape, count in counts.items()
+        }
+        seen = dict.fromkeys(counts, 0)
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        for shape in shapes:
+            k_pages, v_pages = self.storages[shape][seen[shape]]
+            self.layers.append((k_pages, v_pages))
+            seen[shape] += 1
+        self._references = [0] * num_pages
+        self._free = list(range(num_pages))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def references(self, page: int) -> int:
+        """How many page tables hold this page."""
+        return self._references[page]
+
+    def allocate(self) -> int:
+        """A page with one reference. Raises OutOfPages."""
+        if not self._free:
+            raise OutOfPages(
+                f"all {self.num_pages} pages of {self.page_size} tokens are in use; "
+                "free sequences, or load the model with a larger kv_cache_tokens"
+            )
+        page = heapq.heappop(self._free)
+        self._references[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """Add a reference to a page in use."""
+        if self._references[page] == 0:
+            raise ValueError(f"page {page} is free and cannot be shared")
+        self._references[page] += 1
+
+    def release(self, page: int) -> None:
+        """Drop a reference; the last one frees the page."""
+        if self._references[page] == 0:
+            raise ValueError(f"page {page} is already free")
+        self._references[page] -= 1
+        if self._references[page] == 0:
+            heapq.heappush(self._free, page)
+
+    def copy(self, source: int, num_tokens: int) -> int:
+        """A new page holding the first num_tokens tokens of `source`, in every layer. Raises OutOfPages."""
+        target = self.allocate()
+        for storage in self.storages.values():
+            storage[:, :, target, :num_tokens] = storage[:, :, source, :num_tokens]
+        return target

@@ -1,0 +1,1 @@
+"""Models, declared (`spec`) and computed (`transformer`); one file per family in `families`."""

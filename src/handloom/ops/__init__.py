@@ -1,0 +1,96 @@
+"""The seam between the model and whoever computes it: the only importer of `handloom_kernels`.
+
+A backend is a module (or object) with the seven functions of `Ops`, which mean exactly what
+`handloom_kernels.reference` says. It is chosen once, when a model is loaded, by name or by device;
+a backend that cannot be used is an error, never a silent change to another.
+
+This module does not know about models, sequences or requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from handloom_kernels import reference
+from handloom_kernels.reference import Norm, Rotary
+from torch import Tensor
+
+from handloom.errors import UnsupportedOption
+from handloom.ops import torch_ops
+
+__all__ = ["BACKENDS", "Backend", "Norm", "Ops", "Rotary", "choose_backend"]
+
+
+class Ops(Protocol):
+    """The fused blocks of a decoder step; shapes and meaning stand in `handloom_kernels.reference`."""
+
+    def embed(
+        self, input_ids: Tensor, weight: Tensor, scale: float, positions: Tensor, position_weight: Tensor | None
+    ) -> Tensor: ...
+
+    def norm_qkv(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: Tensor,
+        bias: Tensor | None,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        rotary: Rotary | None,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor: ...
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        page_table: Tensor,
+        cu_seqlens: Tensor,
+        context_lens: Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor: ...
+
+    def linear_residual(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Norm | None, residual: Tensor
+    ) -> Tensor: ...
+
+    def norm_mlp(
+        self, hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, activation: str, gated: bool
+    ) -> Tensor: ...
+
+    def lm_head(self, hidden: Tensor, norm: Norm, weight: Tensor, softcap: float | None) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What computes the model, and why it was chosen; `str(backend)` is what a user is told."""
+
+    name: str
+    ops: Ops
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+BACKENDS = {
+    "reference": (cast(Ops, reference), "plain formulas in PyTorch, the oracle: slow"),
+    "torch": (cast(Ops, torch_ops), "PyTorch's own fused operators and BLAS"),
+}
+
+
+def choose_backend(device: torch.device, name: str = "auto") -> Backend:
+    """Pick a backend for a device. Raises UnsupportedOption for a name that is not in BACKENDS."""
+    if name == "auto":
+        return Backend("torch", BACKENDS["torch"][0], f"{BACKENDS['torch'][1]}; the default on {device.type}")
+    if name not in BACKENDS:
+        raise UnsupportedOption(f"backend {name!r} does not exist; choose 'auto' or one of {', '.join(BACKENDS)}")
+    ops, what = BACKENDS[name]
+    return Backend(name, ops, f"{what}; asked for by name")

@@ -1,0 +1,149 @@
+"""The ops on PyTorch's own fused operators: what runs where no compiled block or kernel does.
+
+Same names, arguments and meaning as `handloom_kernels.reference`; what differs is how: scaled dot
+product attention instead of explicit softmax, one rotation for q and k together, views instead of
+gathers where a sequence's pages lie side by side.
+
+This module does not know about models, sequences or requests.
+"""
+
+from __future__ import annotations
+
+from handloom_kernels.reference import Norm, Rotary, activate, embed, normalize
+from torch import Tensor, arange, cat, device, float32, tanh, tensor
+from torch.nn import functional as F  # noqa: N812
+
+__all__ = ["embed", "linear_residual", "lm_head", "norm_mlp", "norm_qkv", "paged_attention"]
+
+
+def _norm(x: Tensor, norm: Norm) -> Tensor:
+    if norm.kind == "rms" and x.dtype == float32:
+        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+    return normalize(x, norm)
+
+
+def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    half = rotary.cos.shape[-1]
+    cos, sin = rotary.cos.to(x.dtype).unsqueeze(1), rotary.sin.to(x.dtype).unsqueeze(1)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    parts = [(first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)]
+    if x.shape[-1] > 2 * half:
+        parts.append(x[..., 2 * half :])
+    return cat(parts, dim=-1)
+
+
+def norm_qkv(
+    hidden: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor | None,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+    rotary: Rotary | None,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """See `handloom_kernels.reference.norm_qkv`."""
+    num_kv_heads, head_dim = k_pages.shape[-2:]
+    heads = F.linear(_norm(hidden, norm), weight, bias).unflatten(-1, (-1, head_dim))
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    qk, v = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+    if q_norm is not None and k_norm is not None:
+        qk = cat((_norm(qk[:, :num_heads], q_norm), _norm(qk[:, num_heads:], k_norm)), dim=1)
+    if rotary is not None:
+        qk = _rotate(qk, rotary)
+    flat = (-1, num_kv_heads, head_dim)
+    k_pages.view(flat).index_copy_(0, slot_mapping, qk[:, num_heads:].to(k_pages.dtype))
+    v_pages.view(flat).index_copy_(0, slot_mapping, v.to(v_pages.dtype))
+    return qk[:, :num_heads]
+
+
+def _context(pages: Tensor, page_ids: list[int], start: int, end: int) -> Tensor:
+    """Tokens start..end of a sequence, [num_kv_heads, end - start, head_dim]: a view if its pages lie side by side."""
+    first, last = page_ids[0], page_ids[-1]
+    if page_ids == list(range(first, last + 1)):
+        run = pages[first : last + 1]
+    else:
+        run = pages.index_select(0, tensor(page_ids, device=pages.device))
+    return run.flatten(0, 1)[start:end].transpose(0, 1)
+
+
+def _visible(num_queries: int, num_keys: int, window: int | None, device: device) -> Tensor:
+    """Which of the last num_keys keys each of the last num_queries queries sees: bool [num_queries, num_keys]."""
+    query_at = arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key_at = arange(num_keys, device=device)[None, :]
+    visible = key_at <= query_at
+    return visible if window is None else visible & (key_at > query_at - window)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    """One sequence: q [Q, num_heads, D], k and v [num_kv_heads, T, D] -> [Q, num_heads * D]."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads, num_keys, _ = k.shape
+    group = num_heads // num_kv_heads
+    if num_queries == 1:
+        mask, causal = None, False
+        q = q.view(1, num_kv_heads, group, head_dim)
+        k, v = k.unsqueeze(0), v.unsqueeze(0)
+    else:
+        causal = softcap is None and num_queries == num_keys and (window is None or window >= num_keys)
+        mask = None if causal else _visible(num_queries, num_keys, window, q.device)
+        q = q.transpose(0, 1).unflatten(0, (num_kv_heads, group))
+        k, v = (x.unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    else:
+        scores = softcap * tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+        scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+        out = scores.softmax(-1, dtype=float32).to(q.dtype) @ v
+    if num_queries == 1:
+        return out.reshape(1, num_heads * head_dim)
+    return out.flatten(0, 1).transpose(0, 1).reshape(num_queries, num_heads * head_dim)
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """See `handloom_kernels.reference.paged_attention`."""
+    page_size = k_pages.shape[1]
+    starts, lengths = cu_seqlens.tolist(), context_lens.tolist()
+    outputs = []
+    for s, length in enumerate(lengths):
+        queries = q[starts[s] : starts[s + 1]]
+        oldest = 0 if window is None else max(0, length - len(queries) - window + 1)
+        first = oldest // page_size
+        page_ids = page_table[s, first : -(-length // page_size)].tolist()
+        keys = (oldest - first * page_size, length - first * page_size)
+        k, v = (_context(pages, page_ids, *keys) for pages in (k_pages, v_pages))
+        outputs.append(_attend(queries, k, v, scale, window, softcap))
+    return outputs[0] if len(outputs) == 1 else cat(outputs)
+
+
+def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Norm | None, residual: Tensor) -> Tensor:
+    """See `handloom_kernels.reference.linear_residual`."""
+    out = F.linear(x, weight, bias)
+    return residual + (out if post_norm is None else _norm(out, post_norm))
+
+
+def norm_mlp(hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, activation: str, gated: bool) -> Tensor:
+    """See `handloom_kernels.reference.norm_mlp`."""
+    x = F.linear(_norm(hidden, norm), weight, bias)
+    if not gated:
+        return activate(x, activation)
+    gate, up = x.chunk(2, dim=-1)
+    return activate(gate, activation).mul_(up)
+
+
+def lm_head(hidden: Tensor, norm: Norm, weight: Tensor, softcap: float | None) -> Tensor:
+    """See `handloom_kernels.reference.lm_head`."""
+    logits = F.linear(_norm(hidden, norm), weight)
+    return (logits if softcap is None else softcap * tanh(logits / softcap)).float()
