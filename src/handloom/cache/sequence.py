@@ -10,21 +10,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from handloom.cache.pages import PagePool
-from handloom.errors import InvalidParam
+from handloom.errors import InvalidParam, OutOfPages
+
+PLACEHOLDER = -1
 
 
 class Sequence:
-    """Invariant: num_computed <= len(token_ids), and the pages cover exactly the computed tokens or more."""
+    """Token ids [n] and their pages.
 
-    def __init__(self, pool: PagePool, token_ids: Iterable[int] = ()) -> None:
+    Invariant: num_computed <= len(token_ids), and the page table covers at least the computed tokens.
+    `embeddings` [e, hidden_size], if given, stand in for the first e tokens, whose ids are PLACEHOLDER.
+    """
+
+    def __init__(self, pool: PagePool, token_ids: Iterable[int] = (), embeddings: Tensor | None = None) -> None:
         self.pool = pool
-        self.token_ids: list[int] = list(token_ids)
+        self.embeddings = embeddings
+        self.token_ids: list[int] = [PLACEHOLDER] * self.num_embeddings + list(token_ids)
         self.num_computed = 0
         self.page_table: list[int] = []
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_embeddings(self) -> int:
+        return 0 if self.embeddings is None else len(self.embeddings)
 
     @property
     def num_pending(self) -> int:
@@ -34,41 +47,57 @@ class Sequence:
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
 
-    def reserve(self, num_tokens: int) -> list[int]:
-        """Make the slots of the next num_tokens pending tokens writable and return them.
-
-        Allocates pages and copies a shared last page. Raises OutOfPages, leaving the sequence usable.
-        Returns flat slots, page * page_size + offset, one per token.
-        """
+    def pages_missing(self, num_tokens: int) -> int:
+        """Free pages needed before the sequence can hold num_tokens tokens and write the pending ones."""
         page_size = self.pool.page_size
-        first, end = self.num_computed, self.num_computed + num_tokens
-        if first % page_size and num_tokens:
-            self._own_page(first // page_size, first % page_size)
-        for index in range(-(-first // page_size), min(len(self.page_table), -(-end // page_size))):
-            self._own_page(index, 0)
-        while len(self.page_table) * page_size < end:
-            self.page_table.append(self.pool.allocate())
-        return [self.page_table[at // page_size] * page_size + at % page_size for at in range(first, end)]
+        writable = self.page_table[self.num_computed // page_size :]
+        shared = sum(self.pool.references(page) > 1 for page in writable)
+        return max(0, -(-num_tokens // page_size) - len(self.page_table)) + shared
 
-    def _own_page(self, index: int, num_tokens: int) -> None:
-        page = self.page_table[index]
-        if self.pool.references(page) > 1:
-            self.page_table[index] = self.pool.copy(page, num_tokens)
-            self.pool.release(page)
+    def grow(self, num_tokens: int) -> None:
+        """Own pages for num_tokens tokens in all, writable from num_computed on. Raises OutOfPages, changing nothing."""
+        missing, free = self.pages_missing(num_tokens), self.pool.num_free
+        if missing > free:
+            raise OutOfPages(
+                f"the sequence needs {missing} more pages of {self.pool.page_size} tokens for {num_tokens} tokens, and "
+                f"{free} of {self.pool.num_pages} are free; free other sequences, or load the model with a larger "
+                "kv_cache_tokens"
+            )
+        page_size = self.pool.page_size
+        for index in range(self.num_computed // page_size, len(self.page_table)):
+            page = self.page_table[index]
+            if self.pool.references(page) > 1:
+                kept = max(0, self.num_computed - index * page_size)
+                self.page_table[index] = self.pool.copy(page, kept)
+                self.pool.release(page)
+        while len(self.page_table) * page_size < num_tokens:
+            self.page_table.append(self.pool.allocate())
+
+    def slots(self, num_tokens: int) -> list[int]:
+        """Flat cache slots (page * page_size + offset) of the next num_tokens pending tokens; grows as needed."""
+        page_size, first = self.pool.page_size, self.num_computed
+        self.grow(first + num_tokens)
+        return [self.page_table[at // page_size] * page_size + at % page_size for at in range(first, first + num_tokens)]
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the last num_tokens tokens and free the pages only they used. Raises InvalidParam."""
-        if not 0 <= num_tokens <= len(self.token_ids):
-            raise InvalidParam(f"cannot rewind {num_tokens} tokens: the sequence has {len(self.token_ids)}")
+        if not 0 <= num_tokens <= len(self.token_ids) - self.num_embeddings:
+            raise InvalidParam(
+                f"cannot rewind {num_tokens} tokens: the sequence has {len(self.token_ids) - self.num_embeddings}"
+            )
         if num_tokens:
             del self.token_ids[-num_tokens:]
-        self.num_computed = min(self.num_computed, len(self.token_ids))
-        while len(self.page_table) > -(-self.num_computed // self.pool.page_size):
+        self.forget(min(self.num_computed, len(self.token_ids)))
+
+    def forget(self, num_computed: int) -> None:
+        """Keep the K and V of the first num_computed tokens only; the others are pending again."""
+        self.num_computed = num_computed
+        while len(self.page_table) > -(-num_computed // self.pool.page_size):
             self.pool.release(self.page_table.pop())
 
     def fork(self) -> Sequence:
-        """A copy that shares every page; costs no K/V copy until one of the two writes to a shared page."""
-        child = Sequence(self.pool, self.token_ids)
+        """A copy that shares every page; K and V are copied only when one of the two writes to a shared page."""
+        child = Sequence(self.pool, self.token_ids[self.num_embeddings :], self.embeddings)
         child.num_computed = self.num_computed
         child.page_table = list(self.page_table)
         for page in child.page_table:
@@ -77,6 +106,4 @@ class Sequence:
 
     def free(self) -> None:
         """Give every page back; the token ids stay, uncomputed. Freeing twice does nothing."""
-        while self.page_table:
-            self.pool.release(self.page_table.pop())
-        self.num_computed = 0
+        self.forget(0)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from handloom.model.batch import ForwardBatch
+from handloom.model.batch import Embeddings, ForwardBatch
 from handloom.model.rope import inverse_frequencies, rotary_at
 from handloom.model.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
 from handloom.ops import Backend, Norm, Rotary
@@ -78,12 +78,21 @@ class Transformer:
         hidden = ops.embed(
             batch.input_ids, self.embedding, self.spec.embedding_scale, batch.positions, self.position_embedding
         )
+        if batch.embeddings is not None:
+            hidden = self._place(batch.embeddings, hidden, batch.positions)
         for layer, pages in zip(self.layers, kv, strict=True):
             rotary = None if layer.rope is None else rotaries[layer.rope]
             hidden = self._attention(layer, hidden, rotary, pages, batch)
             hidden = self._mlp(layer, hidden)
         rows = hidden.index_select(0, batch.logits_rows)
         return ops.lm_head(rows, self.final_norm, self.head, self.spec.logits_softcap)
+
+    def _place(self, embeddings: Embeddings, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Put the caller's embeddings in their rows; learned positions are added, a scale is not (as transformers)."""
+        values = embeddings.values.to(hidden)
+        if self.position_embedding is not None:
+            values = values + self.position_embedding[positions[embeddings.rows]]
+        return hidden.index_copy(0, embeddings.rows, values)
 
     def _attention(
         self, layer: Layer, hidden: Tensor, rotary: Rotary | None, pages: tuple[Tensor, Tensor], batch: ForwardBatch

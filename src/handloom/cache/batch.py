@@ -1,0 +1,73 @@
+"""From sequences to the tensors of one forward pass.
+
+This module does not know why these sequences run, or what becomes of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import torch
+
+from handloom.cache.pages import PagePool
+from handloom.cache.sequence import Sequence
+from handloom.model.batch import Embeddings, ForwardBatch
+
+
+class Work(NamedTuple):
+    """Run the next num_tokens pending tokens of a sequence; logits of none, the last, or all of them."""
+
+    sequence: Sequence
+    num_tokens: int
+    logits: Literal["none", "last", "all"]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits this work yields."""
+        return {"none": 0, "last": 1, "all": self.num_tokens}[self.logits]
+
+
+def build_batch(works: Iterable[Work], pool: PagePool) -> ForwardBatch:
+    """Lay the works end to end. Grows the sequences' page tables. Raises OutOfPages."""
+    ids: list[int] = []
+    positions: list[int] = []
+    starts = [0]
+    contexts: list[int] = []
+    slots: list[int] = []
+    rows: list[int] = []
+    tables: list[list[int]] = []
+    embedded_rows: list[int] = []
+    embedded: list[torch.Tensor] = []
+    for sequence, num_tokens, logits in works:
+        first, end = sequence.num_computed, sequence.num_computed + num_tokens
+        slots += sequence.slots(num_tokens)
+        ids += sequence.token_ids[first:end]
+        if sequence.embeddings is not None and first < sequence.num_embeddings:
+            values = sequence.embeddings[first:end]
+            embedded_rows += range(starts[-1], starts[-1] + len(values))
+            embedded.append(values)
+        positions += range(first, end)
+        rows += {"none": [], "last": [starts[-1] + num_tokens - 1], "all": range(starts[-1], starts[-1] + num_tokens)}[
+            logits
+        ]
+        starts.append(starts[-1] + num_tokens)
+        contexts.append(end)
+        tables.append(sequence.page_table[: -(-end // pool.page_size)])
+    width = max(map(len, tables))
+    for row in embedded_rows:
+        ids[row] = 0
+
+    def int64(values: list[int] | list[list[int]]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=pool.device)
+
+    return ForwardBatch(
+        input_ids=int64(ids),
+        positions=int64(positions),
+        cu_seqlens=int64(starts),
+        context_lens=int64(contexts),
+        page_table=int64([table + [0] * (width - len(table)) for table in tables]),
+        slot_mapping=int64(slots),
+        logits_rows=int64(rows),
+        embeddings=Embeddings(int64(embedded_rows), torch.cat(embedded)) if embedded else None,
+    )

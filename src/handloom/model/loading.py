@@ -1,0 +1,146 @@
+"""From an open checkpoint to a Transformer: every weight read once, straight into its final place.
+
+Weights that the forward pass holds stacked (q, k, v; gate, up) are read part by part into views of one
+tensor. Whatever the checkpoint lacks, has too much of, or has in another shape is an error that names it.
+
+This module does not know file formats or how config.json is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import psutil
+import torch
+from torch import Tensor
+
+from handloom.checkpoint.types import Checkpoint
+from handloom.errors import CheckpointError, OutOfMemory
+from handloom.model.families.family import Family, Source
+from handloom.model.spec import ModelSpec, Parameter, model_parameters
+from handloom.model.transformer import Transformer
+from handloom.ops import Backend
+
+READERS = 2
+Progress = Callable[[int, int], None]
+
+
+def load_transformer(
+    checkpoint: Checkpoint,
+    family: Family,
+    spec: ModelSpec,
+    backend: Backend,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Transformer:
+    """Read all weights of a checkpoint in `dtype` onto `device`.
+
+    progress(bytes read so far, bytes in all) is called after each weight. Raises CheckpointError for
+    missing, unexpected or misshapen tensors, OutOfMemory if the weights cannot fit.
+    """
+    prefix = _prefix(checkpoint, family)
+    spec = _settle_head(checkpoint, spec, prefix, family)
+    sources = dict(_sources(family, spec, prefix))
+    parameters = model_parameters(spec)
+    _check_names(checkpoint, family, sources)
+    _check_memory(checkpoint, parameters, dtype, device)
+    weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in parameters.items()}
+    total = sum(weight.nbytes for weight in weights.values())
+    done = 0
+
+    def read(name: str) -> int:
+        _read(checkpoint, sources[name], parameters[name], weights[name])
+        return weights[name].nbytes
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for nbytes in pool.map(read, sorted(weights, key=lambda n: -weights[n].nbytes)):
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+    return Transformer(spec, weights, backend)
+
+
+def _prefix(checkpoint: Checkpoint, family: Family) -> str:
+    """The prefix this checkpoint writes before the names of the base model's weights."""
+    written = family.prefixes[0]
+    stem = family.model_sources["embed.weight"].names[0].removeprefix(written)
+    for prefix in family.prefixes:
+        if prefix + stem in checkpoint.tensors:
+            return prefix
+    raise CheckpointError(f"{checkpoint.name}: there is no tensor {written + stem!r}: not a {family.model_type} model")
+
+
+def _settle_head(checkpoint: Checkpoint, spec: ModelSpec, prefix: str, family: Family) -> ModelSpec:
+    """Untie a head that the checkpoint holds with weights of its own, as transformers does."""
+    head = family.model_sources["head.weight"].names[0]
+    if not spec.tied_head or head not in checkpoint.tensors:
+        return spec
+    embed = prefix + family.model_sources["embed.weight"].names[0].removeprefix(family.prefixes[0])
+    pair = []
+    for name in (embed, head):
+        weight = torch.empty(checkpoint.tensors[name].shape, dtype=checkpoint.dtype)
+        checkpoint.read_into(name, weight)
+        pair.append(weight)
+    return spec if torch.equal(*pair) else replace(spec, tied_head=False)
+
+
+def _sources(family: Family, spec: ModelSpec, prefix: str) -> Iterator[tuple[str, Source]]:
+    """Where each of our weights comes from, in this checkpoint's own names."""
+    parameters = model_parameters(spec)
+    written = dict(family.model_sources)
+    for i, layer in enumerate(spec.layers):
+        written |= {f"layers.{i}.{name}": source for name, source in family.layer_sources(i, layer).items()}
+    for name in parameters:
+        source = written[name]
+        names = tuple(
+            prefix + n.removeprefix(family.prefixes[0]) if n.startswith(family.prefixes[0]) else n for n in source.names
+        )
+        yield name, replace(source, names=names)
+
+
+def _check_names(checkpoint: Checkpoint, family: Family, sources: dict[str, Source]) -> None:
+    wanted = {name for source in sources.values() for name in source.names}
+    missing = sorted(wanted - checkpoint.tensors.keys())
+    if missing:
+        raise CheckpointError(f"{checkpoint.name}: {_list(missing)} missing, which its config.json calls for")
+    head = family.model_sources["head.weight"].names[0]
+    ignored = re.compile("|".join((*family.ignored, re.escape(head))))
+    extra = sorted(n for n in checkpoint.tensors.keys() - wanted if not ignored.fullmatch(n))
+    if extra:
+        raise CheckpointError(
+            f"{checkpoint.name}: {_list(extra)} not understood; a {family.model_type} model as its config.json "
+            "describes it has no such weight"
+        )
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more} {'are' if len(names) > 1 else 'is'}"
+
+
+def _check_memory(
+    checkpoint: Checkpoint, parameters: dict[str, Parameter], dtype: torch.dtype, device: torch.device
+) -> None:
+    needed = sum(p.numel for p in parameters.values()) * dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise OutOfMemory(
+            f"{checkpoint.name}: the weights take {needed / 2**30:.2f} GiB in {dtype}, and {free / 2**30:.2f} GiB are "
+            f"free on {device}; use a smaller dtype or another device"
+        )
+
+
+def _read(checkpoint: Checkpoint, source: Source, parameter: Parameter, weight: Tensor) -> None:
+    """Fill one weight from its one or several tensors."""
+    rows = parameter.parts if len(source.names) > 1 else (parameter.shape[0],)
+    for name, part in zip(source.names, weight.split(rows), strict=True):
+        found = checkpoint.tensors[name].shape
+        expected = tuple(reversed(part.shape)) if source.transpose else tuple(part.shape)
+        if tuple(found) != expected:
+            raise CheckpointError(f"{checkpoint.name}: tensor {name} has shape {list(found)}; its config.json calls for {list(expected)}")
+        checkpoint.read_into(name, part, transpose=source.transpose)
