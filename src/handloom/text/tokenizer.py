@@ -1,61 +1,168 @@
-"""A tokenizer with guarded inputs: text to ids and back, as transformers' fast tokenizers do it.
+"""A tokenizer with guarded inputs: text to ids and back, the ids being those of transformers' fast tokenizers.
 
-This module does not know models, streaming (detokenizer.py) or how a chat template is rendered (chat.py).
+This module does not know models, streaming (detokenizer.py), how a folder is read safely (tokenizer_folder.py) or how
+a chat template is rendered (chat.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from handloom.errors import InvalidPrompt, TokenizerError
+from handloom.text.chat import ChatRenderer, Tool, choose_template
+from handloom.text.tokenizer_folder import load_fast_tokenizer, typed_errors
+
+MAX_TEXT_BYTES = 16 * 2**20
+
+
+def check_text(text: object, *, what: str = "the prompt", max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """`text` itself, if it is a str that UTF-8 can hold in `max_bytes`.
+
+    Raises InvalidPrompt that says what is wrong and, for a lone surrogate, at which character.
+    """
+    if not isinstance(text, str):
+        raise InvalidPrompt(f"{what} must be a str, not {type(text).__name__}")
+    size = len(text)
+    if size <= max_bytes and not text.isascii():
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidPrompt(
+                f"{what} is not text: character {error.start} is a lone surrogate, U+{ord(text[error.start]):04X}"
+            ) from None
+    if size > max_bytes:
+        raise InvalidPrompt(f"{what} has {size} bytes of UTF-8 or more; the limit is {max_bytes}")
+    return text
+
 
 class Tokenizer:
-    """One fast tokenizer (`tokenizers` library) with its special tokens and chat template."""
+    """One fast tokenizer (`tokenizers` library) with its special tokens and chat templates.
 
-    def __init__(self, hf: PreTrainedTokenizerFast) -> None:
+    `hf` is the transformers tokenizer underneath. `max_text_bytes` bounds what is tokenised at once, in UTF-8 bytes.
+    """
+
+    def __init__(self, hf: PreTrainedTokenizerFast, *, max_text_bytes: int = MAX_TEXT_BYTES) -> None:
         self.hf = hf
+        self.max_text_bytes = max_text_bytes
+        self._chat = ChatRenderer()
 
     @classmethod
     def from_folder(cls, path: Path) -> Tokenizer:
-        """The tokenizer in a model folder, giving the same ids as `transformers.AutoTokenizer`."""
-        raise NotImplementedError
+        """The tokenizer in a model folder, with the same ids as `transformers.AutoTokenizer` gives there.
 
-    @property
+        Reads tokenizer.json (or vocab.json and merges.txt), tokenizer_config.json, special_tokens_map.json,
+        added_tokens.json, the chat template files, and from config.json what decides the tokenizer's class. No code
+        of the folder is imported. Raises TokenizerError.
+        """
+        return cls(load_fast_tokenizer(Path(path)))
+
+    @cached_property
     def vocab_size(self) -> int:
-        """Highest id + 1, added tokens included."""
-        raise NotImplementedError
+        """Highest id + 1, added tokens included. Ids below it may be without a token."""
+        return max(self.hf.get_vocab().values(), default=-1) + 1
 
     @property
     def bos_token_id(self) -> int | None:
-        raise NotImplementedError
+        """Id of the token that starts a text, if there is one."""
+        return self._id(self.hf.bos_token_id)
 
     @property
     def eos_token_id(self) -> int | None:
-        raise NotImplementedError
+        """Id of the token that ends a text, if there is one."""
+        return self._id(self.hf.eos_token_id)
 
     @property
     def pad_token_id(self) -> int | None:
-        raise NotImplementedError
+        """Id of the padding token, if there is one."""
+        return self._id(self.hf.pad_token_id)
+
+    @staticmethod
+    def _id(value: Any) -> int | None:
+        return None if value is None else int(value)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`."""
-        raise NotImplementedError
+        """Token ids of `text`; `add_special_tokens` adds what the model's own format puts around a text (bos, …).
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`."""
-        raise NotImplementedError
+        Raises InvalidPrompt for what is no text, or more than `max_text_bytes` of it.
+        """
+        check_text(text, max_bytes=self.max_text_bytes)
+        with typed_errors(TokenizerError, "the tokenizer failed on this text"):
+            ids: list[int] = self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`. Raises InvalidPrompt for an id below 0 or not below `vocab_size`."""
+        try:
+            checked = [operator.index(index) for index in ids]
+        except TypeError as error:
+            raise InvalidPrompt(f"token ids must be integers: {error}") from None
+        for index in (min(checked, default=0), max(checked, default=0)):
+            if checked and not 0 <= index < self.vocab_size:
+                raise InvalidPrompt(f"token id {index} is outside this tokenizer's 0..{self.vocab_size - 1}")
+        with typed_errors(TokenizerError, "the tokenizer failed on these ids"):
+            text: str = self.hf.decode(checked, skip_special_tokens=skip_special_tokens)
+        return text
+
+    @property
+    def chat_template(self) -> Any:
+        """Jinja source of the chat template, or a dict of several by name, or None. Assign source to replace it."""
+        return self.hf.chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self.hf.chat_template = template
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool | None = None,
+        tools: Sequence[Tool] | None = None,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """The text of a conversation in the model's chat format. Arguments and errors as `apply_chat_template`."""
+        return self._chat.render(
+            choose_template(self.chat_template, has_tools=tools is not None),
+            messages,
+            tools=tools,
+            add_generation_prompt=not continue_final_message
+            if add_generation_prompt is None
+            else add_generation_prompt,
+            continue_final_message=continue_final_message,
+            special_tokens=self.hf.special_tokens_map,
+            variables=kwargs,
+        )
 
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        tools: Sequence[Tool] | None = None,
         continue_final_message: bool = False,
         **kwargs: Any,
     ) -> list[int]:
-        """Token ids of a conversation, rendered by the model's chat template."""
-        raise NotImplementedError
+        """Token ids of a conversation in the model's chat format.
+
+        `messages`: mappings with `role` and `content` (text, or a list of text parts). `add_generation_prompt` ends
+        the ids where the model's answer begins; it is on unless `continue_final_message`, which ends them inside the
+        last message. `tools`: JSON schemas or documented functions. `kwargs` are variables for the template
+        (`enable_thinking=False`); reserved names are refused.
+        Raises InvalidPrompt for the messages, InvalidParam for the other arguments, ChatTemplateError for a template
+        that is missing, fails or exceeds its limits.
+        """
+        text = self.render_chat(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            continue_final_message=continue_final_message,
+            **kwargs,
+        )
+        return self.encode(text, add_special_tokens=False)
