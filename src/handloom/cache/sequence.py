@@ -77,7 +77,9 @@ class Sequence:
         """Flat cache slots (page * page_size + offset) of the next num_tokens pending tokens; grows as needed."""
         page_size, first = self.pool.page_size, self.num_computed
         self.grow(first + num_tokens)
-        return [self.page_table[at // page_size] * page_size + at % page_size for at in range(first, first + num_tokens)]
+        return [
+            self.page_table[at // page_size] * page_size + at % page_size for at in range(first, first + num_tokens)
+        ]
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the last num_tokens tokens and free the pages only they used. Raises InvalidParam."""

@@ -142,5 +142,7 @@ def _read(checkpoint: Checkpoint, source: Source, parameter: Parameter, weight: 
         found = checkpoint.tensors[name].shape
         expected = tuple(reversed(part.shape)) if source.transpose else tuple(part.shape)
         if tuple(found) != expected:
-            raise CheckpointError(f"{checkpoint.name}: tensor {name} has shape {list(found)}; its config.json calls for {list(expected)}")
+            raise CheckpointError(
+                f"{checkpoint.name}: tensor {name} has shape {list(found)}; its config.json calls for {list(expected)}"
+            )
         checkpoint.read_into(name, part, transpose=source.transpose)

@@ -66,7 +66,7 @@ class Transformer:
             self.layers.append(Layer(layer, own, index))
         self.inv_freqs = [inverse_frequencies(rope, self.device) for rope in ropes]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, batch: ForwardBatch, kv: KVPages) -> Tensor:
         """Run one step.
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
-from handloom_kernels import reference
-from handloom_kernels.reference import Norm, Rotary
 from torch import Tensor
 
 from handloom.errors import UnsupportedOption
 from handloom.ops import torch_ops
+from handloom_kernels import reference
+from handloom_kernels.reference import Norm, Rotary
 
 __all__ = ["BACKENDS", "Backend", "Norm", "Ops", "Rotary", "choose_backend"]
 

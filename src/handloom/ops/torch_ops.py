@@ -9,9 +9,10 @@ This module does not know about models, sequences or requests.
 
 from __future__ import annotations
 
-from handloom_kernels.reference import Norm, Rotary, activate, embed, normalize
 from torch import Tensor, arange, cat, device, float32, tanh, tensor
 from torch.nn import functional as F  # noqa: N812
+
+from handloom_kernels.reference import Norm, Rotary, activate, embed, normalize
 
 __all__ = ["embed", "linear_residual", "lm_head", "norm_mlp", "norm_qkv", "paged_attention"]
 

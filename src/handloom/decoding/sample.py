@@ -1,0 +1,166 @@
+"""The common mode: one sequence per request, one token a step, greedy or sampled.
+
+`advance_together` takes all such requests of a step at once, so that choosing is vectorised over rows.
+
+This module does not know the scheduler or other modes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from handloom.cache.batch import Work
+from handloom.cache.sequence import Sequence
+from handloom.decoding.decoder import Event, FinishedEvent, FinishReason, PromptLogprobsEvent, TokenEvent
+from handloom.decoding.stream_text import StreamText
+from handloom.errors import HandloomError, RequestFailed
+from handloom.sampling.params import GenerationParams
+from handloom.sampling.sampler import Choice, Row, choose, token_logprobs
+from handloom.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Ready:
+    """A decoder whose rows start..end of the step's logits are there."""
+
+    decoder: SampleDecoder
+    start: int
+    end: int
+
+
+class SampleDecoder:
+    """Generates from a sequence until a stop. `owns_sequence`: free its pages at the end."""
+
+    def __init__(
+        self, sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None, *, owns_sequence: bool = True
+    ) -> None:
+        self.sequence, self.params, self.owns_sequence = sequence, params, owns_sequence
+        self.prompt_length = len(sequence)
+        self.started = time.monotonic()
+        self.finished = False
+        self._scores: list[Tensor] = []
+        self._text: StreamText | None = None
+        if tokenizer is not None:
+            self._text = StreamText(
+                tokenizer,
+                skip_special_tokens=params.skip_special_tokens,
+                stop_strings=params.stop_strings,
+                include_stop_text=params.include_stop_text,
+            )
+        # the last prompt token has to run, or there are no logits to choose from
+        sequence.forget(min(sequence.num_computed, self.prompt_length - 1))
+        self._next_prompt_logprob = sequence.num_computed + 1
+
+    @property
+    def max_length(self) -> int:
+        return self.prompt_length + self.params.max_new_tokens
+
+    def plan(self) -> Seq[Work]:
+        wants_prompt = self.params.prompt_logprobs is not None and len(self.sequence) == self.prompt_length
+        return [Work(self.sequence, self.sequence.num_pending, "all" if wants_prompt else "last")]
+
+    def advance(self, logits: Tensor) -> list[Event]:
+        return advance_together([Ready(self, 0, len(logits))], logits)[0]
+
+    def close(self) -> None:
+        self.finished = True
+        if self.owns_sequence:
+            self.sequence.free()
+        else:
+            self.sequence.forget(self.sequence.num_computed)
+
+    def row(self) -> Row:
+        """What the sampler needs to know; embedded prompt positions have no ids and are left out."""
+        hidden = self.sequence.num_embeddings
+        return Row(self.params, self.sequence.token_ids[hidden:], self.prompt_length - hidden)
+
+    def prompt_logprobs(self, logits: Tensor) -> list[Event]:
+        """Log-probabilities of the prompt tokens that these rows [r, vocab_size] of prompt positions predict."""
+        first = self._next_prompt_logprob
+        targets = self.sequence.token_ids[first : min(first + len(logits), self.prompt_length)]
+        self._next_prompt_logprob += len(targets)
+        if not targets:
+            return []
+        ids = torch.tensor(targets, device=logits.device)
+        logprobs, top = token_logprobs(logits[: len(targets)], ids, self.params.prompt_logprobs or 0)
+        return [PromptLogprobsEvent(first, logprobs, top)]
+
+    def accept(self, choice: Choice, i: int) -> list[Event]:
+        """Take row i of a choice: append the token, find out whether it was the last."""
+        error = choice.errors[i]
+        if error is not None:
+            return [self._finish("error", error=error)]
+        token_id, scores = choice.token_ids[i], choice.scores[i]
+        self.sequence.append(token_id)
+        if scores is not None:
+            self._scores.append(scores)
+        text = self._text.push(token_id) if self._text is not None else ""
+        event = TokenEvent(token_id, text, choice.logprobs[i], choice.top_logprobs[i], scores, choice.logits[i])
+        try:
+            reason = self._stop_reason(token_id)
+        except HandloomError as failure:
+            return [event, self._finish("error", error=failure)]
+        return [event] if reason is None else [event, self._finish(reason)]
+
+    def _finish(self, reason: FinishReason, error: HandloomError | None = None) -> FinishedEvent:
+        self.finished = True
+        rest, stop_string = "", None
+        if self._text is not None:
+            rest, stop_string = self._text.finish(), self._text.stopped_by
+        return FinishedEvent(reason, rest, stop_string, error)
+
+    def _stop_reason(self, token_id: int) -> FinishReason | None:
+        params, generated = self.params, len(self.sequence) - self.prompt_length
+        if token_id in params.eos_token_id:
+            return "eos"
+        if self._text is not None and self._text.stopped_by is not None:
+            return "stop_string"
+        if generated >= params.max_new_tokens:
+            return "length"
+        if params.max_time is not None and time.monotonic() - self.started > params.max_time:
+            return "time"
+        return "criteria" if self._criteria_met() else None
+
+    def _criteria_met(self) -> bool:
+        """The caller's criteria, called as transformers does: (input_ids [1, n], scores or None) -> bool."""
+        if not self.params.stopping_criteria:
+            return False
+        ids = torch.tensor([self.sequence.token_ids[self.sequence.num_embeddings :]])
+        scores = tuple(s.unsqueeze(0) for s in self._scores) if self._scores else None
+        for criterion in self.params.stopping_criteria:
+            try:
+                if bool(torch.as_tensor(criterion(ids, scores)).any()):
+                    return True
+            except Exception as cause:
+                raise RequestFailed(f"the stopping criterion {criterion!r} raised {cause!r}") from cause
+        return False
+
+
+def advance_together(ready: Seq[Ready], logits: Tensor) -> list[list[Event]]:
+    """Choose one token for every decoder whose prompt has run; returns each decoder's events, in order.
+
+    logits [R, vocab_size] of the whole step; each decoder's rows are logits[start:end].
+    """
+    events: list[list[Event]] = [[] for _ in ready]
+    choosing: list[int] = []
+    for i, (own, item) in enumerate(zip(events, ready, strict=True)):
+        decoder = item.decoder
+        if decoder.params.prompt_logprobs is not None and len(decoder.sequence) == decoder.prompt_length:
+            own += decoder.prompt_logprobs(logits[item.start : item.end])
+        if decoder.sequence.num_pending == 0:
+            choosing.append(i)
+    if not choosing:
+        return events
+    last = [ready[i].end - 1 for i in choosing]
+    rows = (
+        logits if last == list(range(len(logits))) else logits.index_select(0, torch.tensor(last, device=logits.device))
+    )
+    choice = choose(rows, [ready[i].decoder.row() for i in choosing])
+    for at, i in enumerate(choosing):
+        events[i] += ready[i].decoder.accept(choice, at)
+    return events

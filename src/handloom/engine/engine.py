@@ -1,0 +1,117 @@
+"""The engine: requests in, events out, one step at a time.
+
+This module does not know chat, the Hub, files, or how results are shown.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from handloom.cache.pages import PagePool
+from handloom.cache.sequence import Sequence
+from handloom.decoding.decoder import Decoder, Event, FinishedEvent
+from handloom.decoding.sample import SampleDecoder
+from handloom.engine.runner import Runner
+from handloom.engine.scheduler import Request, Scheduler
+from handloom.errors import InvalidPrompt
+from handloom.model.transformer import Transformer
+from handloom.sampling.params import GenerationParams, resolve_params
+from handloom.text.tokenizer import Tokenizer
+
+MAX_STEP_TOKENS = 512
+MAX_LOGITS_BYTES = 128 << 20
+
+
+class Model(Protocol):
+    """What the engine needs of a loaded model; `handloom.LM` is one."""
+
+    transformer: Transformer
+    tokenizer: Tokenizer | None
+    generation_config: dict[str, Any]
+    max_context: int
+    pool: PagePool
+
+    def encode(self, prompt: Any) -> Sequence: ...
+
+
+class Engine:
+    """Continuous generation for many requests over one model.
+
+    max_step_tokens: most tokens in one forward pass (longer prompts run in chunks); max_running: most
+    requests in flight at once, the others wait.
+    """
+
+    def __init__(self, model: Model, *, max_step_tokens: int = MAX_STEP_TOKENS, max_running: int = 256) -> None:
+        self.model = model
+        self.runner = Runner(model.transformer, model.pool)
+        row_bytes = 4 * model.transformer.spec.vocab_size
+        self.scheduler = Scheduler(
+            model.pool,
+            max_tokens=max_step_tokens,
+            max_running=max_running,
+            max_rows=max(1, MAX_LOGITS_BYTES // row_bytes),
+        )
+        self._ids = itertools.count()
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def resolve(self, sequence: Sequence, options: dict[str, Any]) -> GenerationParams:
+        """A request's parameters. Raises InvalidParam, UnsupportedOption, ContextOverflow."""
+        spec = self.model.transformer.spec
+        params = resolve_params(
+            options,
+            generation_config=self.model.generation_config,
+            prompt_length=len(sequence),
+            max_context=self.model.max_context,
+            vocab_size=spec.vocab_size,
+            eos_token_id=spec.eos_token_ids,
+        )
+        if params.stop_strings and self.model.tokenizer is None:
+            raise InvalidPrompt("stop_strings need a tokenizer, and this checkpoint has none; stop on eos_token_id")
+        return params
+
+    def add_request(self, prompt: Any, **options: Any) -> int:
+        """Queue a prompt (text, token ids, embeddings [n, hidden_size], or a Sequence of the cache).
+
+        Returns the request id its events carry. A Sequence stays the caller's: it keeps its pages and
+        receives the new tokens. Raises InvalidPrompt, ContextOverflow, InvalidParam, UnsupportedOption.
+        """
+        owned = not isinstance(prompt, Sequence)
+        sequence = self.model.encode(prompt) if owned else prompt
+        params = self.resolve(sequence, options)
+        return self.add(SampleDecoder(sequence, params, self.model.tokenizer, owns_sequence=owned))
+
+    def add(self, decoder: Decoder) -> int:
+        """Queue a decoder of any mode; returns its request id."""
+        request = Request(next(self._ids), decoder)
+        self.scheduler.add(request)
+        return request.id
+
+    def abort(self, request_id: int) -> bool:
+        """End a request now and free its pages; False if it is already over."""
+        return self.scheduler.remove(request_id)
+
+    def step(self) -> list[Event]:
+        """Run one step: plan, forward, choose, advance. Returns the events; nothing to do gives none."""
+        plan, events = self.scheduler.plan()
+        if plan.works:
+            logits = self.runner.forward(plan.works)
+            events += self.scheduler.advance(plan, logits)
+        return events
+
+    def run(self) -> Iterator[Event]:
+        """Step until no request is left; events as they come."""
+        while self.has_work:
+            yield from self.step()
+
+    def close(self) -> None:
+        """Abort every request."""
+        for request in (*self.scheduler.waiting, *self.scheduler.running):
+            self.abort(request.id)
+
+
+__all__ = ["Engine", "FinishedEvent", "Model"]

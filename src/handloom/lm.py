@@ -1,0 +1,311 @@
+"""A loaded model and everything one does with it.
+
+This module does not know file formats, schedules or formulas: it puts the parts together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+
+from handloom.cache.pages import PagePool
+from handloom.cache.sequence import Sequence
+from handloom.checkpoint import open_checkpoint
+from handloom.checkpoint.types import Checkpoint
+from handloom.collect import Collector
+from handloom.decoding.decoder import FinishedEvent, PromptLogprobsEvent, TokenEvent, TopLogprobs
+from handloom.decoding.score import ScoreDecoder
+from handloom.engine import Engine
+from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt, UnsupportedOption
+from handloom.live import LiveSequence
+from handloom.loading import choose_context, choose_device, choose_dtype, make_pool
+from handloom.model.families import read_config
+from handloom.model.loading import Progress, load_transformer
+from handloom.model.spec import ModelSpec
+from handloom.model.transformer import Transformer
+from handloom.ops import Backend, choose_backend
+from handloom.output import Output, Piece, Score
+from handloom.prompts import Prompt, to_sequence
+from handloom.text.tokenizer import Tokenizer
+
+MAX_PROMPTS = 65536
+
+
+class LM:
+    """A model with its tokenizer and KV cache. Make one with `from_pretrained`."""
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        tokenizer: Tokenizer | None,
+        pool: PagePool,
+        *,
+        name: str,
+        origin: str = "",
+        generation_config: Mapping[str, Any] | None = None,
+        max_context: int | None = None,
+    ) -> None:
+        self.transformer, self.tokenizer, self.pool = transformer, tokenizer, pool
+        self.name, self.origin = name, origin
+        self.generation_config = dict(generation_config or {})
+        self.max_context = max_context or transformer.spec.max_context
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        backend: str = "auto",
+        quantize: str | None = None,
+        max_context: int | None = None,
+        kv_cache_tokens: int | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        ignore_config_keys: Iterable[str] = (),
+        progress: Progress | None = None,
+    ) -> LM:
+        """Load a model.
+
+        Args:
+            source: a Hub id, a folder, a .gguf file, "repo:file.gguf"; None for the default model.
+            device: "auto" (a CUDA GPU if there is one, else the CPU) or a torch device.
+            dtype: "auto" (the checkpoint's own; float32 for quantised GGUF), "float32", "bfloat16" or "float16".
+            backend: "auto", or one of `handloom.ops.BACKENDS`.
+            max_context: tokens a sequence may have; the model's own by default. Rotary models go past it.
+            kv_cache_tokens: tokens the KV cache holds for all sequences together.
+            revision, token, cache_dir, local_files_only: as in huggingface_hub.
+            ignore_config_keys: keys of config.json that may be left unread.
+            progress: called with (bytes read, bytes in all) while weights load.
+
+        Raises:
+            ModelNotFound, HubError and its kinds, CheckpointError, UnsafeCheckpoint, ConfigError, UnsupportedModel,
+            TokenizerError, OutOfMemory, InvalidParam, UnsupportedOption.
+        """
+        if quantize is not None:
+            raise UnsupportedOption(f"quantize={quantize!r} is not available yet; weights are held in `dtype`")
+        checkpoint = open_checkpoint(
+            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        try:
+            return cls._from_checkpoint(
+                checkpoint, device, dtype, backend, max_context, kv_cache_tokens, ignore_config_keys, progress
+            )
+        finally:
+            checkpoint.close()
+
+    @classmethod
+    def _from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        device: str | torch.device,
+        dtype: str | torch.dtype,
+        backend: str,
+        max_context: int | None,
+        kv_cache_tokens: int | None,
+        ignore_config_keys: Iterable[str],
+        progress: Progress | None,
+    ) -> LM:
+        family, spec = read_config(checkpoint.config, f"{checkpoint.name}: config.json", ignore_config_keys)
+        where, what = choose_device(device), choose_dtype(dtype, checkpoint.dtype)
+        context = choose_context(spec, max_context)
+        ops = choose_backend(where, backend)
+        transformer = load_transformer(checkpoint, family, spec, ops, dtype=what, device=where, progress=progress)
+        return cls(
+            transformer,
+            checkpoint.tokenizer(),
+            make_pool(transformer.spec, context, kv_cache_tokens, dtype=what, device=where),
+            name=checkpoint.name,
+            origin=checkpoint.origin,
+            generation_config=checkpoint.generation_config,
+            max_context=context,
+        )
+
+    # What it is --------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.transformer.spec
+
+    @property
+    def backend(self) -> Backend:
+        """What computes the model, and why it was chosen."""
+        return self.transformer.backend
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    # Text and ids ------------------------------------------------------------------------------
+
+    def encode(self, prompt: Any) -> Sequence:
+        """A new sequence from text, token ids or embeddings. Raises InvalidPrompt, ContextOverflow."""
+        bos = self.spec.bos_token_id
+        if self.tokenizer is not None and self.tokenizer.bos_token_id is not None:
+            bos = self.tokenizer.bos_token_id
+        sequence = to_sequence(
+            prompt,
+            self.pool,
+            self.tokenizer,
+            vocab_size=self.spec.vocab_size,
+            hidden_size=self.spec.hidden_size,
+            bos=bos,
+        )
+        if len(sequence) > self.max_context:
+            raise ContextOverflow(
+                f"the prompt has {len(sequence)} tokens and the context holds {self.max_context}; shorten the prompt, or "
+                "load the model with a larger max_context"
+            )
+        return sequence
+
+    def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids. Raises InvalidPrompt without a tokenizer."""
+        if self.tokenizer is None:
+            raise InvalidPrompt("this checkpoint has no tokenizer: it has token ids, but no text")
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def render_chat(self, messages: Seq[Mapping[str, Any]], **template_options: Any) -> list[int]:
+        """Token ids of a conversation, by the model's chat template. Raises ChatTemplateError, InvalidPrompt."""
+        if self.tokenizer is None:
+            raise InvalidPrompt(
+                "this checkpoint has no tokenizer, so it has no chat template: pass token ids to generate"
+            )
+        return self.tokenizer.apply_chat_template(messages, **template_options)
+
+    # Generation --------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | LiveSequence | Seq[Prompt | LiveSequence],
+        *,
+        params: Seq[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate from one prompt, giving an Output, or from a list of them, giving a list.
+
+        A prompt is text, token ids, embeddings [n, hidden_size], or a LiveSequence, which is continued in
+        place. Options are those of transformers' GenerationConfig (see handloom.sampling.params);
+        params: further options of each prompt. Everything is checked before anything runs.
+
+        Raises: InvalidPrompt, ContextOverflow, InvalidParam, UnsupportedOption. A single prompt that fails
+        while running raises its error; in a list the others live, and its Output carries the error.
+        """
+        items, single = _as_list(prompts)
+        collector = Collector(Engine(self))
+        try:
+            for prompt, own in zip(items, _each(params, items), strict=True):
+                collector.add(prompt, **{**options, **own})
+            for _ in collector.pieces():
+                pass
+        finally:
+            collector.engine.close()
+        if not single:
+            return collector.outputs
+        output = collector.outputs[0]
+        if output.error is not None:
+            raise output.error
+        return output
+
+    def stream(
+        self,
+        prompts: Prompt | LiveSequence | Seq[Prompt | LiveSequence],
+        *,
+        params: Seq[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> Iterator[Piece]:
+        """Like generate, yielding Pieces as they come; leaving the loop ends the requests and frees their pages.
+
+        With a list, pieces of all prompts come interleaved; `piece.index` says whose. A failed prompt's
+        last piece carries its error; with a single prompt it is raised.
+        """
+        items, single = _as_list(prompts)
+        collector = Collector(Engine(self))
+        for prompt, own in zip(items, _each(params, items), strict=True):
+            collector.add(prompt, **{**options, **own})
+        return self._pieces(collector, single)
+
+    def _pieces(self, collector: Collector, single: bool) -> Iterator[Piece]:
+        try:
+            for piece in collector.pieces():
+                if single and piece.error is not None:
+                    raise piece.error
+                yield piece
+        finally:
+            collector.engine.close()
+
+    def chat(
+        self,
+        messages: Seq[Mapping[str, Any]],
+        *,
+        tools: Seq[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Output:
+        """The assistant's next message in a conversation. Raises ChatTemplateError and what generate raises."""
+        output = self.generate(self.render_chat(messages, tools=tools, **(template_options or {})), **options)
+        assert isinstance(output, Output)
+        return output
+
+    def score(self, texts: Prompt | Seq[Prompt], *, top_logprobs: int = 0) -> Any:
+        """Log-likelihood of one text (or token ids), giving a Score, or of a list of them, giving a list.
+
+        top_logprobs: also the n most likely tokens at each position. Raises InvalidPrompt, InvalidParam,
+        NonFiniteLogits.
+        """
+        if isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or not 0 <= top_logprobs <= 100:
+            raise InvalidParam(f"top_logprobs is {top_logprobs!r}; expected an integer from 0 to 100")
+        items, single = _as_list(texts)
+        engine = Engine(self)
+        logprobs: dict[int, list[float]] = {}
+        top: dict[int, list[TopLogprobs]] = {}
+        ids: dict[int, list[int]] = {}
+        try:
+            for sequence in [self.encode(item) for item in items]:
+                request = engine.add(ScoreDecoder(sequence, top_logprobs))
+                logprobs[request], top[request], ids[request] = [], [], list(sequence.token_ids)
+            for event in engine.run():
+                if isinstance(event, PromptLogprobsEvent):
+                    logprobs[event.request_id] += event.logprobs
+                    top[event.request_id] += event.top_logprobs
+                elif isinstance(event, FinishedEvent) and event.error is not None:
+                    raise event.error
+        finally:
+            engine.close()
+        scores = [Score(ids[request], logprobs[request], top[request]) for request in ids]
+        return scores[0] if single else scores
+
+    def sequence(self, prompt: Prompt) -> LiveSequence:
+        """A sequence to read, append to, rewind and fork. Raises InvalidPrompt, ContextOverflow."""
+        return LiveSequence(self, self.encode(prompt))
+
+
+def _as_list(prompts: Any) -> tuple[list[Any], bool]:
+    """(prompts, was it a single one): text, token ids, tensors, arrays and sequences are single prompts."""
+    if not isinstance(prompts, list | tuple) or (prompts and all(isinstance(p, int) for p in prompts)):
+        return [prompts], True
+    if len(prompts) > MAX_PROMPTS:
+        raise InvalidParam(f"{len(prompts)} prompts in one call; the limit is {MAX_PROMPTS}: use several calls")
+    return list(prompts), False
+
+
+def _each(params: Seq[Mapping[str, Any]] | None, items: Seq[Any]) -> Seq[Mapping[str, Any]]:
+    """One mapping of options per prompt."""
+    if params is None:
+        return [{}] * len(items)
+    if len(params) != len(items):
+        raise InvalidParam(f"params has {len(params)} entries for {len(items)} prompts; give one each")
+    return params
+
+
+__all__ = ["LM", "TokenEvent"]

@@ -1,0 +1,80 @@
+"""What may be handed in as a prompt, checked and turned into a cache sequence.
+
+This module does not know how a prompt is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from handloom.cache.pages import PagePool
+from handloom.cache.sequence import Sequence
+from handloom.errors import InvalidPrompt
+from handloom.text.tokenizer import Tokenizer
+
+Prompt = str | Seq[int] | Tensor | np.ndarray[Any, Any]
+
+
+def to_sequence(
+    prompt: Any, pool: PagePool, tokenizer: Tokenizer | None, *, vocab_size: int, hidden_size: int, bos: int | None
+) -> Sequence:
+    """A new, uncomputed sequence from text, token ids [n] or embeddings [n, hidden_size].
+
+    An empty text starts from BOS where there is one. Raises InvalidPrompt.
+    """
+    if isinstance(prompt, np.ndarray):
+        prompt = _from_numpy(prompt)
+    if isinstance(prompt, Tensor) and prompt.dim() == 2:
+        return Sequence(pool, embeddings=check_embeddings(prompt, hidden_size))
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InvalidPrompt("this checkpoint has no tokenizer: pass token ids instead of text")
+        ids = tokenizer.encode(prompt)
+    else:
+        ids = check_token_ids(prompt, vocab_size)
+    if not ids and bos is not None:
+        ids = [bos]
+    if not ids:
+        raise InvalidPrompt("the prompt is empty, and this model has no BOS token to start from")
+    return Sequence(pool, ids)
+
+
+def check_token_ids(prompt: Any, vocab_size: int) -> list[int]:
+    """A list of ids in [0, vocab_size). Raises InvalidPrompt naming the first that is not."""
+    if isinstance(prompt, Tensor):
+        if prompt.layout != torch.strided or prompt.dim() != 1 or prompt.is_floating_point() or prompt.is_complex():
+            raise InvalidPrompt(
+                f"a tensor prompt is token ids [n] (integers) or embeddings [n, hidden_size] (floats); this one is "
+                f"{prompt.dtype} {list(prompt.shape)}"
+            )
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Seq) or isinstance(prompt, bytes | bytearray):
+        raise InvalidPrompt(f"a prompt is text, token ids or embeddings, not {type(prompt).__name__}")
+    for at, token_id in enumerate(prompt):
+        if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
+            raise InvalidPrompt(f"token {at} of the prompt is {type(token_id).__name__}, not an integer id")
+        if not 0 <= token_id < vocab_size:
+            raise InvalidPrompt(f"token {at} of the prompt is {token_id}; ids go from 0 to {vocab_size - 1}")
+    return [int(token_id) for token_id in prompt]
+
+
+def check_embeddings(values: Tensor, hidden_size: int) -> Tensor:
+    """Dense, finite, floating [n > 0, hidden_size]. Raises InvalidPrompt."""
+    if values.layout != torch.strided or not values.is_floating_point():
+        raise InvalidPrompt(f"prompt embeddings must be a dense float tensor, not {values.layout} {values.dtype}")
+    if values.dim() != 2 or values.shape[0] == 0 or values.shape[1] != hidden_size:
+        raise InvalidPrompt(f"prompt embeddings have shape {list(values.shape)}; expected [n > 0, {hidden_size}]")
+    if not bool(torch.isfinite(values).all()):
+        raise InvalidPrompt("prompt embeddings hold NaN or infinity")
+    return values.detach()
+
+
+def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+    if array.dtype.kind not in "iuf":
+        raise InvalidPrompt(f"an array prompt must hold integers or floats, not {array.dtype}")
+    return torch.from_numpy(np.ascontiguousarray(array))
