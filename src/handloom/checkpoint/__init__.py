@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from handloom.checkpoint.source import open_checkpoint
 from handloom.checkpoint.types import Checkpoint, TensorInfo
 
-__all__ = ["Checkpoint", "TensorInfo"]
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
