@@ -164,8 +164,8 @@ class LM:
         )
         if len(sequence) > self.max_context:
             raise ContextOverflow(
-                f"the prompt has {len(sequence)} tokens and the context holds {self.max_context}; shorten the prompt, or "
-                "load the model with a larger max_context"
+                f"the prompt has {len(sequence)} tokens and the context holds {self.max_context}; shorten the "
+                "prompt, or load the model with a larger max_context"
             )
         return sequence
 

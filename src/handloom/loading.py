@@ -71,7 +71,7 @@ def make_pool(
         raise InvalidParam(f"kv_cache_tokens is {tokens!r}; expected an integer from 1")
     if tokens * token_bytes > free:
         raise OutOfMemory(
-            f"a KV cache for {tokens} tokens takes {tokens * token_bytes / 2**30:.2f} GiB ({token_bytes} bytes per token), "
-            f"and {free / 2**30:.2f} GiB are free on {device}; ask for fewer kv_cache_tokens"
+            f"a KV cache for {tokens} tokens takes {tokens * token_bytes / 2**30:.2f} GiB ({token_bytes} bytes per "
+            f"token), and {free / 2**30:.2f} GiB are free on {device}; ask for fewer kv_cache_tokens"
         )
     return PagePool(spec, -(-tokens // PAGE_SIZE), PAGE_SIZE, dtype=dtype, device=device)

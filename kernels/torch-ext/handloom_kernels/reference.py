@@ -106,7 +106,7 @@ def norm_qkv(
     Returns q [N, num_heads, head_dim].
     """
     num_kv_heads, head_dim = k_pages.shape[-2:]
-    heads = F.linear(normalize(hidden, norm), weight, bias).unflatten(-1, (-1, head_dim))
+    heads = F.linear(normalize(hidden, norm), weight, bias).view(len(hidden), -1, head_dim)
     q, k, v = heads.split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)
     if q_norm is not None and k_norm is not None:
         q, k = normalize(q, q_norm), normalize(k, k_norm)
@@ -119,7 +119,7 @@ def norm_qkv(
 
 def gather_pages(pages: Tensor, page_ids: Tensor, length: int) -> Tensor:
     """The first `length` tokens of a sequence, contiguous: [length, num_kv_heads, head_dim]."""
-    return pages[page_ids].flatten(0, 1)[:length]
+    return pages[page_ids].reshape(-1, *pages.shape[2:])[:length]
 
 
 def paged_attention(

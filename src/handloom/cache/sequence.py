@@ -55,7 +55,7 @@ class Sequence:
         return max(0, -(-num_tokens // page_size) - len(self.page_table)) + shared
 
     def grow(self, num_tokens: int) -> None:
-        """Own pages for num_tokens tokens in all, writable from num_computed on. Raises OutOfPages, changing nothing."""
+        """Own pages for num_tokens tokens, writable from num_computed on. Raises OutOfPages, changing nothing."""
         missing, free = self.pages_missing(num_tokens), self.pool.num_free
         if missing > free:
             raise OutOfPages(

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 CHUNK_ELEMENTS = 2**18
 """A good number of weights to pass at once: 1 MiB of float32, measured on SmolLM2 from 2^16 to 2^20."""
 
-_FLOATS = {Storage.F32: torch.float32, Storage.F16: torch.float16, Storage.BF16: torch.bfloat16}
+FLOATS = {Storage.F32: torch.float32, Storage.F16: torch.float16, Storage.BF16: torch.bfloat16}
 
 _Bytes = NDArray[np.uint8]
 _Fields = NDArray[np.void]
@@ -59,8 +59,8 @@ def dequantize(storage: Storage, raw: bytearray | memoryview, out: torch.Tensor)
         raw: whole blocks, in memory that may be written to (torch insists; nothing is written).
         out: float32 on the CPU, contiguous, with exactly as many elements as `raw` holds.
     """
-    if storage in _FLOATS:
-        out.view(-1).copy_(torch.frombuffer(raw, dtype=_FLOATS[storage]))
+    if storage in FLOATS:
+        out.view(-1).copy_(torch.frombuffer(raw, dtype=FLOATS[storage]))
         return
     blocks = np.frombuffer(raw, _LAYOUTS[storage])
     with np.errstate(all="ignore"):  # a scale that is NaN or infinite gives NaN, quietly, as in torch
@@ -192,5 +192,5 @@ _UNPACKERS: dict[Storage, _Unpack] = {
     Storage.Q5_K: _q5_k,
     Storage.Q6_K: _q6_k,
 }
-SUPPORTED = frozenset(_FLOATS) | frozenset(_UNPACKERS)
+SUPPORTED = frozenset(FLOATS) | frozenset(_UNPACKERS)
 """The ggml types that can be read."""

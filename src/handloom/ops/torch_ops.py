@@ -47,7 +47,7 @@ def norm_qkv(
 ) -> Tensor:
     """See `handloom_kernels.reference.norm_qkv`."""
     num_kv_heads, head_dim = k_pages.shape[-2:]
-    heads = F.linear(_norm(hidden, norm), weight, bias).unflatten(-1, (-1, head_dim))
+    heads = F.linear(_norm(hidden, norm), weight, bias).view(len(hidden), -1, head_dim)
     num_heads = heads.shape[1] - 2 * num_kv_heads
     qk, v = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
     if q_norm is not None and k_norm is not None:
@@ -90,7 +90,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
     else:
         causal = softcap is None and num_queries == num_keys and (window is None or window >= num_keys)
         mask = None if causal else _visible(num_queries, num_keys, window, q.device)
-        q = q.transpose(0, 1).unflatten(0, (num_kv_heads, group))
+        q = q.transpose(0, 1).view(num_kv_heads, group, num_queries, head_dim)
         k, v = (x.unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
     if softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)

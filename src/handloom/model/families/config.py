@@ -19,7 +19,16 @@ MAX_LAYERS, MAX_WIDTH, MAX_HEADS, MAX_HEAD_DIM, MAX_VOCAB, MAX_CONTEXT = 1024, 1
 
 # Keys that say nothing about the forward pass: bookkeeping, training, token ids that other readers own.
 INERT = frozenset(
-    ["architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "name_or_path", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "initializer_range", "initializer_factor", "task_specific_params", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "torchscript", "tokenizer_class", "prefix", "finetuning_task", "is_encoder_decoder", "is_decoder", "gradient_checkpointing", "transformers.js_config", "auto_map", "pretraining_tp", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "unsloth_fixed", "unsloth_version", "is_llama_config", "cache_implementation", "_attn_implementation_autoset"]
+    """
+    architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path use_cache
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id initializer_range
+    initializer_factor task_specific_params return_dict output_hidden_states output_attentions
+    chunk_size_feed_forward id2label label2id num_labels problem_type torchscript tokenizer_class prefix
+    finetuning_task is_decoder gradient_checkpointing transformers.js_config auto_map pretraining_tp
+    attention_dropout resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj summary_activation
+    summary_proj_to_labels summary_first_dropout unsloth_fixed unsloth_version is_llama_config
+    cache_implementation _attn_implementation_autoset
+    """.split()
 )
 # Present and harmless at these values only.
 INERT_AT: dict[str, tuple[Any, ...]] = {
@@ -124,8 +133,8 @@ class ConfigReader:
                     raise UnsupportedModel(f"{self.where}: {key}={shown(value)} is not supported")
             elif not (top_level and key in INERT) and value is not None and value is not False:
                 raise ConfigError(
-                    f"{self.where}: {key}={shown(value)} is not understood, and a model that needs it would be computed "
-                    f"wrongly; if it changes nothing, pass ignore_config_keys=[{key!r}]"
+                    f"{self.where}: {key}={shown(value)} is not understood, and a model that needs it would be "
+                    f"computed wrongly; if it changes nothing, pass ignore_config_keys=[{key!r}]"
                 )
 
 

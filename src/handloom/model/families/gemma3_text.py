@@ -18,7 +18,7 @@ LAYER_TYPES = {"sliding_attention": True, "full_attention": False}
 
 
 def read_ropes(config: ConfigReader, head_dim: int, max_context: int) -> tuple[RopeSpec, RopeSpec]:
-    """(global, local) rope: nested per layer type in transformers 5, two thetas and a scaling of the global one before."""
+    """(global, local) rope: nested per layer type (transformers 5), or two thetas and a scaling of the global one."""
     global_theta = config.number("rope_theta", 1e6)
     local_theta = config.number("rope_local_base_freq", 1e4)
     nested, scaling = config.nested("rope_parameters"), config.nested("rope_scaling")

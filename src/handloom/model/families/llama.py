@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023, arXiv 2302.13971; Llama 3: arXiv 2407.21783) and what is built like it: SmolLM2, TinyLlama.
+"""Llama (Touvron et al. 2023, arXiv 2302.13971; Llama 3: arXiv 2407.21783) and its like: SmolLM2, TinyLlama.
 
 RMSNorm before each half, rotary positions, grouped-query attention, SwiGLU.
 """
