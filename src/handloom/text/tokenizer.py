@@ -67,6 +67,11 @@ class Tokenizer:
         """Highest id + 1, added tokens included. Ids below it may be without a token."""
         return max(self.hf.get_vocab().values(), default=-1) + 1
 
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """Every token that decoding skips when it skips special tokens."""
+        return frozenset(token.content for token in self.hf.added_tokens_decoder.values() if token.special)
+
     @property
     def bos_token_id(self) -> int | None:
         """Id of the token that starts a text, if there is one."""
