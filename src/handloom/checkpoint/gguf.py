@@ -1,0 +1,162 @@
+"""GGUF checkpoints: config, tokenizer and weights out of one file, in the Hub's terms.
+
+Weights are dequantised while they are copied to where they belong, in pieces of about a megabyte, so reading a
+model costs no memory beyond the model. Sharded GGUF files (`split.count` above 1) are refused by name.
+
+This module does not know what a weight means to a model, or where the file came from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import gguf
+import torch
+
+from handloom.checkpoint.gguf_config import build_config, build_generation_config
+from handloom.checkpoint.gguf_dequant import CHUNK_ELEMENTS, FLOATS, SUPPORTED, dequantize
+from handloom.checkpoint.gguf_names import Weight, find_weights
+from handloom.checkpoint.gguf_reader import Header, RawTensor, read_header
+from handloom.checkpoint.types import TensorInfo
+from handloom.errors import CheckpointError
+from handloom.text import gguf_tokenizer
+from handloom.text.tokenizer import Tokenizer
+
+
+class GGUFCheckpoint:
+    """An open GGUF file; implements `handloom.checkpoint.Checkpoint`. `metadata` has the file's own, as read."""
+
+    def __init__(self, path: Path, name: str, header: Header) -> None:
+        """For `open`: the header must be that of the file at `path`."""
+        self.path, self.name, self.origin = path, name, ""
+        self.metadata: Mapping[str, Any] = MappingProxyType(header.metadata)
+        _check_readable(header, path)
+        self._file = path.open("rb", buffering=0)
+        try:
+            self.config = build_config(header.metadata, header.tensors, self._rope_factors(header), str(path))
+            architecture = header.metadata["general.architecture"]
+            self._weights = find_weights(architecture, header.tensors, self.config, str(path))
+        except BaseException:
+            self._file.close()
+            raise
+        self.generation_config = build_generation_config(header.metadata, self.config)
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            {w.name: TensorInfo(w.name, w.shape, w.raw.storage.name, w.raw.nbytes) for w in self._weights.values()}
+        )
+        self.dtype = _main_dtype(header)
+
+    @classmethod
+    def open(cls, path: Path, name: str) -> GGUFCheckpoint:
+        """Open a GGUF file; reads its header only.
+
+        Raises:
+            CheckpointError: the file is damaged, sharded, or has tensors of a type that cannot be read.
+            UnsupportedModel, ConfigError: its architecture or metadata is not one we understand.
+        """
+        return cls(path, name, read_header(path))
+
+    def read_into(self, name: str, out: torch.Tensor, *, transpose: bool = False) -> None:
+        """As `Checkpoint.read_into` says. Takes a chunk of temporary memory: 2 MiB, or two rows if they are longer."""
+        weight = self._weights.get(name)
+        if weight is None:
+            raise CheckpointError(f"{self.path}: has no weight {name!r}")
+        rows = self._rows_of(weight, out, transpose)
+        row_bytes = weight.raw.nbytes // len(rows)
+        step = min(max(1, CHUNK_ELEMENTS // rows.shape[1]), len(rows))
+        raw = memoryview(bytearray(step * row_bytes))
+        in_place = rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.is_contiguous()
+        order = _hub_rows(weight, len(rows)) if weight.rotary_heads else None
+        scratch = None if in_place and order is None else torch.empty(step, rows.shape[1])
+        for first in range(0, len(rows), step):
+            count = min(step, len(rows) - first)
+            self._read(raw[: count * row_bytes], weight.raw, first * row_bytes)
+            piece = rows[first : first + count] if scratch is None else scratch[:count]
+            dequantize(weight.raw.storage, raw[: count * row_bytes], piece)
+            if weight.offset:
+                piece.add_(weight.offset)
+            if order is not None:
+                rows[order[first : first + count].to(rows.device)] = piece.to(rows)
+            elif scratch is not None:
+                rows[first : first + count].copy_(piece)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the metadata describes; None where there is none (`no_vocab`).
+
+        Raises:
+            TokenizerError: of an unknown kind, or damaged.
+        """
+        if self.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
+            return None
+        return Tokenizer(gguf_tokenizer.build(self.metadata, str(self.path)))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _rows_of(self, weight: Weight, out: torch.Tensor, transpose: bool) -> torch.Tensor:
+        """`out` as a matrix whose rows are the file's (for llama's q and k: in another order)."""
+        if transpose and len(weight.shape) != 2:
+            raise CheckpointError(f"{self.path}: {weight.name!r} of shape {weight.shape} cannot be transposed")
+        shape = weight.shape[::-1] if transpose else weight.shape
+        if tuple(out.shape) != shape or not out.is_floating_point():
+            raise CheckpointError(
+                f"{self.path}: {weight.name!r} has shape {shape}{' transposed' if transpose else ''}; asked to read it "
+                f"into {tuple(out.shape)} of {out.dtype}"
+            )
+        if len(shape) == 1:
+            return out.unsqueeze(1)
+        return out if weight.transposed == transpose else out.t()
+
+    def _read(self, buffer: memoryview, raw: RawTensor, offset: int) -> None:
+        """Fill `buffer` from the tensor's bytes. Positioned reads: threads do not disturb one another."""
+        if self._file.closed:
+            raise CheckpointError(f"{self.path}: read of tensor {raw.name!r} after the checkpoint was closed")
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._file.fileno(), [buffer[done:]], raw.start + offset + done)
+            if not count:
+                raise CheckpointError(f"{self.path}: tensor {raw.name!r} is cut short; did the file change?")
+            done += count
+
+    def _rope_factors(self, header: Header) -> list[float] | None:
+        raw = header.tensors.get("rope_freqs.weight")
+        if raw is None:
+            return None
+        if raw.storage is not gguf.GGMLQuantizationType.F32 or len(raw.shape) != 1 or raw.shape[0] > CHUNK_ELEMENTS:
+            raise CheckpointError(f"{self.path}: tensor {raw.name!r} must be a short vector in F32")
+        factors, buffer = torch.empty(raw.shape), memoryview(bytearray(raw.nbytes))
+        self._read(buffer, raw, 0)
+        dequantize(raw.storage, buffer, factors)
+        return factors.tolist()
+
+
+def _check_readable(header: Header, path: Path) -> None:
+    shards = header.metadata.get("split.count", 0)
+    if type(shards) is not int or shards > 1:
+        raise CheckpointError(
+            f"{path}: is one of {shards!r:.40} shards (split.count); merge them with `llama-gguf-split --merge`"
+        )
+    for raw in header.tensors.values():
+        if raw.storage not in SUPPORTED:
+            known = ", ".join(storage.name for storage in sorted(SUPPORTED))
+            raise CheckpointError(f"{path}: tensor {raw.name!r} is stored as {raw.storage.name}; supported are {known}")
+
+
+def _main_dtype(header: Header) -> torch.dtype:
+    """float32 if anything is quantised, else the type that most numbers have."""
+    counts: Counter[torch.dtype] = Counter()
+    for raw in header.tensors.values():
+        if raw.storage not in FLOATS:
+            return torch.float32
+        counts[FLOATS[raw.storage]] += raw.nbytes // FLOATS[raw.storage].itemsize
+    return counts.most_common(1)[0][0] if counts else torch.float32
+
+
+def _hub_rows(weight: Weight, num_rows: int) -> torch.Tensor:
+    """For each row of the file, its row on the Hub: pairs side by side go half a head apart. int64 [num_rows]."""
+    rows = torch.arange(num_rows).view(weight.rotary_heads, 2, -1)
+    return rows.transpose(1, 2).reshape(-1)
