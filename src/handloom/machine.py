@@ -1,0 +1,210 @@
+"""The machine underneath: how fast it reads memory, what it has, which versions run on it.
+
+The decode limit is that of Williams, Waterman and Patterson's roofline (CACM 52(4), 2009) for a step
+that reads every weight once: memory bandwidth over bytes per token.
+
+This module does not know how a model is loaded or run, or how any of this is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+from handloom.model.spec import ModelSpec, model_parameters
+
+MIN_BUFFER_BYTES = 512 << 20
+ROW_VALUES = 4096
+ROUNDS = 3
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "huggingface_hub", "safetensors", "gguf", "numpy")
+
+
+class Loaded(Protocol):
+    """Anything with a spec; `handloom.LM` is one."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+
+# Speed -----------------------------------------------------------------------------------------
+
+
+def read_bandwidth(threads: int | None = None, device: str | torch.device = "cpu") -> float:
+    """Bytes per second that `device` reads from its memory, measured now, in about half a second.
+
+    The best of several passes, of two kinds (a sum, a matrix-vector product), over a buffer at least
+    twice the last-level cache. threads: on a CPU, how many read at once; None for what torch is set to.
+    """
+    where, before = torch.device(device), torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        return _read_bandwidth(where)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _read_bandwidth(device: torch.device) -> float:
+    rows = _buffer_bytes(device) // (4 * ROW_VALUES)
+    buffer = torch.ones(rows, ROW_VALUES, dtype=torch.float32, device=device)  # written, or no memory lies behind it
+    vector = torch.ones(ROW_VALUES, dtype=torch.float32, device=device)
+    best = float("inf")
+    for _ in range(ROUNDS):
+        for matrix_vector in (False, True):
+            _wait(device)
+            start = time.perf_counter()
+            _ = buffer @ vector if matrix_vector else buffer.sum()
+            _wait(device)
+            best = min(best, time.perf_counter() - start)
+    return buffer.nbytes / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _buffer_bytes(device: torch.device) -> int:
+    """Twice the last-level cache, at least 512 MiB, at most a quarter of the free memory."""
+    if device.type == "cuda":
+        wanted, free = 4 * MIN_BUFFER_BYTES, torch.cuda.mem_get_info(device)[0]
+    else:
+        wanted, free = max(MIN_BUFFER_BYTES, 2 * last_level_cache_bytes()), psutil.virtual_memory().available
+    return min(wanted, free // 4)
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest CPU cache; 0 where the system does not say."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
+
+
+def weight_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of weights that one decode step reads at batch 1.
+
+    Every weight once, a tied head included; of the tables that are only looked up (positions, and the
+    embedding where the head is untied) one row.
+    """
+    looked_up = {"positions.weight"} if spec.tied_head else {"positions.weight", "embed.weight"}
+    values = sum(
+        parameter.shape[1] if name in looked_up else parameter.numel
+        for name, parameter in model_parameters(spec).items()
+    )
+    return values * dtype.itemsize
+
+
+def kv_bytes_read(spec: ModelSpec, dtype: torch.dtype, context: int) -> int:
+    """Bytes of K and V that one decode step reads with `context` tokens in the cache; windows bound it."""
+    values = 0
+    for layer in spec.layers:
+        mixer = layer.mixer
+        seen = context if mixer.window is None else min(context, mixer.window)
+        values += 2 * seen * mixer.num_kv_heads * mixer.head_dim
+    return values * dtype.itemsize
+
+
+def decode_limit(model: ModelSpec | Loaded, dtype: torch.dtype, bandwidth: float, context: int = 0) -> float:
+    """Tokens per second that decoding at batch 1 cannot exceed: bandwidth over the bytes that a token needs.
+
+    dtype: of weights and KV cache; bandwidth: bytes per second; context: tokens already in the cache.
+    """
+    spec = model if isinstance(model, ModelSpec) else model.spec
+    return bandwidth / (weight_bytes_per_token(spec, dtype) + kv_bytes_read(spec, dtype, context))
+
+
+# What there is ---------------------------------------------------------------------------------
+
+
+def describe() -> dict[str, Any]:
+    """What a benchmark or a bug report has to state; every value is plain JSON, sizes are in bytes.
+
+    cpu: name, cores (of the machine), usable_cores (affinity and cgroup quota), threads (torch's),
+    last_level_cache; memory: total, available, limit (cgroup, or None); gpus: name, memory,
+    capability, driver of each; versions: of Python and packages, None where one is not installed.
+    """
+    memory = psutil.virtual_memory()
+    return {
+        "os": platform.platform(),
+        "cpu": {
+            "name": cpu_name(),
+            "cores": os.cpu_count(),
+            "usable_cores": usable_cores(),
+            "threads": torch.get_num_threads(),
+            "last_level_cache": last_level_cache_bytes(),
+        },
+        "memory": {"total": memory.total, "available": memory.available, "limit": memory_limit()},
+        "gpus": gpus(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of handloom, Python and the packages that generation depends on."""
+    from handloom import __version__
+
+    found: dict[str, str | None] = {"handloom": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    found["cuda"] = torch.version.cuda
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def usable_cores() -> float:
+    """Cores this process may use: its affinity, less if a cgroup's quota is less (which may be a fraction)."""
+    cores = float(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+    quota = _cgroup("cpu.max").split()
+    if len(quota) == 2 and quota[0] != "max":
+        cores = min(cores, int(quota[0]) / int(quota[1]))
+    return cores
+
+
+def memory_limit() -> int | None:
+    """The cgroup's memory limit in bytes, or None."""
+    limit = _cgroup("memory.max").strip()
+    return int(limit) if limit.isdecimal() else None
+
+
+def _cgroup(name: str) -> str:
+    """A control file (version 2) of this process's cgroup, as seen in a container; empty where there is none."""
+    file = Path("/sys/fs/cgroup") / name
+    return file.read_text() if file.is_file() else ""
+
+
+def gpus() -> list[dict[str, Any]]:
+    """The CUDA devices that torch sees."""
+    if not torch.cuda.is_available():
+        return []
+    version = Path("/proc/driver/nvidia/version")
+    driver = re.search(r"\b\d+\.\d+(\.\d+)?\b", version.read_text()) if version.exists() else None
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": properties.name,
+                "memory": properties.total_memory,
+                "capability": f"{properties.major}.{properties.minor}",
+                "driver": driver[0] if driver else None,
+            }
+        )
+    return found
