@@ -51,6 +51,7 @@ class SampleDecoder:
                 skip_special_tokens=params.skip_special_tokens,
                 stop_strings=params.stop_strings,
                 include_stop_text=params.include_stop_text,
+                prompt_ids=sequence.token_ids[sequence.num_embeddings :],
             )
         # the last prompt token has to run, or there are no logits to choose from
         sequence.forget(min(sequence.num_computed, self.prompt_length - 1))

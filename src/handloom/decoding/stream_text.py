@@ -1,6 +1,7 @@
 """The text of one output as it grows, and where a stop string ends it.
 
 Stop strings are matched on the text with special tokens spelled out; the output's own text may skip them.
+As in transformers, a stop string may begin in the prompt, as long as it ends in the output.
 
 This module does not know sampling or requests.
 """
@@ -14,12 +15,21 @@ from handloom.text.detokenizer import Detokenizer
 from handloom.text.stop import StopMatcher
 from handloom.text.tokenizer import Tokenizer
 
+MAX_CHARACTER_TOKENS = 4
+"""Tokens that one character can be spread over: the bytes of its UTF-8."""
+
 
 class StreamText:
     """Turns token ids into pieces of text; `stopped_by` names the stop string once one has been met."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool, stop_strings: Sequence[str], include_stop_text: bool
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool,
+        stop_strings: Sequence[str],
+        include_stop_text: bool,
+        prompt_ids: Sequence[int] = (),
     ) -> None:
         self._shown = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._include = include_stop_text
@@ -27,8 +37,14 @@ class StreamText:
         self._spelled = Detokenizer(tokenizer, skip_special_tokens=False) if stop_strings else None
         self._pending = ""
         self._emitted = 0
+        # after each token: how much text there is, spelled out and shown
         self._ends: list[tuple[int, int]] = [(0, 0)]
         self.stopped_by: str | None = None
+        if self._matcher is not None and self._spelled is not None:
+            reach = MAX_CHARACTER_TOKENS * max(map(len, stop_strings))
+            before = self._spelled.push_many(prompt_ids[-reach:])
+            self._matcher.push(before)
+            self._ends = [(len(before), 0)]
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that is now certain."""
@@ -75,4 +91,4 @@ class StreamText:
         if at == len(self._ends):
             return self._ends[-1][1]
         spelled_start, shown_start = self._ends[at - 1]
-        return min(shown_start + spelled_at - spelled_start, self._ends[at][1])
+        return max(0, min(shown_start + spelled_at - spelled_start, self._ends[at][1]))
