@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,8 @@ from handloom.errors import HandloomError
 MAX_SEPARATORS = 4_000_000
 """Commas and colons we parse at most. A Python object per value is some 100 bytes, so this bounds the memory that a
 file of hostile JSON can ask for to a few hundred MB; the biggest real index needs 200,000."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def quote(value: object, limit: int = 120) -> str:
@@ -33,8 +36,8 @@ def parse_object(data: bytes, where: str, error: type[HandloomError]) -> dict[st
         error: the class to raise.
 
     Raises:
-        error: not UTF-8, not JSON, not an object, a key given twice, NaN or an infinite number, nested too
-            deeply, or more than `MAX_SEPARATORS` separators.
+        error: not UTF-8 (or an escaped lone surrogate), not JSON, not an object, a key given twice, NaN
+            or an infinite number, nested too deeply, or more than `MAX_SEPARATORS` separators.
     """
     separators = data.count(b",") + data.count(b":")
     if separators > MAX_SEPARATORS:
@@ -46,6 +49,8 @@ def parse_object(data: bytes, where: str, error: type[HandloomError]) -> dict[st
             parse_float=_finite,
             parse_constant=_refuse_constant,
         )
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone half of a pair is not text
     except RecursionError:
         raise error(f"{where}: nested too deeply") from None
     except ValueError as cause:

@@ -23,7 +23,7 @@ VARIABLE = "HANDLOOM_MODEL"
 PROBE_SECONDS = 2.5
 """How long the Hub may take to answer before the shipped model is taken instead."""
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _KINDS = "a folder, a .gguf file, a model on the Hub ('org/name' or 'org/name:file.gguf'), or a shipped one"
 
 
