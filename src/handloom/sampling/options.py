@@ -1,0 +1,242 @@
+"""Who said what: the options of a request from its three places, and the checks each value must pass.
+
+The places, the strongest first: the caller's options, a `generation_config` passed among them, the model's
+generation_config.json. Names are checked here: one that nobody knows, and one of transformers' that
+handloom does not have and that would have an effect, is an error wherever it stands.
+
+This module does not know what an option means.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import numbers
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+from handloom.errors import InvalidParam, UnsupportedOption
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+CALLER, PASSED, MODEL = "from the caller", "in the generation_config passed", "in the model's generation_config.json"
+LARGEST_FACTOR = 1e30  # a score times or divided by a factor in [1e-30, 1e30] stays a float32
+
+# Options that transformers' GenerationConfig does not have.
+OURS = frozenset(
+    "include_stop_text seed rng logprobs prompt_logprobs logits_processor stopping_criteria skip_special_tokens".split()
+)
+# Any value is fine: nothing is padded, and an output always is a full object.
+BOOKKEEPING = frozenset(
+    "transformers_version _from_model_config _commit_hash pad_token_id bos_token_id return_dict_in_generate".split()
+)
+# These choose how transformers computes or speculates, never which tokens come out: in a file they ask nothing of us.
+NO_EFFECT_IN_A_FILE = frozenset(
+    "use_cache cache_implementation cache_config max_cache_len compile_config disable_compile prefill_chunk_size "
+    "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind "
+    "target_lookbehind max_matching_ngram_size".split()
+)
+# Values under which a field does nothing, where that is not None or False.
+INERT: dict[str, int | float | str] = {
+    "use_cache": True,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "length_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": 1.0,
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4,
+    "assistant_lookbehind": 10,
+    "target_lookbehind": 10,
+}
+
+
+@functools.cache
+def names_of_transformers() -> frozenset[str]:
+    """Every option that `generate` of the installed transformers takes, and what it hands on to the model."""
+    from transformers import GenerationConfig
+    from transformers.generation.utils import GenerationMixin
+
+    arguments = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
+    handed_on = "tokenizer assistant_tokenizer trust_remote_code input_ids inputs_embeds attention_mask position_ids"
+    return frozenset({*vars(GenerationConfig()), *arguments, *handed_on.split(), "past_key_values", "logits_to_keep"})
+
+
+class Options:
+    """The options of one request. `names`: the fields of GenerationConfig that handloom has."""
+
+    def __init__(self, options: Mapping[str, Any], model: Mapping[str, Any], names: frozenset[str]) -> None:
+        caller = {name: value for name, value in options.items() if not (name == "do_sample" and value is None)}
+        passed = _as_mapping(caller.pop("generation_config", None))
+        if (stop := caller.pop("stop", None)) is not None:
+            if caller.get("stop_strings") is not None:
+                raise InvalidParam("stop and stop_strings are two names of one option; give one of them")
+            caller["stop_strings"] = stop
+        self._layers = {
+            CALLER: caller,
+            PASSED: {name: value for name, value in passed.items() if value is not None},
+            MODEL: {name: value for name, value in model.items() if value is not None},
+        }
+        self._names = names - OURS
+        self._check_names()
+
+    def find(self, name: str) -> tuple[Any, str] | None:
+        """(value, where it was said), or None where nobody said anything."""
+        for source, layer in self._layers.items():
+            if name in layer:
+                return layer[name], source
+        return None
+
+    def by_caller(self, name: str) -> bool:
+        """Did the caller say it, as an option or in a config passed along?"""
+        found = self.find(name)
+        return found is not None and found[1] != MODEL
+
+    def read(self, name: str, check: Callable[[Any], T], *, default: D, off: D) -> T | D:
+        """The checked value; `default` where nobody said anything, `off` where the caller said None."""
+        found = self.find(name)
+        if found is None:
+            return default
+        value, source = found
+        if value is None:
+            return off
+        try:
+            return check(value)
+        except Expected as expected:
+            raise InvalidParam(f"{name}={show(value)} ({source}) must be {expected}") from None
+
+    def _check_names(self) -> None:
+        for source, layer in self._layers.items():
+            ours = self._names | BOOKKEEPING | (OURS if source == CALLER else NO_EFFECT_IN_A_FILE)
+            for name in layer.keys() - ours:
+                if name in OURS or name not in names_of_transformers():
+                    raise InvalidParam(self._unknown(name, source))
+                overruled = self.find(name) != (layer[name], source)
+                if not overruled and not _is_inert(name, layer[name]):
+                    raise UnsupportedOption(_unsupported(name, layer[name], source))
+
+    def _unknown(self, name: str, source: str) -> str:
+        if source != CALLER and name in OURS:
+            return f"{name} ({source}) is an option of handloom and not a field of GenerationConfig; pass it yourself"
+        known = sorted({*self._names, *OURS, "stop", "generation_config"} | names_of_transformers())
+        closest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+        hint = f"did you mean {closest[0]}?" if closest else "see GenerationParams for those there are"
+        return f"{show(name)} ({source}) is no generation option; {hint}"
+
+
+def _as_mapping(config: Any) -> Mapping[str, Any]:
+    """A `generation_config` option as a mapping. Raises InvalidParam for another kind of object."""
+    if config is None:
+        return {}
+    if isinstance(config, Mapping):
+        return config
+    from transformers import GenerationConfig
+
+    if not isinstance(config, GenerationConfig):
+        raise InvalidParam(f"generation_config must be a GenerationConfig or a mapping, not {type(config).__name__}")
+    return {name: value for name, value in vars(config).items() if not name.startswith("_")}
+
+
+def _is_inert(name: str, value: Any) -> bool:
+    if name not in INERT or value is None:
+        return value is None or value is False
+    inert = INERT[name]
+    return (
+        isinstance(value, int | float | str) and isinstance(value, bool) == isinstance(inert, bool) and value == inert
+    )
+
+
+def _unsupported(name: str, value: Any, source: str) -> str:
+    way_out = "leave it out" if source == CALLER else f"pass {name}={INERT.get(name)!r} to switch it off"
+    return f"{name}={show(value)} ({source}): transformers has this option, handloom does not; {way_out}"
+
+
+# Checks: the value in its type, or Expected ----------------------------------------------------------
+
+
+class Expected(Exception):
+    """The value is not what this says; `Options.read` makes an InvalidParam of it."""
+
+
+def is_integer(value: Any) -> bool:
+    """An integer of Python or numpy; True and False are not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def integer(low: int, high: int | None = None) -> Callable[[Any], int]:
+    """Integers in [low, high]."""
+
+    def check(value: Any) -> int:
+        if not is_integer(value) or value < low or (high is not None and value > high):
+            raise Expected(f"an integer >= {low}" if high is None else f"an integer from {low} to {high}")
+        return int(value)
+
+    return check
+
+
+def real(low: float, high: float, *, above: bool = False) -> Callable[[Any], float]:
+    """Numbers in [low, high], or with `above` in (low, high]."""
+
+    def check(value: Any) -> float:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high or (above and value == low):
+            raise Expected(f"a number {'above' if above else 'from'} {low:g} up to {high:g}")
+        return float(value)
+
+    return check
+
+
+def factor(value: Any) -> float:
+    """What a score may be multiplied with or divided by."""
+    return real(1 / LARGEST_FACTOR, LARGEST_FACTOR)(value)
+
+
+def zero_or_factor(value: Any) -> float:
+    """A temperature."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and value == 0:
+        return 0.0
+    try:
+        return factor(value)
+    except Expected as expected:
+        raise Expected(f"0, which means greedy, or {expected}") from None
+
+
+def flag(value: Any) -> bool:
+    """True or False, and nothing that merely passes for it."""
+    if not isinstance(value, bool):
+        raise Expected("True or False")
+    return value
+
+
+def random_source(value: Any) -> Literal["counter", "torch"]:
+    """The name of a random number generator."""
+    if value == "counter":
+        return "counter"
+    if value == "torch":
+        return "torch"
+    raise Expected("'counter' or 'torch'")
+
+
+def callables(value: Any) -> tuple[Callable[..., Any], ...]:
+    """A list or tuple of callables; transformers' LogitsProcessorList is one."""
+    if not isinstance(value, list | tuple) or not all(callable(item) for item in value):
+        raise Expected("a list of callables")
+    return tuple(value)
+
+
+def show(value: Any) -> str:
+    """A short repr of anything; Python refuses to print very long integers."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return reprlib.repr(value)
