@@ -38,37 +38,40 @@ class PagePool:
             k_pages, v_pages = self.storages[shape][seen[shape]]
             self.layers.append((k_pages, v_pages))
             seen[shape] += 1
-        self._references = [0] * num_pages
-        self._free = list(range(num_pages))
+        self._references: list[int] = []  # of the pages handed out so far, which are the lowest ones
+        self._free: list[int] = []  # a heap of those that came back
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._free) + self.num_pages - len(self._references)
 
     def references(self, page: int) -> int:
         """How many page tables hold this page."""
-        return self._references[page]
+        return self._references[page] if page < len(self._references) else 0
 
     def allocate(self) -> int:
         """A page with one reference. Raises OutOfPages."""
-        if not self._free:
+        if self._free:
+            page = heapq.heappop(self._free)
+            self._references[page] = 1
+            return page
+        if len(self._references) == self.num_pages:
             raise OutOfPages(
                 f"all {self.num_pages} pages of {self.page_size} tokens are in use; "
                 "free sequences, or load the model with a larger kv_cache_tokens"
             )
-        page = heapq.heappop(self._free)
-        self._references[page] = 1
-        return page
+        self._references.append(1)
+        return len(self._references) - 1
 
     def share(self, page: int) -> None:
         """Add a reference to a page in use."""
-        if self._references[page] == 0:
+        if self.references(page) == 0:
             raise ValueError(f"page {page} is free and cannot be shared")
         self._references[page] += 1
 
     def release(self, page: int) -> None:
         """Drop a reference; the last one frees the page."""
-        if self._references[page] == 0:
+        if self.references(page) == 0:
             raise ValueError(f"page {page} is already free")
         self._references[page] -= 1
         if self._references[page] == 0:

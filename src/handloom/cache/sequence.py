@@ -48,11 +48,14 @@ class Sequence:
         self.token_ids.append(token_id)
 
     def pages_missing(self, num_tokens: int) -> int:
-        """Free pages needed before the sequence can hold num_tokens tokens and write the pending ones."""
-        page_size = self.pool.page_size
-        writable = self.page_table[self.num_computed // page_size :]
-        shared = sum(self.pool.references(page) > 1 for page in writable)
-        return max(0, -(-num_tokens // page_size) - len(self.page_table)) + shared
+        """Free pages needed before the sequence can hold num_tokens tokens and write those not computed yet."""
+        wanted = -(-num_tokens // self.pool.page_size)
+        return max(0, wanted - len(self.page_table)) + len(self._shared(wanted))
+
+    def _shared(self, end: int) -> list[int]:
+        """Indices below `end` in the page table of the pages to write to that another sequence holds too."""
+        first, end = self.num_computed // self.pool.page_size, min(end, len(self.page_table))
+        return [index for index in range(first, end) if self.pool.references(self.page_table[index]) > 1]
 
     def grow(self, num_tokens: int) -> None:
         """Own pages for num_tokens tokens, writable from num_computed on. Raises OutOfPages, changing nothing."""
@@ -64,12 +67,10 @@ class Sequence:
                 "kv_cache_tokens"
             )
         page_size = self.pool.page_size
-        for index in range(self.num_computed // page_size, len(self.page_table)):
+        for index in self._shared(-(-num_tokens // page_size)):
             page = self.page_table[index]
-            if self.pool.references(page) > 1:
-                kept = max(0, self.num_computed - index * page_size)
-                self.page_table[index] = self.pool.copy(page, kept)
-                self.pool.release(page)
+            self.page_table[index] = self.pool.copy(page, max(0, self.num_computed - index * page_size))
+            self.pool.release(page)
         while len(self.page_table) * page_size < num_tokens:
             self.page_table.append(self.pool.allocate())
 
@@ -98,10 +99,10 @@ class Sequence:
             self.pool.release(self.page_table.pop())
 
     def fork(self) -> Sequence:
-        """A copy that shares every page; K and V are copied only when one of the two writes to a shared page."""
+        """A copy that shares every computed page; K and V are copied only when one of the two writes to such a page."""
         child = Sequence(self.pool, self.token_ids[self.num_embeddings :], self.embeddings)
         child.num_computed = self.num_computed
-        child.page_table = list(self.page_table)
+        child.page_table = self.page_table[: -(-self.num_computed // self.pool.page_size)]
         for page in child.page_table:
             self.pool.share(page)
         return child
