@@ -8,7 +8,9 @@ This module does not know what a weight means to a model, or where the file came
 
 from __future__ import annotations
 
+import io
 import os
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ from handloom.checkpoint.gguf_config import build_config, build_generation_confi
 from handloom.checkpoint.gguf_dequant import CHUNK_ELEMENTS, FLOATS, SUPPORTED, dequantize
 from handloom.checkpoint.gguf_names import Weight, find_weights
 from handloom.checkpoint.gguf_reader import Header, RawTensor, read_header
+from handloom.checkpoint.json_object import quote
 from handloom.checkpoint.types import TensorInfo
 from handloom.errors import CheckpointError
 from handloom.text import gguf_tokenizer
@@ -31,20 +34,16 @@ from handloom.text.tokenizer import Tokenizer
 class GGUFCheckpoint:
     """An open GGUF file; implements `handloom.checkpoint.Checkpoint`. `metadata` has the file's own, as read."""
 
-    def __init__(self, path: Path, name: str, header: Header) -> None:
-        """For `open`: the header must be that of the file at `path`."""
+    def __init__(self, path: Path, name: str, file: io.FileIO, header: Header) -> None:
+        """For `open`; takes over the open file."""
         self.path, self.name, self.origin = path, name, ""
+        self._file = file
         self.metadata: Mapping[str, Any] = MappingProxyType(header.metadata)
         _check_readable(header, path)
-        self._file = path.open("rb", buffering=0)
-        try:
-            self.config = build_config(header.metadata, header.tensors, self._rope_factors(header), str(path))
-            architecture = header.metadata["general.architecture"]
-            self._weights = find_weights(architecture, header.tensors, self.config, str(path))
-        except BaseException:
-            self._file.close()
-            raise
+        self.config = build_config(header.metadata, header.tensors, self._rope_factors(header), str(path))
         self.generation_config = build_generation_config(header.metadata, self.config)
+        architecture = header.metadata["general.architecture"]
+        self._weights = find_weights(architecture, header.tensors, self.config, str(path))
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {w.name: TensorInfo(w.name, w.shape, w.raw.storage.name, w.raw.nbytes) for w in self._weights.values()}
         )
@@ -55,17 +54,22 @@ class GGUFCheckpoint:
         """Open a GGUF file; reads its header only.
 
         Raises:
-            CheckpointError: the file is damaged, sharded, or has tensors of a type that cannot be read.
+            CheckpointError: no regular file, a damaged or sharded one, or tensors of a type that cannot be read.
             UnsupportedModel, ConfigError: its architecture or metadata is not one we understand.
         """
-        return cls(path, name, read_header(path))
+        file = _open(path)
+        try:
+            return cls(path, name, file, read_header(file, os.fstat(file.fileno()).st_size, path))
+        except BaseException:
+            file.close()
+            raise
 
     def read_into(self, name: str, out: torch.Tensor, *, transpose: bool = False) -> None:
         """As `Checkpoint.read_into` says. Takes a chunk of temporary memory: 2 MiB, or two rows if they are longer."""
         weight = self._weights.get(name)
         if weight is None:
-            raise CheckpointError(f"{self.path}: has no weight {name!r}")
-        rows = self._rows_of(weight, out, transpose)
+            raise CheckpointError(f"{self.path}: has no weight {quote(name)}")
+        rows = self._rows_of(weight, out.detach(), transpose)
         row_bytes = weight.raw.nbytes // len(rows)
         step = min(max(1, CHUNK_ELEMENTS // rows.shape[1]), len(rows))
         raw = memoryview(bytearray(step * row_bytes))
@@ -100,12 +104,12 @@ class GGUFCheckpoint:
     def _rows_of(self, weight: Weight, out: torch.Tensor, transpose: bool) -> torch.Tensor:
         """`out` as a matrix whose rows are the file's (for llama's q and k: in another order)."""
         if transpose and len(weight.shape) != 2:
-            raise CheckpointError(f"{self.path}: {weight.name!r} of shape {weight.shape} cannot be transposed")
+            raise CheckpointError(f"{self.path}: {quote(weight.name)} of shape {weight.shape} cannot be transposed")
         shape = weight.shape[::-1] if transpose else weight.shape
         if tuple(out.shape) != shape or not out.is_floating_point():
             raise CheckpointError(
-                f"{self.path}: {weight.name!r} has shape {shape}{' transposed' if transpose else ''}; asked to read it "
-                f"into {tuple(out.shape)} of {out.dtype}"
+                f"{self.path}: {quote(weight.name)} has shape {shape}{' transposed' if transpose else ''}; asked to "
+                f"read it into {tuple(out.shape)} of {out.dtype}"
             )
         if len(shape) == 1:
             return out.unsqueeze(1)
@@ -114,12 +118,12 @@ class GGUFCheckpoint:
     def _read(self, buffer: memoryview, raw: RawTensor, offset: int) -> None:
         """Fill `buffer` from the tensor's bytes. Positioned reads: threads do not disturb one another."""
         if self._file.closed:
-            raise CheckpointError(f"{self.path}: read of tensor {raw.name!r} after the checkpoint was closed")
+            raise CheckpointError(f"{self.path}: read of tensor {quote(raw.name)} after the checkpoint was closed")
         done = 0
         while done < len(buffer):
             count = os.preadv(self._file.fileno(), [buffer[done:]], raw.start + offset + done)
             if not count:
-                raise CheckpointError(f"{self.path}: tensor {raw.name!r} is cut short; did the file change?")
+                raise CheckpointError(f"{self.path}: tensor {quote(raw.name)} is cut short; did the file change?")
             done += count
 
     def _rope_factors(self, header: Header) -> list[float] | None:
@@ -127,23 +131,35 @@ class GGUFCheckpoint:
         if raw is None:
             return None
         if raw.storage is not gguf.GGMLQuantizationType.F32 or len(raw.shape) != 1 or raw.shape[0] > CHUNK_ELEMENTS:
-            raise CheckpointError(f"{self.path}: tensor {raw.name!r} must be a short vector in F32")
+            raise CheckpointError(f"{self.path}: tensor {quote(raw.name)} must be a short vector in F32")
         factors, buffer = torch.empty(raw.shape), memoryview(bytearray(raw.nbytes))
         self._read(buffer, raw, 0)
         dequantize(raw.storage, buffer, factors)
         return factors.tolist()
 
 
+def _open(path: Path) -> io.FileIO:
+    """Open a regular file for reading; never waits on a pipe."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        return path.open("rb", buffering=0)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the file is missing") from None
+
+
 def _check_readable(header: Header, path: Path) -> None:
     shards = header.metadata.get("split.count", 0)
     if type(shards) is not int or shards > 1:
         raise CheckpointError(
-            f"{path}: is one of {shards!r:.40} shards (split.count); merge them with `llama-gguf-split --merge`"
+            f"{path}: is one of {quote(shards)} shards (split.count); merge them with `llama-gguf-split --merge`"
         )
     for raw in header.tensors.values():
         if raw.storage not in SUPPORTED:
             known = ", ".join(storage.name for storage in sorted(SUPPORTED))
-            raise CheckpointError(f"{path}: tensor {raw.name!r} is stored as {raw.storage.name}; supported are {known}")
+            raise CheckpointError(
+                f"{path}: tensor {quote(raw.name)} is stored as {raw.storage.name}; supported are {known}"
+            )
 
 
 def _main_dtype(header: Header) -> torch.dtype:

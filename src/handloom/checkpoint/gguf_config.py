@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from handloom.checkpoint.gguf_reader import RawTensor
+from handloom.checkpoint.json_object import quote
 from handloom.errors import ConfigError, UnsupportedModel
 
 ARCHITECTURES = ("gemma3", "gpt2", "llama")
@@ -60,7 +61,7 @@ def build_config(
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"{where}: general.architecture is {architecture!r}; supported are {', '.join(ARCHITECTURES)}"
+            f"{where}: general.architecture is {quote(architecture)}; supported are {', '.join(ARCHITECTURES)}"
         )
     keys = _Keys(metadata, architecture, where)
     if rope_factors is not None and architecture != "llama":
@@ -115,12 +116,12 @@ class _Keys:
         return value
 
     def error(self, key: str, value: Any, expected: str) -> ConfigError:
-        said = "missing" if value is None else f"{value!r:.80}"
-        return ConfigError(f"{self.where}: metadata key {self.prefix + key!r} is {said}; expected {expected}")
+        said = "missing" if value is None else quote(value)
+        return ConfigError(f"{self.where}: metadata key {quote(self.prefix + key)} is {said}; expected {expected}")
 
     def unsupported(self, key: str, value: Any, supported: str) -> UnsupportedModel:
         return UnsupportedModel(
-            f"{self.where}: metadata key {self.prefix + key!r} is {value!r:.80}; supported: {supported}"
+            f"{self.where}: metadata key {quote(self.prefix + key)} is {quote(value)}; supported: {supported}"
         )
 
     def finish(self) -> None:
@@ -306,7 +307,7 @@ def _token_ids(keys: _Keys) -> dict[str, int]:
         if key in keys.metadata:
             if type(keys.metadata[key]) is not int:
                 raise ConfigError(
-                    f"{keys.where}: metadata key {key!r} is {keys.metadata[key]!r:.80}; expected an integer"
+                    f"{keys.where}: metadata key {quote(key)} is {quote(keys.metadata[key])}; expected an integer"
                 )
             ids[name] = keys.metadata[key]
     return ids

@@ -18,6 +18,7 @@ from typing import Any
 import gguf
 
 from handloom.checkpoint.gguf_reader import RawTensor
+from handloom.checkpoint.json_object import quote
 from handloom.errors import CheckpointError
 
 
@@ -130,7 +131,7 @@ def find_weights(
             continue
         weight = _find(naming, raw, config)
         if weight is None:
-            raise CheckpointError(f"{where}: tensor {raw.name!r} is not one that a {architecture} model has")
+            raise CheckpointError(f"{where}: tensor {quote(raw.name)} is not one that a {architecture} model has")
         _check_shape(weight, where)
         weights[weight.name] = weight
     return weights
@@ -161,11 +162,11 @@ def _check_shape(weight: Weight, where: str) -> None:
     vector = len(raw.shape) == 1
     if len(raw.shape) > 2 or (vector and gguf.GGML_QUANT_SIZES[raw.storage][0] != 1) or (vector and weight.transposed):
         raise CheckpointError(
-            f"{where}: tensor {raw.name!r} has shape {raw.shape} in {raw.storage.name}; expected a matrix, or a vector "
-            "that is not quantised"
+            f"{where}: tensor {quote(raw.name)} has shape {raw.shape} in {raw.storage.name}; expected a matrix, or a "
+            "vector that is not quantised"
         )
     if weight.rotary_heads and raw.shape[0] % (2 * weight.rotary_heads):
         raise CheckpointError(
-            f"{where}: tensor {raw.name!r} has {raw.shape[0]} rows, which do not make {weight.rotary_heads} heads "
+            f"{where}: tensor {quote(raw.name)} has {raw.shape[0]} rows, which do not make {weight.rotary_heads} heads "
             "of even width"
         )
