@@ -204,7 +204,7 @@ def factor(value: Any) -> float:
 
 def zero_or_factor(value: Any) -> float:
     """A temperature."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and value == 0:
+    if not isinstance(value, bool) and isinstance(value, numbers.Real) and value == 0:
         return 0.0
     try:
         return factor(value)
@@ -236,7 +236,8 @@ def callables(value: Any) -> tuple[Callable[..., Any], ...]:
 
 
 def show(value: Any) -> str:
-    """A short repr of anything; Python refuses to print very long integers."""
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
-    return reprlib.repr(value)
+    """A short repr of anything."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4300 digits
+        return f"a very long {type(value).__name__}"

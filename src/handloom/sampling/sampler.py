@@ -1,14 +1,34 @@
-"""From logits to chosen tokens, for all rows of a step at once."""
+"""From logits to chosen tokens, for all rows of a step at once.
+
+The order of the rules is that of transformers' `generate`: repetition penalty, minimum lengths, the caller's
+processors, and for sampled rows temperature, top_k, top_p, min_p. A caller's processor of the very class that
+transformers uses for one of the first three takes that one's place.
+
+Whatever goes wrong goes wrong for one row: logits that are not a number, nothing left to choose, a processor that
+raises. Log-probabilities are those of the model itself, before any rule (as vLLM and OpenAI report them); what
+the rules made of them is `scores`.
+
+This module does not know sequences, pages, text, or what a chosen token leads to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import reprlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from handloom.errors import HandloomError
-from handloom.sampling.params import GenerationParams
+from handloom.errors import HandloomError, NonFiniteLogits, RequestFailed
+from handloom.sampling import processors, rng
+from handloom.sampling.params import GenerationParams, LogitsProcessor
+
+T = TypeVar("T")
+
+LOGPROB_BLOCK = 2**23  # logits turned into log-probabilities at a time
 
 
 @dataclass(slots=True)
@@ -27,18 +47,206 @@ class Choice:
     token_ids: list[int]  # -1 where the row has an error
     logprobs: list[float | None]  # log-softmax of the raw logits at the chosen token, where asked for
     top_logprobs: list[list[tuple[int, float]] | None]  # the n most likely (token id, logprob), most likely first
-    scores: list[torch.Tensor | None]  # processed scores [V] float32, where output_scores
-    logits: list[torch.Tensor | None]  # raw logits [V] float32, where output_logits
+    scores: list[Tensor | None]  # processed scores [V] float32, where output_scores
+    logits: list[Tensor | None]  # raw logits [V] float32, where output_logits
     errors: list[HandloomError | None]  # that row's own failure
 
 
-def choose(logits: torch.Tensor, rows: Sequence[Row]) -> Choice:
-    """Choose one token per row of `logits` [R, V] (any float dtype)."""
-    raise NotImplementedError
+def choose(logits: Tensor, rows: Sequence[Row]) -> Choice:
+    """Choose one token per row of `logits` [R, V] (any float dtype; left as it is).
+
+    Greedy rows take the highest score, the lowest id among equals. Sampled rows draw by
+    (seed, number of tokens in the sequence); with rng="torch", by torch.multinomial on the global generator, in
+    row order. Rows with NaN or +inf logits, without a finite score, or with a failing processor get an error.
+    """
+    best, ids = logits.max(dim=-1)  # one pass finds both the greedy tokens and every NaN and +inf
+    nothing: list[None] = [None] * len(rows)
+    choice = Choice(ids.tolist(), [*nothing], [*nothing], [*nothing], [*nothing], [*nothing])
+    for row in (~best.isfinite()).nonzero().flatten().tolist():
+        _fail(choice, row, _not_finite("the model's logits", float(best[row]), rows[row]))
+    shaped = [row for row, error in enumerate(choice.errors) if error is None and _has_rules(rows[row].params)]
+    if shaped:
+        _choose_shaped(logits, rows, shaped, choice)
+    _report(logits, rows, choice)
+    return choice
 
 
 def token_logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, top_n: int = 0
+    logits: Tensor, token_ids: Tensor, top_n: int = 0
 ) -> tuple[list[float], list[list[tuple[int, float]]]]:
-    """Log-probabilities of `token_ids` [N] under `logits` [N, V], and the `top_n` most likely of each row."""
-    raise NotImplementedError
+    """Log-probabilities of tokens: `token_ids` int64 [N] under `logits` [N, V], any float dtype.
+
+    Returns ([N] logprobs, [N] lists of the `top_n` most likely (token id, logprob), most likely first and the
+    lowest id first among equals). Log-softmax in float32; rows with NaN or +inf logits give NaN.
+    """
+    chosen: list[float] = []
+    top: list[list[tuple[int, float]]] = []
+    block = max(1, LOGPROB_BLOCK // logits.shape[1])
+    for part, ids in zip(logits.split(block), token_ids.split(block), strict=True):
+        logprobs = part.to(torch.float32).log_softmax(dim=-1)
+        chosen += logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
+        best = logprobs.topk(min(top_n, logits.shape[1]))
+        pairs = (zip(i, v, strict=True) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        top += [sorted(row, key=lambda pair: (-pair[1], pair[0])) for row in pairs]
+    return chosen, top
+
+
+def _has_rules(params: GenerationParams) -> bool:
+    return (
+        params.do_sample
+        or params.repetition_penalty != 1.0
+        or params.min_length > 0
+        or params.min_new_tokens > 0
+        or bool(params.logits_processor)
+    )
+
+
+def _choose_shaped(logits: Tensor, rows: Sequence[Row], shaped: list[int], choice: Choice) -> None:
+    """Apply the rules to the rows named in `shaped` and choose their tokens, into `choice`."""
+    scores = _float32_copy(logits, shaped)
+    group = [rows[row] for row in shaped]
+    errors = _apply_rules(scores, group)
+    best, ids = (values.tolist() for values in scores.max(dim=-1))
+    for at, row in enumerate(group):
+        forced = best[at] == torch.inf and not row.params.do_sample  # +inf is a way to say: this token
+        if errors[at] is None and not forced and not math.isfinite(best[at]):
+            errors[at] = _not_finite("the processed scores", best[at], row)
+    for at, token_id in _draw(scores, group, errors).items():
+        ids[at] = token_id
+    for at, index in enumerate(shaped):
+        error = errors[at]
+        if error is not None:
+            _fail(choice, index, error)
+            continue
+        choice.token_ids[index] = ids[at]
+        if group[at].params.output_scores:
+            choice.scores[index] = scores[at].clone()
+
+
+def _draw(scores: Tensor, rows: Sequence[Row], errors: Sequence[HandloomError | None]) -> dict[int, int]:
+    """The token ids of the sampled rows, by index of the row."""
+    sampled = [at for at, row in enumerate(rows) if row.params.do_sample and errors[at] is None]
+    counted = [at for at in sampled if rows[at].params.rng == "counter"]
+    drawn: dict[int, int] = {}
+    if counted:
+        part = scores if len(counted) == len(rows) else scores[counted]
+        seeds = [rows[at].params.seed for at in counted]
+        positions = [len(rows[at].token_ids) for at in counted]
+        drawn.update(zip(counted, rng.sample(part, seeds, positions), strict=True))
+    for at in sampled:
+        if at not in drawn:
+            drawn[at] = int(torch.multinomial(scores[at : at + 1].softmax(dim=-1), num_samples=1))
+    return drawn
+
+
+def _report(logits: Tensor, rows: Sequence[Row], choice: Choice) -> None:
+    """Log-probabilities, raw logits, and the scores that no rule touched, where asked for, into `choice`."""
+    well = [row for row, error in enumerate(choice.errors) if error is None]
+    for row in well:
+        if rows[row].params.output_logits:
+            choice.logits[row] = logits[row].to(torch.float32, copy=True)
+        if rows[row].params.output_scores and choice.scores[row] is None:
+            choice.scores[row] = logits[row].to(torch.float32, copy=True)
+    counts = {row: count for row in well if (count := rows[row].params.logprobs) is not None}
+    if not counts:
+        return
+    asked = list(counts)
+    chosen = torch.tensor([choice.token_ids[row] for row in asked], device=logits.device)
+    logprobs, top = token_logprobs(logits[asked], chosen, max(counts.values()))
+    for at, row in enumerate(asked):
+        choice.logprobs[row], choice.top_logprobs[row] = logprobs[at], top[at][: counts[row]]
+
+
+def _float32_copy(logits: Tensor, rows: list[int]) -> Tensor:
+    if len(rows) == logits.shape[0]:
+        return logits.to(torch.float32, copy=True)
+    return logits[rows].to(torch.float32)
+
+
+def _fail(choice: Choice, row: int, error: HandloomError) -> None:
+    choice.errors[row], choice.token_ids[row] = error, -1
+
+
+def _not_finite(what: str, best: float, row: Row) -> NonFiniteLogits:
+    found = {torch.inf: "contain +inf", -torch.inf: "are all -inf: nothing is left to choose"}.get(best, "contain NaN")
+    way_out = "check the weights and the dtype" if what == "the model's logits" else "check the logits processors"
+    return NonFiniteLogits(f"{what} for the token at position {len(row.token_ids)} {found}; {way_out}")
+
+
+# The rules, in order --------------------------------------------------------------------------------
+
+# A processor of the caller's that is of one of these very classes of transformers stands in for our rule.
+_PENALTY = "RepetitionPenaltyLogitsProcessor"
+_TOTAL = "MinLengthLogitsProcessor"
+_NEW = "MinNewTokensLengthLogitsProcessor"
+
+
+def _apply_rules(scores: Tensor, rows: Sequence[Row]) -> list[HandloomError | None]:
+    """Every rule of every row, into `scores` [R, V] float32; returns what went wrong in the callers' processors."""
+    errors: list[HandloomError | None] = [None] * len(rows)
+    params, lengths = [row.params for row in rows], [len(row.token_ids) for row in rows]
+    new_lengths = [length - row.prompt_length for length, row in zip(lengths, rows, strict=True)]
+    eos = [each.eos_token_id for each in params]
+    stand_ins, own = zip(*(_place(each) for each in params), strict=True)
+
+    def call(chosen: Iterable[LogitsProcessor | None], at: int) -> None:
+        for processor in chosen:
+            if processor is not None and errors[at] is None:
+                errors[at] = _call(processor, rows[at], scores[at : at + 1])
+
+    def ours(rule: str, values: Iterable[T], off: T) -> list[T]:
+        return [off if rule in theirs else value for theirs, value in zip(stand_ins, values, strict=True)]
+
+    penalties = ours(_PENALTY, (each.repetition_penalty for each in params), 1.0)
+    processors.repetition_penalty(scores, penalties, [row.token_ids for row in rows])
+    for at, theirs in enumerate(stand_ins):
+        call([theirs.get(_PENALTY)], at)
+    processors.min_length(scores, ours(_TOTAL, (each.min_length for each in params), 0), lengths, eos)
+    processors.min_new_tokens(scores, ours(_NEW, (each.min_new_tokens for each in params), 0), new_lengths, eos)
+    for at, theirs in enumerate(stand_ins):
+        call([theirs.get(_TOTAL), theirs.get(_NEW), *own[at]], at)
+
+    processors.temperature(scores, [each.temperature if each.do_sample else 1.0 for each in params])
+    processors.top_k(scores, [each.top_k if each.do_sample else 0 for each in params])
+    processors.top_p(scores, [each.top_p if each.do_sample else 1.0 for each in params])
+    processors.min_p(scores, [each.min_p if each.do_sample else None for each in params])
+    return errors
+
+
+def _place(params: GenerationParams) -> tuple[dict[str, LogitsProcessor], list[LogitsProcessor]]:
+    """The caller's processors: those that stand in for a rule that is on, and the others, each once, in order."""
+    on = {
+        _PENALTY: params.repetition_penalty != 1.0,
+        _TOTAL: params.min_length > 0 and bool(params.eos_token_id),
+        _NEW: params.min_new_tokens > 0 and bool(params.eos_token_id),
+    }
+    stand_ins: dict[str, LogitsProcessor] = {}
+    others: list[LogitsProcessor] = []
+    for processor in params.logits_processor:
+        kind = type(processor)
+        if kind.__module__ == "transformers.generation.logits_process" and on.get(kind.__name__, False):
+            on[kind.__name__] = False
+            stand_ins[kind.__name__] = processor
+        elif processor not in others:
+            others.append(processor)
+    return stand_ins, [each for each in others if each not in stand_ins.values()]
+
+
+def _call(processor: LogitsProcessor, row: Row, scores: Tensor) -> RequestFailed | None:
+    """Run a processor of the caller's on `scores` [1, V], in place; returns what it did wrong."""
+    input_ids = torch.tensor([row.token_ids], dtype=torch.int64, device=scores.device)
+    name = f"the logits processor {reprlib.repr(processor)}"
+    try:
+        result: object = processor(input_ids, scores.clone())
+    except Exception as cause:
+        error = RequestFailed(f"{name} raised {cause!r}")
+        error.__cause__ = cause
+        return error
+    if not isinstance(result, Tensor):
+        return RequestFailed(f"{name} must return a tensor of scores, not {type(result).__name__}")
+    if (result.shape, result.dtype, result.device) != (scores.shape, scores.dtype, scores.device):
+        found = f"{list(result.shape)} {result.dtype} on {result.device}"
+        wanted = f"{list(scores.shape)} {scores.dtype} on {scores.device}"
+        return RequestFailed(f"{name} must return scores {wanted}, and returned {found}")
+    scores.copy_(result)
+    return None
