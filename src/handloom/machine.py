@@ -8,6 +8,7 @@ This module does not know how a model is loaded or run, or how any of this is sh
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -24,7 +25,8 @@ from handloom.model.spec import ModelSpec, model_parameters
 
 MIN_BUFFER_BYTES = 512 << 20
 ROW_VALUES = 4096
-ROUNDS = 3
+READ_SECONDS = 0.4
+CPU_SLICES = 16
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "huggingface_hub", "safetensors", "gguf", "numpy")
 
 
@@ -41,8 +43,9 @@ class Loaded(Protocol):
 def read_bandwidth(threads: int | None = None, device: str | torch.device = "cpu") -> float:
     """Bytes per second that `device` reads from its memory, measured now, in about half a second.
 
-    The best of several passes, of two kinds (a sum, a matrix-vector product), over a buffer at least
-    twice the last-level cache. threads: on a CPU, how many read at once; None for what torch is set to.
+    The best of many short reads, of two kinds (a sum, a matrix-vector product), going round a buffer of at
+    least twice the last-level cache: short ones, because on a busy machine they still find free moments.
+    threads: on a CPU, how many read at once; None for what torch is set to.
     """
     where, before = torch.device(device), torch.get_num_threads()
     if threads is not None:
@@ -57,15 +60,23 @@ def _read_bandwidth(device: torch.device) -> float:
     rows = _buffer_bytes(device) // (4 * ROW_VALUES)
     buffer = torch.ones(rows, ROW_VALUES, dtype=torch.float32, device=device)  # written, or no memory lies behind it
     vector = torch.ones(ROW_VALUES, dtype=torch.float32, device=device)
-    best = float("inf")
-    for _ in range(ROUNDS):
-        for matrix_vector in (False, True):
+    slices = buffer.chunk(CPU_SLICES if device.type == "cpu" else 1)
+    best, deadline = 0.0, time.perf_counter() + READ_SECONDS
+    for matrix_vector in itertools.cycle((False, True)):
+        for part in slices:
             _wait(device)
             start = time.perf_counter()
-            _ = buffer @ vector if matrix_vector else buffer.sum()
+            _ = part @ vector if matrix_vector else part.sum()
             _wait(device)
-            best = min(best, time.perf_counter() - start)
-    return buffer.nbytes / best
+            best = max(best, part.nbytes / (time.perf_counter() - start))
+        if matrix_vector and time.perf_counter() > deadline:
+            break
+    return best
+
+
+def is_busy() -> bool:
+    """Whether others want the cores too (load average of the last minute), so that what is measured now is too low."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > usable_cores() + 0.5
 
 
 def _wait(device: torch.device) -> None:

@@ -1,0 +1,175 @@
+"""`handloom chat`: a conversation in the terminal.
+
+Standard input may be a pipe: then every line is a message, and neither prompts nor notes are decorated.
+
+This module does not know chat templates or the KV cache.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from handloom.cli import common
+from handloom.errors import HandloomError
+
+if TYPE_CHECKING:
+    from handloom.conversation import Conversation
+
+NEW_TOKENS = 1024
+PROMPT = "› "
+HELP = """\
+/system TEXT  set the system message (without TEXT: show it)
+/reset        forget the conversation
+/help         this
+/exit         leave; so does Ctrl-D
+Ctrl-C stops an answer. A line that ends with \\ goes on in the next one."""
+
+
+def chat(
+    model: common.ModelOption = None,
+    system: Annotated[str | None, typer.Option(help="System message. Default: the chat template's own.")] = None,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-new-tokens", "-n", help="At most so many in an answer; fewer where the context ends.", min=1
+        ),
+    ] = NEW_TOKENS,
+    quiet: common.Quiet = False,
+    temperature: common.Temperature = None,
+    top_k: common.TopK = None,
+    top_p: common.TopP = None,
+    min_p: common.MinP = None,
+    repetition_penalty: common.RepetitionPenalty = None,
+    seed: common.Seed = None,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "auto",
+    backend: common.BackendName = "auto",
+    max_context: common.MaxContext = None,
+    revision: common.Revision = None,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands."""
+    options = common.given(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    wanted = common.ModelOptions(
+        model=model, device=device, dtype=dtype, backend=backend, max_context=max_context, revision=revision
+    )
+    lm = common.load_model(wanted, quiet=quiet)
+    from handloom.conversation import Conversation
+
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        common.say("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.", quiet)
+    with Conversation(lm, system) as conversation:
+        for line in _read_terminal() if terminal else _read_pipe():
+            if line.startswith("/"):
+                if not _command(conversation, line):
+                    break
+            elif line.strip():
+                _answer(conversation, line, options, quiet or not terminal)
+
+
+# Input -----------------------------------------------------------------------------------------
+
+
+def _read_terminal() -> Iterator[str]:
+    """Messages typed at the prompt, until Ctrl-D; with readline's editing and history where there is one."""
+    if sys.platform != "win32":
+        import readline  # noqa: F401  (importing it is what turns it on)
+    while True:
+        try:
+            line = input(PROMPT)
+            while line.endswith("\\"):
+                line = line[:-1] + "\n" + input(" " * len(PROMPT))
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            common.say("Ctrl-D or /exit leaves")
+            continue
+        yield line
+
+
+def _read_pipe() -> Iterator[str]:
+    """Lines of standard input. Raises InvalidPrompt for one that is too long or not UTF-8."""
+    from handloom.text.tokenizer import MAX_TEXT_BYTES
+
+    while data := sys.stdin.buffer.readline(MAX_TEXT_BYTES + 2):
+        line = common.decode_input(data.removesuffix(b"\n").removesuffix(b"\r"), MAX_TEXT_BYTES)
+        while line.endswith("\\") and (data := sys.stdin.buffer.readline(MAX_TEXT_BYTES + 2)):
+            line = line[:-1] + "\n" + common.decode_input(data.removesuffix(b"\n").removesuffix(b"\r"), MAX_TEXT_BYTES)
+        yield line
+
+
+# One turn --------------------------------------------------------------------------------------
+
+
+def _command(conversation: Conversation, line: str) -> bool:
+    """Carry out a line that begins with a slash; False to leave."""
+    name, _, rest = line.partition(" ")
+    if name == "/exit":
+        return False
+    if name == "/reset":
+        conversation.reset()
+        common.say("the conversation is forgotten")
+    elif name == "/system":
+        conversation.system = rest.strip() or conversation.system
+        common.say("system message: " + (conversation.system or "the chat template's own"))
+    elif name == "/help":
+        common.say(HELP)
+    else:
+        common.say(f"there is no {name}; /help lists the commands. To send it as a message, put a space before it")
+    return True
+
+
+def _answer(conversation: Conversation, text: str, options: dict[str, Any], quiet: bool) -> None:
+    """Stream one answer. An error is shown and the conversation goes on without the question."""
+    writer = common.Writer()
+    try:
+        with _on_interrupt(conversation.stop):
+            for piece in conversation.send(text, **options):
+                writer.write(piece.text)
+    except HandloomError as error:
+        writer.end_line()
+        common.complain(error)
+        return
+    writer.end_line()
+    output = conversation.output
+    assert output is not None
+    if output.finish_reason == "aborted":
+        common.say("stopped")
+    elif output.finish_reason == "length":
+        common.say(f"cut after {len(output.token_ids)} tokens: {_limit(conversation, len(output.token_ids), options)}")
+    elif not quiet:
+        kept = f"{conversation.num_reused} of {len(output.prompt_token_ids)} prompt tokens were cached"
+        used = f"{conversation.num_tokens} of {conversation.lm.max_context} tokens of context used"
+        common.say(f"{output.timing.decode_tokens_per_second:.1f} tok/s · {kept} · {used}")
+
+
+def _limit(conversation: Conversation, new_tokens: int, options: dict[str, Any]) -> str:
+    if new_tokens == options["max_new_tokens"]:
+        return "--max-new-tokens"
+    return f"the context of {conversation.lm.max_context} is full; /reset starts anew"
+
+
+@contextmanager
+def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Within the block Ctrl-C calls `stop` and raises nothing."""
+    before = signal.signal(signal.SIGINT, lambda *_: stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
