@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import handloom as hl
 from handloom.cache.batch import Work, build_batch
 
-LOGITS_TOLERANCE = 1e-4  # of the logits' scale
+LOGITS_TOLERANCE = 2e-5  # of the logits' scale; 1e-4 is promised, 4e-6 the worst seen
 SCORES_TOLERANCE = 1e-5  # where two scores are this close, either token is right
 
 
