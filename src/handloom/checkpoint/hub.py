@@ -24,6 +24,7 @@ from typing import TypeVar
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -256,7 +257,7 @@ def _retrying(call: Callable[[], _T], source: HubSource, tries: int, *, retry_tr
     for attempt in range(1, tries + 1):
         try:
             return call()
-        except (_TransportError, OSError, ValueError, EntryNotFoundError) as error:
+        except (_TransportError, OSError, ValueError, EntryNotFoundError, RuntimeError) as error:
             passing = _status(error) in (429, *range(500, 600)) if _status(error) else retry_transport
             again = passing and isinstance(error, _TransportError) and attempt < tries
             if not again:
@@ -303,8 +304,12 @@ def _typed(error: Exception, source: HubSource, attempt: int = 1) -> Exception:
         return HubUnreachable(f"{source}: the connection to {constants.ENDPOINT} failed{times}: {error}")
     if isinstance(error, HFValidationError):
         return ModelNotFound(f"{quote(source.repo)} is not a folder or file here, and not a valid name on the Hub")
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | FileMetadataError):
         return HubError(f"{source}: {constants.ENDPOINT} answered what a Hub does not answer: {error}")
+    if isinstance(error, RuntimeError) or type(error).__module__.startswith("hf_xet"):
+        return HubUnreachable(
+            f"{source}: hf_xet could not download it ({error}); HF_HUB_DISABLE_XET=1 does without hf_xet"
+        )
     if "Consistency check failed" in str(error):
         return DownloadCorrupted(f"{source}: {error}")
     return error
