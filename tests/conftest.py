@@ -1,0 +1,11 @@
+"""For every test: no model hub, and one thread per worker where several workers share the machine."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # two pools of spinning threads on the same cores are many times slower than one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
