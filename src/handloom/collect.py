@@ -9,9 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Event, FinishedEvent, PromptLogprobsEvent, TokenEvent
-from handloom.decoding.sample import SampleDecoder
 from handloom.engine import Engine
 from handloom.output import Output, Piece, Timing
 from handloom.sampling.params import GenerationParams
@@ -29,14 +27,9 @@ class Collector:
 
     def add(self, prompt: Any, **options: Any) -> None:
         """Queue a prompt. Raises what Engine.add_request raises."""
-        model = self.engine.model
-        owned = not isinstance(prompt, Sequence)
-        sequence = model.encode(prompt) if owned else prompt
-        params = self.engine.resolve(sequence, options)
-        self._index[self.engine.add(SampleDecoder(sequence, params, model.tokenizer, owns_sequence=owned))] = len(
-            self.outputs
-        )
-        self.outputs.append(_empty(sequence.token_ids, params))
+        decoder = self.engine.prepare(prompt, options)
+        self._index[self.engine.add(decoder)] = len(self.outputs)
+        self.outputs.append(_empty(decoder.sequence.token_ids, decoder.params))
         self._started.append(time.perf_counter())
         self._first.append(None)
 

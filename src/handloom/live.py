@@ -13,7 +13,7 @@ from torch import Tensor
 from handloom.cache.batch import Work, build_batch
 from handloom.cache.sequence import Sequence
 from handloom.engine.engine import MAX_STEP_TOKENS
-from handloom.errors import ContextOverflow
+from handloom.errors import ContextOverflow, InvalidPrompt
 from handloom.prompts import check_token_ids
 
 if TYPE_CHECKING:
@@ -34,7 +34,12 @@ class LiveSequence(Sequence):
 
     @property
     def logits(self) -> Tensor:
-        """Next-token logits [vocab_size] float32 after the last token; computes what is pending. Raises OutOfPages."""
+        """Next-token logits [vocab_size] float32 after the last token; computes what is pending.
+
+        Raises InvalidPrompt for an empty sequence, OutOfPages.
+        """
+        if not len(self):
+            raise InvalidPrompt("the sequence is empty, so it has no logits; append a token to it first")
         if self._logits is None or self.num_pending:
             if self.num_pending == 0:
                 self.forget(len(self) - 1)

@@ -272,6 +272,8 @@ class LM:
         ids: dict[int, list[int]] = {}
         try:
             for sequence in [self.encode(item) for item in items]:
+                if sequence.num_embeddings:
+                    raise InvalidPrompt("only text and token ids can be scored; embeddings have no probability")
                 request = engine.add(ScoreDecoder(sequence, top_logprobs))
                 logprobs[request], top[request], ids[request] = [], [], list(sequence.token_ids)
             for event in engine.run():

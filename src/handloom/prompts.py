@@ -34,11 +34,10 @@ def to_sequence(
     if isinstance(prompt, str):
         if tokenizer is None:
             raise InvalidPrompt("this checkpoint has no tokenizer: pass token ids instead of text")
-        ids = tokenizer.encode(prompt)
-    else:
-        ids = check_token_ids(prompt, vocab_size)
+        prompt = tokenizer.encode(prompt)
+    ids = check_token_ids(prompt, vocab_size)
     if not ids and bos is not None:
-        ids = [bos]
+        ids = check_token_ids([bos], vocab_size)
     if not ids:
         raise InvalidPrompt("the prompt is empty, and this model has no BOS token to start from")
     return Sequence(pool, ids)

@@ -107,7 +107,7 @@ def norm_qkv(
     """
     num_kv_heads, head_dim = k_pages.shape[-2:]
     heads = F.linear(normalize(hidden, norm), weight, bias).view(len(hidden), -1, head_dim)
-    q, k, v = heads.split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)
+    q, k, v = heads[:, : -2 * num_kv_heads], heads[:, -2 * num_kv_heads : -num_kv_heads], heads[:, -num_kv_heads:]
     if q_norm is not None and k_norm is not None:
         q, k = normalize(q, q_norm), normalize(k, k_norm)
     if rotary is not None:

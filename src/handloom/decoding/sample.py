@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from handloom.cache.batch import Work
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Event, FinishedEvent, FinishReason, PromptLogprobsEvent, TokenEvent
 from handloom.decoding.stream_text import StreamText
-from handloom.errors import HandloomError, RequestFailed
+from handloom.errors import HandloomError, InvalidPrompt, RequestFailed
 from handloom.sampling.params import GenerationParams
 from handloom.sampling.sampler import Choice, Row, choose, token_logprobs
 from handloom.text.tokenizer import Tokenizer
@@ -41,6 +41,8 @@ class SampleDecoder:
     ) -> None:
         self.sequence, self.params, self.owns_sequence = sequence, params, owns_sequence
         self.prompt_length = len(sequence)
+        # the sampler sees no ids for embedded positions, and counts no length for them
+        self._rules = replace(params, min_length=max(0, params.min_length - sequence.num_embeddings))
         self.started = time.monotonic()
         self.finished = False
         self._scores: list[Tensor] = []
@@ -53,15 +55,20 @@ class SampleDecoder:
                 include_stop_text=params.include_stop_text,
                 prompt_ids=sequence.token_ids[sequence.num_embeddings :],
             )
-        # the last prompt token has to run, or there are no logits to choose from
-        sequence.forget(min(sequence.num_computed, self.prompt_length - 1))
-        self._next_prompt_logprob = sequence.num_computed + 1
+        if params.prompt_logprobs is not None:
+            sequence.forget(0)
+        self._next_prompt_logprob = 1
 
     @property
     def max_length(self) -> int:
         return self.prompt_length + self.params.max_new_tokens
 
     def plan(self) -> Seq[Work]:
+        """Its next tokens. Raises InvalidPrompt if the caller has emptied the sequence."""
+        if not len(self.sequence):
+            raise InvalidPrompt("the sequence was emptied while a request was running on it")
+        if self.sequence.num_pending == 0:  # computed before, or by the caller meanwhile: its last logits are wanted
+            self.sequence.num_computed -= 1
         wants_prompt = self.params.prompt_logprobs is not None and len(self.sequence) == self.prompt_length
         return [Work(self.sequence, self.sequence.num_pending, "all" if wants_prompt else "last")]
 
@@ -77,8 +84,8 @@ class SampleDecoder:
 
     def row(self) -> Row:
         """What the sampler needs to know; embedded prompt positions have no ids and are left out."""
-        hidden = self.sequence.num_embeddings
-        return Row(self.params, self.sequence.token_ids[hidden:], self.prompt_length - hidden)
+        hidden, token_ids = self.sequence.num_embeddings, self.sequence.token_ids
+        return Row(self._rules, token_ids[hidden:] if hidden else token_ids, self.prompt_length - hidden)
 
     def prompt_logprobs(self, logits: Tensor) -> list[Event]:
         """Log-probabilities of the prompt tokens that these rows [r, vocab_size] of prompt positions predict."""
@@ -97,7 +104,10 @@ class SampleDecoder:
         if error is not None:
             return [self._finish("error", error=error)]
         token_id, scores = choice.token_ids[i], choice.scores[i]
-        self.sequence.append(token_id)
+        try:
+            self.sequence.append(token_id)
+        except HandloomError as failure:  # the caller has filled the context meanwhile
+            return [self._finish("error", error=failure)]
         if scores is not None:
             self._scores.append(scores)
         text = self._text.push(token_id) if self._text is not None else ""

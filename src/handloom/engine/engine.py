@@ -15,7 +15,7 @@ from handloom.decoding.decoder import Decoder, Event, FinishedEvent
 from handloom.decoding.sample import SampleDecoder
 from handloom.engine.runner import Runner
 from handloom.engine.scheduler import Request, Scheduler
-from handloom.errors import InvalidPrompt
+from handloom.errors import InvalidParam, InvalidPrompt, UnsupportedOption
 from handloom.model.transformer import Transformer
 from handloom.sampling.params import GenerationParams, resolve_params
 from handloom.text.tokenizer import Tokenizer
@@ -40,10 +40,12 @@ class Engine:
     """Continuous generation for many requests over one model.
 
     max_step_tokens: most tokens in one forward pass (longer prompts run in chunks); max_running: most
-    requests in flight at once, the others wait.
+    requests in flight at once, the others wait. Raises InvalidParam. Not for use from several threads at once.
     """
 
     def __init__(self, model: Model, *, max_step_tokens: int = MAX_STEP_TOKENS, max_running: int = 256) -> None:
+        if min(max_step_tokens, max_running) < 1:
+            raise InvalidParam(f"max_step_tokens={max_step_tokens}, max_running={max_running}: both must be 1 or more")
         self.model = model
         self.runner = Runner(model.transformer, model.pool)
         row_bytes = 4 * model.transformer.spec.vocab_size
@@ -60,7 +62,9 @@ class Engine:
         return self.scheduler.has_work
 
     def resolve(self, sequence: Sequence, options: dict[str, Any]) -> GenerationParams:
-        """A request's parameters. Raises InvalidParam, UnsupportedOption, ContextOverflow."""
+        """A request's parameters. Raises InvalidPrompt, InvalidParam, UnsupportedOption, ContextOverflow."""
+        if not len(sequence):
+            raise InvalidPrompt("the sequence is empty; append a token to it first")
         spec = self.model.transformer.spec
         params = resolve_params(
             options,
@@ -72,7 +76,18 @@ class Engine:
         )
         if params.stop_strings and self.model.tokenizer is None:
             raise InvalidPrompt("stop_strings need a tokenizer, and this checkpoint has none; stop on eos_token_id")
+        if params.prompt_logprobs is not None and sequence.num_embeddings:
+            raise UnsupportedOption("prompt_logprobs need token ids, and the prompt begins with embeddings")
         return params
+
+    def prepare(self, prompt: Any, options: dict[str, Any]) -> SampleDecoder:
+        """The decoder of a request, checked and not queued yet. Arguments and errors are those of `add_request`."""
+        if not isinstance(prompt, Sequence):
+            sequence = self.model.encode(prompt)
+            return SampleDecoder(sequence, self.resolve(sequence, options), self.model.tokenizer)
+        if any(work.sequence is prompt for request in self.scheduler for work in request.decoder.plan()):
+            raise InvalidPrompt("the sequence is in use by another request of this engine; fork it")
+        return SampleDecoder(prompt, self.resolve(prompt, options), self.model.tokenizer, owns_sequence=False)
 
     def add_request(self, prompt: Any, **options: Any) -> int:
         """Queue a prompt (text, token ids, embeddings [n, hidden_size], or a Sequence of the cache).
@@ -80,10 +95,7 @@ class Engine:
         Returns the request id its events carry. A Sequence stays the caller's: it keeps its pages and
         receives the new tokens. Raises InvalidPrompt, ContextOverflow, InvalidParam, UnsupportedOption.
         """
-        owned = not isinstance(prompt, Sequence)
-        sequence = self.model.encode(prompt) if owned else prompt
-        params = self.resolve(sequence, options)
-        return self.add(SampleDecoder(sequence, params, self.model.tokenizer, owns_sequence=owned))
+        return self.add(self.prepare(prompt, options))
 
     def add(self, decoder: Decoder) -> int:
         """Queue a decoder of any mode; returns its request id."""
@@ -110,7 +122,7 @@ class Engine:
 
     def close(self) -> None:
         """Abort every request."""
-        for request in (*self.scheduler.waiting, *self.scheduler.running):
+        for request in tuple(self.scheduler):
             self.abort(request.id)
 
 

@@ -1,7 +1,8 @@
 """Who runs how many tokens in the next step.
 
 First come, first served, under a budget of tokens per step. A request starts when pages for its
-longest possible length are free, and holds them until it ends: it can therefore never run out.
+longest possible length are free, and holds them until it ends: it runs out only if the caller forks,
+rewinds or lengthens its sequence meanwhile, and then fails alone.
 Preemption, priorities and prefix sharing are not here yet.
 
 This module does not know models, how tokens are chosen, or how a request's options were resolved.
@@ -9,7 +10,9 @@ This module does not know models, how tokens are chosen, or how a request's opti
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,7 +21,7 @@ from handloom.cache.batch import Work
 from handloom.cache.pages import PagePool
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
 from handloom.decoding.sample import Ready, SampleDecoder, advance_together
-from handloom.errors import OutOfPages
+from handloom.errors import HandloomError, OutOfPages
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +52,9 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
+    def __iter__(self) -> Iterator[Request]:
+        return itertools.chain(self.running, self.waiting)
+
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
@@ -67,24 +73,24 @@ class Scheduler:
         return False
 
     def plan(self) -> tuple[Plan, list[Event]]:
-        """The next step's work; and the failure of a request that can never start."""
+        """The next step's work; and the failures of requests that cannot run, for lack of pages above all."""
         plan, budget = Plan(), self.max_tokens
-        for request in self.running:
-            budget = self._place(request, plan, budget)
         failed: list[Event] = []
+        for request in tuple(self.running):
+            try:
+                budget = self._place(request, plan, budget)
+            except HandloomError as error:
+                failed.append(self._fail(request, error))
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             request = self.waiting[0]
             try:
                 self._admit(request)
-            except OutOfPages as error:
-                if self.running:
+            except HandloomError as error:
+                if isinstance(error, OutOfPages) and self.running and self._may_fit(request):
                     break
-                self.waiting.popleft()
-                request.decoder.close()
-                failed.append(FinishedEvent("error", error=error, request_id=request.id))
+                failed.append(self._fail(request, error))
                 continue
-            self.waiting.popleft()
-            self.running.append(request)
+            self.running.append(self.waiting.popleft())
             budget = self._place(request, plan, budget)
         return plan, failed
 
@@ -93,16 +99,30 @@ class Scheduler:
         for work in request.decoder.plan():
             work.sequence.grow(request.decoder.max_length)
 
+    def _may_fit(self, request: Request) -> bool:
+        """Whether an empty pool would hold the request."""
+        return request.decoder.max_length <= self.pool.num_pages * self.pool.page_size
+
+    def _fail(self, request: Request, error: HandloomError) -> Event:
+        self.remove(request.id)
+        return FinishedEvent("error", error=error, request_id=request.id)
+
     def _place(self, request: Request, plan: Plan, budget: int) -> int:
-        """Put as much of a request's work into the plan as the budget allows; returns what is left of it."""
+        """Put as much of a request's work into the plan as the budget allows; returns what is left of it.
+
+        Raises OutOfPages, with nothing of the request in the plan.
+        """
+        works: list[Work] = []
         for sequence, pending, logits in request.decoder.plan():
             num_tokens = min(pending, budget, self.max_rows if logits == "all" else pending)
             if num_tokens <= 0:
                 break
+            sequence.grow(sequence.num_computed + num_tokens)
             wanted = "none" if num_tokens < pending and logits == "last" else logits
-            plan.works.append(Work(sequence, num_tokens, wanted))
-            plan.owners.append(request)
+            works.append(Work(sequence, num_tokens, wanted))
             budget -= num_tokens
+        plan.works += works
+        plan.owners += [request] * len(works)
         return budget
 
     def advance(self, plan: Plan, logits: Tensor) -> list[Event]:
