@@ -6,6 +6,7 @@ these are what the tests compare against.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 
@@ -114,8 +115,6 @@ def sentencepiece_bpe(*, prefix_space: bool) -> Tokenizer:
 
 def _only_special(tokenizer: Tokenizer, special: list[str]) -> Tokenizer:
     """The same tokenizer with only `special` as added tokens (training marks the byte pieces too)."""
-    import json
-
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in special]
     return Tokenizer.from_str(json.dumps(data))
@@ -130,6 +129,7 @@ def wordpiece() -> Tokenizer:
     tokenizer.train_from_iterator(
         CORPUS, trainers.WordPieceTrainer(vocab_size=250, special_tokens=special, show_progress=False)
     )
+    tokenizer.add_tokens(["we do not , they 've ' n't"])
     return tokenizer
 
 
@@ -173,6 +173,19 @@ BUILDERS: dict[str, Callable[[], Tokenizer]] = {
     "unigram": unigram,
     "suffix_bpe": suffix_bpe,
     "words": words,
+}
+
+
+# What transformers adds around each: the tokenizer_config.json of such a model.
+SETTINGS: dict[str, dict[str, object]] = {
+    "byte_bpe": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    "byte_bpe_with_bos": {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
+    "sentencepiece_prefix_space": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "sentencepiece": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "wordpiece": {"unk_token": "[UNK]", "cls_token": "[CLS]", "clean_up_tokenization_spaces": True},
+    "unigram": {"eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": True},
+    "suffix_bpe": {"unk_token": "<unk>"},
+    "words": {"unk_token": "[UNK]"},
 }
 
 

@@ -56,6 +56,8 @@ WORD_FIELDS = frozenset(WORDS.split())
 TOKEN_FIELDS = {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}
 TOKEN_LIST_FIELDS = {"additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"}
 TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+# A merge prefix that is set, or a key that may hide one behind an escaped letter (no writer of JSON escapes those).
+MERGE_PREFIX = re.compile(rb'continuing_subword_prefix"\s*:\s*(?!null|"")|\\u00[4-7]')
 CLASS_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}(Tokenizer|TokenizerFast|Backend)")
 
 
@@ -71,6 +73,7 @@ def load_fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         _fill(scratch, folder)
         with typed_errors(TokenizerError, f"{model_file} cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)
+            _check_added_tokens(tokenizer, model_file)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TokenizerError(
             f"{folder} makes {type(tokenizer).__name__}, a tokenizer written in Python; a fast one is needed. "
@@ -113,7 +116,40 @@ def _model_file(folder: Path) -> Path:
         raise TokenizerError(
             f"{folder} has no tokenizer.json, nor vocab.json with merges.txt. {_how_to_convert(folder)}"
         )
+    if present[0].name == "tokenizer.json":
+        _check_merges(present[0])
     return present[0]
+
+
+def _check_merges(path: Path) -> None:
+    """Refuse merges whose right half lacks the prefix it should have.
+
+    `tokenizers` (seen in 0.23.3) cuts that many bytes off it unseen; inside a character, that ends the process.
+    """
+    if not MERGE_PREFIX.search(path.read_bytes()):
+        return
+    model = (_read_object(path) or {}).get("model")
+    prefix, merges = (
+        (model.get("continuing_subword_prefix"), model.get("merges")) if isinstance(model, dict) else (0, 0)
+    )
+    if not isinstance(prefix, str) or not isinstance(merges, list):
+        return  # the library's own check of types refuses what is neither null nor right
+    for index, merge in enumerate(merges):
+        right = (
+            merge.split(" ")[-1] if isinstance(merge, str) else merge[-1] if isinstance(merge, list) and merge else ""
+        )
+        if not isinstance(right, str) or not right.startswith(prefix):
+            raise _wrong(path, f"model.merges[{index}]", merge, f"a pair whose second half starts with {prefix!r}")
+
+
+def _check_added_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Refuse an added token that the normalizer erases: `tokenizers` (seen in 0.23.3) may look for it for ever."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.normalizer is None:
+        return
+    for index, token in tokenizer.added_tokens_decoder.items():
+        if token.normalized and not backend.normalizer.normalize_str(token.content):
+            raise _wrong(path, f"added token {index}", token.content, "text that the normalizer leaves something of")
 
 
 def _how_to_convert(folder: Path) -> str:
