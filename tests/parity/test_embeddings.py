@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from parity_checks import Pair
-from tiny_models import random_ids
 from torch import Tensor
 
 import handloom as hl
 from handloom.errors import UnsupportedOption
+from parity_checks import Pair
+from tiny_models import random_ids
 
 EOS_SET = list(range(4, 331, 8))
 
