@@ -236,10 +236,9 @@ def _sliding_layers(keys: _Keys, num_layers: int, *, sliding: bool) -> list[bool
         return [False] * num_layers
     if pattern is None or (type(pattern) is int and pattern > 0):
         return [bool((i + 1) % (pattern or 6)) for i in range(num_layers)]
-    flags: list[Any] = getattr(pattern, "tolist", list)()
-    if len(flags) != num_layers or not all(type(flag) is bool for flag in flags):
+    if not isinstance(pattern, list) or len(pattern) != num_layers or not all(type(flag) is bool for flag in pattern):
         raise keys.error(key, pattern, f"a positive integer or {num_layers} booleans")
-    return flags
+    return pattern
 
 
 def _linear_scaling(keys: _Keys) -> dict[str, Any]:

@@ -81,8 +81,7 @@ class Header:
     """What a GGUF file says before its tensors' bytes.
 
     Attributes:
-        metadata: numbers, booleans and strings as Python has them, arrays of strings as lists, other arrays as
-            one-dimensional NumPy arrays.
+        metadata: numbers, booleans and strings as Python has them, arrays as lists.
         tensors: by GGUF name, in the file's order.
     """
 
@@ -153,7 +152,7 @@ class _Cursor:
             return self._string(self.left)
         if kind not in _SCALARS:
             raise self._error(f"has the unknown value type {kind}")
-        return self._numbers(kind, 1)[0].item()
+        return self._numbers(kind, 1)[0]
 
     def _array(self) -> Any:
         kind, count = self._u32(), self._u64()
@@ -169,12 +168,13 @@ class _Cursor:
             raise self._error(f"takes the metadata beyond {MAX_ELEMENTS} array elements in all")
         return self._strings(count) if kind == _STRING else self._numbers(kind, count)
 
-    def _numbers(self, kind: int, count: int) -> np.ndarray[Any, Any]:
+    def _numbers(self, kind: int, count: int) -> list[Any]:
         dtype = _SCALARS[kind]
         raw = self._take(count * dtype.itemsize)
         if dtype == np.bool_ and raw.translate(None, b"\0\1"):
             raise self._error("holds a boolean that is neither 0 nor 1")
-        return np.frombuffer(raw, dtype)
+        numbers: list[Any] = np.frombuffer(raw, dtype).tolist()
+        return numbers
 
     def _strings(self, count: int) -> list[str]:
         read, left, length_of = self.read, self.left, _U64.unpack

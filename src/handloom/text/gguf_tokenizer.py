@@ -35,7 +35,7 @@ MAX_PIECE_CHARS = 2**8
 MAX_CUTS = 2**24
 """Most characters in all its pieces together, which bounds the time that looking for merges takes."""
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = "\u2581"
 _NEVER_IN_UTF8 = frozenset(map(chr, (0xC0, 0xC1, *range(0xF5, 0x100))))
 """Bytes, as the byte-level alphabet spells them."""
@@ -79,7 +79,7 @@ def build(metadata: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast:
     """The tokenizer that GGUF metadata describes, with its special tokens and its chat template.
 
     Args:
-        metadata: GGUF keys and values: arrays of strings as lists, of numbers as NumPy arrays.
+        metadata: GGUF keys and values; arrays are lists.
         where: names the file in messages.
 
     Raises:
@@ -213,7 +213,9 @@ class _Vocabulary:
         if len(self.ids) != len(self.tokens):
             twice = next(token for index, token in enumerate(self.tokens) if self.ids[token] != index)
             raise self.error("tokens", f"has {twice!r:.80} twice")
-        self.types = self.numbers("token_type", np.integer, np.ones(len(self.tokens), np.int32))
+        self.types = np.full(len(self.tokens), _NORMAL)
+        if self.get("token_type") is not None:
+            self.types = self.numbers("token_type", np.integer)
 
     def get(self, key: str) -> Any:
         return self.metadata.get(f"tokenizer.ggml.{key}")
@@ -227,12 +229,13 @@ class _Vocabulary:
             raise self.error(key, f"is {value!r:.40}; expected a list of strings")
         return value
 
-    def numbers(self, key: str, kind: type[Any], default: NDArray[Any] | None = None) -> NDArray[Any]:
+    def numbers(self, key: str, kind: type[Any]) -> NDArray[Any]:
         """One number per token."""
-        value = default if self.get(key) is None else self.get(key)
-        if not isinstance(value, np.ndarray) or not np.issubdtype(value.dtype, kind) or len(value) != len(self.tokens):
+        value = self.get(key)
+        numbers = np.array(value) if isinstance(value, list) else np.empty(0)
+        if len(numbers) != len(self.tokens) or not np.issubdtype(numbers.dtype, kind):
             raise self.error(key, f"must be {len(self.tokens)} numbers of a {kind.__name__} type, one per token")
-        return value
+        return numbers
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key)

@@ -1,0 +1,127 @@
+"""GGUF files of tiny transformers models, written by the gguf package in the way llama.cpp's converter does it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Storage
+from transformers import PreTrainedModel
+
+from tiny_models import tiny_tokenizer
+
+ARCHITECTURES = {"llama": "llama", "gpt2": "gpt2", "gemma3_text": "gemma3"}
+QUANTIZABLE = {"hidden_size": 96, "intermediate_size": 96, "head_dim": 16}
+"""Overrides that make every row of a tiny llama or gemma3 a multiple of 32."""
+
+
+def export(
+    model: PreTrainedModel,
+    path: Path,
+    storage: Storage = Storage.F32,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
+    tokenizer: bool = True,
+) -> Path:
+    """Write `model`, its matrices in `storage`; `metadata` are keys to set instead or besides (`...` leaves one out),
+    `extra` are more tensors, stored as they are."""
+    config = model.config
+    architecture = ARCHITECTURES[config.model_type]
+    keys = {"general.architecture": architecture, "general.name": "tiny"}
+    keys |= {f"{architecture}.{key}": value for key, value in architecture_keys(config).items()}
+    keys |= tokenizer_keys() if tokenizer else {}
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.kv_data[0].clear()  # the architecture, which the writer sets by itself
+    for key, value in (keys | dict(metadata or {})).items():
+        if value is not ...:
+            add(writer, key, value)
+    extra = extra or {}
+    for name, value in (tensors_of(model, architecture) | dict(extra)).items():
+        if value.ndim == 2 and storage is not Storage.F32 and name not in extra:
+            writer.add_tensor(name, gguf.quantize(value, storage), raw_dtype=storage)
+        else:
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Write a value as the type that llama.cpp's converter would choose, or the smallest that holds it."""
+    if type(value) is int:
+        (writer.add_uint32 if 0 <= value < 2**32 else writer.add_uint64 if value >= 0 else writer.add_int64)(key, value)
+    else:
+        kinds = {bool: writer.add_bool, float: writer.add_float32, str: writer.add_string}
+        kinds.get(type(value), writer.add_array)(key, value)
+
+
+def architecture_keys(config: Any) -> dict[str, Any]:
+    """Keys without the architecture's prefix, as `conversion/{llama,gpt2,gemma}.py` of llama.cpp writes them."""
+    keys = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "attention.head_count": config.num_attention_heads,
+    }
+    if config.model_type == "gpt2":
+        return keys | {"feed_forward_length": 4 * config.n_embd, "attention.layer_norm_epsilon": 1e-5}
+    rope = config.rope_parameters
+    keys |= {
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.freq_base": rope.get("full_attention", rope)["rope_theta"],
+    }
+    if config.model_type == "llama":
+        return keys | {"rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size}
+    return keys | {"attention.sliding_window": config.sliding_window}
+
+
+def tokenizer_keys() -> dict[str, Any]:
+    """Those of `tiny_tokenizer`: a byte-level vocabulary with three control tokens."""
+    hf = tiny_tokenizer()
+    model = hf.backend_tokenizer
+    tokens = sorted(hf.get_vocab(), key=hf.get_vocab().__getitem__)
+    merges = json.loads(model.to_str())["model"]["merges"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        "tokenizer.ggml.eos_token_id": hf.eos_token_id,
+        "tokenizer.ggml.bos_token_id": hf.bos_token_id,
+        "tokenizer.ggml.padding_token_id": hf.pad_token_id,
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+    }
+
+
+def tensors_of(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarray]:
+    """The model's weights by GGUF name, changed as llama.cpp's converter changes them. Names are the gguf package's."""
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+    tied = model.config.tie_word_embeddings
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and tied:
+            continue
+        value = weight.detach().to(torch.float32).clone().numpy()
+        if architecture == "llama" and name.endswith(("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")):
+            heads = model.config.num_attention_heads if ".q_proj" in name else model.config.num_key_value_heads
+            value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            value = value + np.float32(1)
+        if architecture == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            value = value.T
+        tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = np.ascontiguousarray(value)
+    return tensors
