@@ -109,7 +109,7 @@ def error_console() -> Console:
     """Standard error as rich sees it, without markup, so that file names are shown as they are."""
     from rich.console import Console
 
-    return Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    return Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty())
 
 
 def say(text: str, quiet: bool = False) -> None:
