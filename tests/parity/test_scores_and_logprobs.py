@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import handloom as hl
+from handloom.collect import Collector
 from parity_checks import Pair, assert_logits_equal, hf_logits
 from tiny_models import ragged_prompts, random_ids
 
@@ -108,8 +109,6 @@ def test_prompt_logprobs_are_the_log_softmax_of_the_prompt(pair: Pair, max_step_
     prompts = ragged_prompts(4, (2, 23, 40))
     options = {"max_new_tokens": 4, "prompt_logprobs": 3, "logprobs": 0}
     engine = hl.Engine(pair.lm(), max_step_tokens=max_step_tokens)
-    from handloom.collect import Collector
-
     collector = Collector(engine)
     for prompt in prompts:
         collector.add(prompt, **options)

@@ -72,7 +72,8 @@ class Engine:
             prompt_length=len(sequence),
             max_context=self.model.max_context,
             vocab_size=spec.vocab_size,
-            eos_token_id=spec.eos_token_ids,
+            # as in transformers, a generation_config.json that names no eos means that there is none
+            eos_token_id=() if self.model.generation_config else spec.eos_token_ids,
         )
         if params.stop_strings and self.model.tokenizer is None:
             raise InvalidPrompt("stop_strings need a tokenizer, and this checkpoint has none; stop on eos_token_id")
