@@ -18,19 +18,23 @@ __all__ = ["embed", "linear_residual", "lm_head", "norm_mlp", "norm_qkv", "paged
 
 
 def _norm(x: Tensor, norm: Norm) -> Tensor:
-    if norm.kind == "rms" and x.dtype == float32:
-        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-    return normalize(x, norm)
+    if norm.kind == "layer" or x.dtype != float32:
+        return normalize(x, norm)
+    weight = norm.weight if norm.kind == "rms" else 1.0 + norm.weight
+    if x.is_cuda:
+        return F.rms_norm(x, x.shape[-1:], weight, norm.eps)
+    scale = x.square().mean(-1, keepdim=True).add_(norm.eps).rsqrt_()
+    return (x * scale).mul_(weight)
 
 
-def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
+def _rotate_(x: Tensor, rotary: Rotary) -> None:
+    """Rotate x [N, heads, head_dim] in place."""
     half = rotary.cos.shape[-1]
     cos, sin = rotary.cos.to(x.dtype).unsqueeze(1), rotary.sin.to(x.dtype).unsqueeze(1)
     first, second = x[..., :half], x[..., half : 2 * half]
-    parts = [(first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)]
-    if x.shape[-1] > 2 * half:
-        parts.append(x[..., 2 * half :])
-    return cat(parts, dim=-1)
+    rotated = (first * cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(rotated)
 
 
 def norm_qkv(
@@ -53,21 +57,23 @@ def norm_qkv(
     if q_norm is not None and k_norm is not None:
         qk = cat((_norm(qk[:, :num_heads], q_norm), _norm(qk[:, num_heads:], k_norm)), dim=1)
     if rotary is not None:
-        qk = _rotate(qk, rotary)
+        _rotate_(qk, rotary)
     flat = (-1, num_kv_heads, head_dim)
     k_pages.view(flat).index_copy_(0, slot_mapping, qk[:, num_heads:].to(k_pages.dtype))
     v_pages.view(flat).index_copy_(0, slot_mapping, v.to(v_pages.dtype))
     return qk[:, :num_heads]
 
 
-def _context(pages: Tensor, page_ids: list[int], start: int, end: int) -> Tensor:
-    """Tokens start..end of a sequence, [num_kv_heads, end - start, head_dim]: a view if its pages lie side by side."""
-    first, last = page_ids[0], page_ids[-1]
-    if page_ids == list(range(first, last + 1)):
-        run = pages[first : last + 1]
-    else:
-        run = pages.index_select(0, tensor(page_ids, device=pages.device))
-    return run.flatten(0, 1)[start:end].transpose(0, 1)
+def _context(slots: Tensor, page_ids: list[int], page_size: int, start: int, end: int) -> Tensor:
+    """Tokens start..end of the pages, [num_kv_heads, end - start, head_dim]: a view if the pages lie side by side.
+
+    slots: the whole cache, [num_kv_heads, num_slots, head_dim].
+    """
+    first = page_ids[0]
+    if page_ids == list(range(first, first + len(page_ids))):
+        return slots.narrow(1, first * page_size + start, end - start)
+    paged: Tensor = slots.unflatten(1, (-1, page_size))
+    return paged.index_select(1, tensor(page_ids, device=slots.device)).flatten(1, 2).narrow(1, start, end - start)
 
 
 def _visible(num_queries: int, num_keys: int, window: int | None, device: device) -> Tensor:
@@ -116,15 +122,15 @@ def paged_attention(
 ) -> Tensor:
     """See `handloom_kernels.reference.paged_attention`."""
     page_size = k_pages.shape[1]
-    starts, lengths = cu_seqlens.tolist(), context_lens.tolist()
+    starts, lengths, tables = cu_seqlens.tolist(), context_lens.tolist(), page_table.tolist()
+    slots = [pages.flatten(0, 1).transpose(0, 1) for pages in (k_pages, v_pages)]
     outputs = []
     for s, length in enumerate(lengths):
         queries = q[starts[s] : starts[s + 1]]
         oldest = 0 if window is None else max(0, length - len(queries) - window + 1)
         first = oldest // page_size
-        page_ids = page_table[s, first : -(-length // page_size)].tolist()
-        keys = (oldest - first * page_size, length - first * page_size)
-        k, v = (_context(pages, page_ids, *keys) for pages in (k_pages, v_pages))
+        page_ids = tables[s][first : -(-length // page_size)]
+        k, v = (_context(x, page_ids, page_size, oldest - first * page_size, length - first * page_size) for x in slots)
         outputs.append(_attend(queries, k, v, scale, window, softcap))
     return outputs[0] if len(outputs) == 1 else cat(outputs)
 
