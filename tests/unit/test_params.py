@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList, TextStreamer
 from transformers.generation.utils import GenerationMixin
@@ -75,7 +75,7 @@ SWITCHED_OFF = ["max_new_tokens", "temperature", "top_k", "top_p", "min_p", "rep
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     options=some(NUMBERS),
     off=st.sets(st.sampled_from(SWITCHED_OFF), max_size=2),

@@ -103,13 +103,13 @@ def test_top_p_over_few_survivors_sorts_them_alone_and_has_the_bits_of_the_full_
     ours.top_k(scores, [kept] * 40)
     ps = torch.linspace(0.02, 0.98, 40).tolist()
     expected = torch.cat([hf.TopPLogitsWarper(p)(None, scores[row : row + 1]) for row, p in enumerate(ps)])
-    sorted_widths: list[int] = []
-    full_sort = ours._tail
-    monkeypatch.setattr(ours, "_tail", lambda part, mass: sorted_widths.append(len(part)) or full_sort(part, mass))
+    rows_sorted: list[int] = []
+    full_sort = ours._cut_all
+    monkeypatch.setattr(ours, "_cut_all", lambda part, mass: rows_sorted.append(len(part)) or full_sort(part, mass))
     ours.top_p(scores, ps)
     assert same_bits(scores, expected)
     if not ties:
-        assert sorted_widths == []
+        assert rows_sorted == []
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

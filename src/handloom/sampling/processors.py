@@ -59,10 +59,11 @@ def top_k(scores: Tensor, ks: Sequence[int]) -> None:
     on = [row for row, k in enumerate(ks) if 0 < k < scores.shape[1]]
     if not on:
         return
-    part = _pick(scores, on)
+    part = _take(scores, on)
     last = torch.tensor([ks[row] - 1 for row in on], device=scores.device)[:, None]
     threshold = part.topk(max(ks[row] for row in on)).values.gather(1, last)
-    _remove(scores, on, part < threshold)
+    part.masked_fill_(part < threshold, -torch.inf)
+    _put(scores, on, part)
 
 
 def top_p(scores: Tensor, ps: Sequence[float]) -> None:
@@ -76,19 +77,19 @@ def top_p(scores: Tensor, ps: Sequence[float]) -> None:
     on = [row for row, p in enumerate(ps) if p < 1.0]
     if not on:
         return
-    part = _pick(scores, on)
-    mass = _column([1 - ps[row] for row in on], scores)
-    counts = (part > -torch.inf).sum(dim=-1, dtype=torch.int32).tolist()
-    few = [row for row, count in enumerate(counts) if 0 < count <= scores.shape[1] // _FEW]
-    mask = torch.zeros_like(part, dtype=torch.bool)
-    full = set(range(len(on))).difference(few)
+    mass = _column([1 - p for p in ps], scores)
+    counts = (scores > -torch.inf).sum(dim=-1, dtype=torch.int32).tolist()
+    few = [row for row in on if 0 < counts[row] <= scores.shape[1] // _FEW]
+    full = [row for row in on if row not in few]
     if few:
-        mask[few], tied = _tail_of_few(part[few], mass[few], max(counts[row] for row in few))
-        full.update(row for row, is_tied in zip(few, tied, strict=True) if is_tied)
+        part = _take(scores, few)
+        tied = _cut_few(part, _take(mass, few), max(counts[row] for row in few))
+        _put(scores, few, part)
+        full += [row for row, is_tied in zip(few, tied, strict=True) if is_tied]
     if full:
-        rows = sorted(full)
-        mask[rows] = _tail(part[rows], mass[rows])
-    _remove(scores, on, mask)
+        part = _take(scores, full)
+        _cut_all(part, _take(mass, full))
+        _put(scores, full, part)
 
 
 def min_p(scores: Tensor, ps: Sequence[float | None]) -> None:
@@ -96,34 +97,38 @@ def min_p(scores: Tensor, ps: Sequence[float | None]) -> None:
 
     Nguyen et al., "Turning up the heat: min-p sampling", 2024 (arXiv 2407.01082).
     """
-    on = [(row, p) for row, p in enumerate(ps) if p is not None]
+    on = {row: p for row, p in enumerate(ps) if p is not None}
     if not on:
         return
-    rows, values = [row for row, _ in on], [p for _, p in on]
-    probabilities = _pick(scores, rows).softmax(dim=-1)
-    threshold = probabilities.amax(dim=-1, keepdim=True) * _column(values, scores)
-    _remove(scores, rows, probabilities < threshold)
+    part = _take(scores, list(on))
+    probabilities = part.softmax(dim=-1)
+    threshold = probabilities.amax(dim=-1, keepdim=True) * _column(list(on.values()), scores)
+    part.masked_fill_(probabilities < threshold, -torch.inf)
+    _put(scores, list(on), part)
 
 
-def _tail(scores: Tensor, mass: Tensor) -> Tensor:
-    """Bool [R, V]: the tokens of each row's least likely part whose probability is at most `mass` [R, 1]."""
+def _cut_all(scores: Tensor, mass: Tensor) -> None:
+    """-inf into each row's least likely tokens whose probability together is at most `mass` [R, 1]."""
     ascending, token_ids = scores.sort(dim=-1)
     cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= mass
     cut[:, -1] = False
-    return torch.zeros_like(cut).scatter_(1, token_ids, cut)
+    scores.masked_fill_(torch.zeros_like(cut).scatter_(1, token_ids, cut), -torch.inf)
 
 
-def _tail_of_few(scores: Tensor, mass: Tensor, width: int) -> tuple[Tensor, list[bool]]:
-    """`_tail` for rows with at most `width` finite scores, and for each row: does the cut fall between equal scores?"""
-    descending, token_ids = scores.topk(width)
-    values, token_ids = descending.flip(-1), token_ids.flip(-1)
+def _cut_few(scores: Tensor, mass: Tensor, width: int) -> list[bool]:
+    """`_cut_all` for rows with at most `width` finite scores; a row is left alone where this is true:
+    the cut falls between equal scores."""
+    values, token_ids = (part.flip(-1) for part in scores.topk(width))
     ascending = torch.full_like(scores, -torch.inf)
     ascending[:, -width:] = values
     cut = (ascending.softmax(dim=-1).cumsum(dim=-1) <= mass)[:, -width:]
     cut[:, -1] = False
     edge = cut[:, :-1] & ~cut[:, 1:]
-    tied: list[bool] = (edge & (values[:, :-1] == values[:, 1:])).any(dim=-1).tolist()
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, token_ids, cut), tied
+    tied = (edge & (values[:, :-1] == values[:, 1:])).any(dim=-1)
+    cut &= ~tied[:, None]
+    scores.scatter_(1, token_ids, values.masked_fill(cut, -torch.inf))
+    left_alone: list[bool] = tied.tolist()
+    return left_alone
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
@@ -131,14 +136,11 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
-def _pick(scores: Tensor, rows: list[int]) -> Tensor:
-    """The rows named, without a copy where that is all of them."""
-    return scores if len(rows) == scores.shape[0] else scores[rows]
+def _take(scores: Tensor, rows: list[int]) -> Tensor:
+    """The rows named: `scores` itself where that is all of them in order, else a copy that `_put` writes back."""
+    return scores if rows == list(range(scores.shape[0])) else scores[rows]
 
 
-def _remove(scores: Tensor, rows: list[int], mask: Tensor) -> None:
-    """-inf into the rows named, where `mask` [len(rows), V] is true."""
-    if len(rows) == scores.shape[0]:
-        scores.masked_fill_(mask, -torch.inf)
-    else:
-        scores[rows] = scores[rows].masked_fill(mask, -torch.inf)
+def _put(scores: Tensor, rows: list[int], part: Tensor) -> None:
+    if part is not scores:
+        scores[rows] = part

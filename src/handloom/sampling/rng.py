@@ -113,7 +113,7 @@ def sample(scores: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> li
     alive = scores >= scores.amax(dim=-1, keepdim=True) - _NOISE_RANGE
     rows, token_ids = alive.nonzero(as_tuple=True)
     totals = scores[rows, token_ids]
-    counts = torch.bincount(rows, minlength=scores.shape[0]).tolist()
+    counts = alive.sum(dim=-1, dtype=torch.int32).tolist()
     chosen: list[int] = []
     start = 0
     for narrow, run in groupby(range(len(counts)), key=lambda row: counts[row] <= _FEW):
@@ -129,8 +129,8 @@ def sample(scores: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> li
 def _best_of_each(values: Tensor, sizes: Sequence[int]) -> Tensor:
     """`values` [N] are segments of the given sizes, one after another: the index in [0, N) of each one's maximum."""
     if len(sizes) == 1:
-        return values.argmax(dim=0, keepdim=True)
+        return values.max(dim=0, keepdim=True).indices
     lengths = torch.tensor(sizes, device=values.device)
     table = values.new_full((len(sizes), max(sizes)), -torch.inf)
     table[torch.arange(max(sizes), device=values.device) < lengths[:, None]] = values
-    return lengths.cumsum(0) - lengths + table.argmax(dim=-1)
+    return lengths.cumsum(0) - lengths + table.max(dim=-1).indices

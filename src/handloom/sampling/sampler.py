@@ -28,6 +28,7 @@ from handloom.sampling.params import GenerationParams, LogitsProcessor
 
 T = TypeVar("T")
 
+CPU_BLOCK = 2**18  # scores shaped at a time on a CPU, so that they and what is made of them stay in its cache
 LOGPROB_BLOCK = 2**23  # logits turned into log-probabilities at a time
 
 
@@ -65,8 +66,9 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> Choice:
     for row in (~best.isfinite()).nonzero().flatten().tolist():
         _fail(choice, row, _not_finite("the model's logits", float(best[row]), rows[row]))
     shaped = [row for row, error in enumerate(choice.errors) if error is None and _has_rules(rows[row].params)]
-    if shaped:
-        _choose_shaped(logits, rows, shaped, choice)
+    size = max(1, CPU_BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(rows)
+    for start in range(0, len(shaped), size):
+        _choose_shaped(logits, rows, shaped[start : start + size], choice)
     _report(logits, rows, choice)
     return choice
 
