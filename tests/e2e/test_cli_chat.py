@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import pty
 import select
@@ -94,6 +95,7 @@ class TerminalSession:
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self.shown = ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.terminal, own = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-c", self.PROGRAM, *arguments],
@@ -116,7 +118,7 @@ class TerminalSession:
             data = os.read(self.terminal, 65536)
         except OSError:  # how Linux says that the other side is closed
             return False
-        self.shown += data.decode(errors="replace")
+        self.shown += self.decoder.decode(data)
         return bool(data)
 
     def until(self, text: str, after: int = 0, seconds: float = 60) -> int:
@@ -137,17 +139,17 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_program(pair: Pair) -
     path = f"{ROOT / 'src'}{os.pathsep}{ROOT / 'kernels' / 'torch-ext'}"
     command = ("chat", "--model", str(pair.folder), "-n", "8000")
     session = TerminalSession(*command, PYTHONPATH=path, HF_HUB_OFFLINE="1", TERM="xterm", COLUMNS="200")
-    at = session.until("› ")
+    at = session.until("> ")
     session.type("Go on for ever\n")
     at = session.until("Go on for ever\r\n", at)
     while len(session.shown) < at + 20:
         assert session.read(60)
     session.type("\x03")
-    at = session.until("› ", session.until("stopped", at))
+    at = session.until("> ", session.until("stopped", at))
     session.type("\x03")
-    at = session.until("› ", session.until("Ctrl-D or /exit leaves", at))
+    at = session.until("> ", session.until("Ctrl-D or /exit leaves", at))
     session.type("/system\n")
-    at = session.until("› ", session.until("system message: the chat template's own", at))
+    at = session.until("> ", session.until("system message: the chat template's own", at))
     session.type("\x04")
     assert session.wait() == 0
     assert "Traceback" not in session.shown

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from handloom.conversation import Conversation
 
 NEW_TOKENS = 1024
-PROMPT = "› "
+PROMPT = "> "
 HELP = """\
 /system TEXT  set the system message (without TEXT: show it)
 /reset        forget the conversation

@@ -295,8 +295,8 @@ def weights_bar(quiet: bool = False) -> Iterator[Progress]:
     task = bar.add_task("")
 
     def report(done: int, total: int) -> None:
-        bar.start()
         bar.update(task, completed=done, total=total)
+        bar.start()
 
     try:
         yield report
