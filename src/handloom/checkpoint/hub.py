@@ -311,5 +311,6 @@ def _typed(error: Exception, source: HubSource, attempt: int = 1) -> Exception:
             f"{source}: hf_xet could not download it ({error}); HF_HUB_DISABLE_XET=1 does without hf_xet"
         )
     if "Consistency check failed" in str(error):
-        return DownloadCorrupted(f"{source}: {error}")
+        first = str(error).partition("\n")[0]
+        return DownloadCorrupted(f"{source}: {first} Try again; if it stays so, delete the model from the Hub's cache")
     return error
