@@ -51,21 +51,20 @@ def compile_template(source: str) -> Template:
         def _body(self, caller: Callable[[], str]) -> str:
             return caller()
 
+    def check_public(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"namespace attribute {name!r} starts with an underscore")
+
     class PublicNamespace(Namespace):
         def __init__(self, /, *args: Any, **attributes: Any) -> None:
             names = dict(*args, **attributes)
             for name in names:
-                self._check(name)
+                check_public(name)
             super().__init__(names)
 
         def __setitem__(self, name: str, value: Any) -> None:
-            self._check(name)
+            check_public(name)
             super().__setitem__(name, value)
-
-        @staticmethod
-        def _check(name: Any) -> None:
-            if isinstance(name, str) and name.startswith("_"):
-                raise SecurityError(f"namespace attribute {name!r} starts with an underscore")
 
     class Sandbox(ImmutableSandboxedEnvironment):
         def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
