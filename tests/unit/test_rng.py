@@ -72,9 +72,6 @@ def kernel(out, seed_ptr, position, N: tl.constexpr):
     word, _, _, _ = tl.philox(seed, token.to(tl.uint32), (zero + position).to(tl.uint32), zero, zero)
     tl.store(out + token, word.to(tl.int64))
 
-def joint(token, position):
-    return token + (position << 32)
-
 @triton.jit
 def kernel4(out, seed_ptr, offsets, N: tl.constexpr):
     token = tl.arange(0, N)

@@ -52,6 +52,10 @@ def test_plain_greedy_rows_are_not_copied(monkeypatch):
     assert choose(random_logits(3), [row(), row(logprobs=1), row(top_k=5, temperature=3.0)]).errors == [None] * 3
 
 
+def test_a_step_without_rows_chooses_nothing():
+    assert choose(torch.zeros(0, 9), []).token_ids == []
+
+
 def test_logits_are_left_as_they_are():
     logits = random_logits(len(MIXED))
     before = logits.clone()
@@ -73,6 +77,14 @@ def test_a_row_gets_the_same_token_scores_and_logprobs_alone_and_in_any_batch():
     order = [4, 2, 0, 5, 1, 3]
     shuffled = choose(logits[order], [MIXED[i] for i in order])
     assert shuffled.token_ids == [together.token_ids[i] for i in order]
+
+
+def test_rows_shaped_in_blocks_choose_as_rows_shaped_together(monkeypatch):
+    logits = random_logits(len(MIXED))
+    together = choose(logits, MIXED)
+    monkeypatch.setattr(sampler, "CPU_BLOCK", 2 * logits.shape[1])
+    in_blocks = choose(logits, MIXED)
+    assert (in_blocks.token_ids, in_blocks.logprobs) == (together.token_ids, together.logprobs)
 
 
 def test_the_draw_depends_on_seed_and_length_of_the_sequence():

@@ -1,1 +1,1 @@
-"""How the next token is chosen: parameters, score rules, random numbers, and the sampler that joins them."""
+"""How the next token is chosen: options, parameters, score rules, random numbers, and the sampler that joins them."""
