@@ -181,6 +181,7 @@ def test_several_chat_templates_are_kept_by_name() -> None:
     assert build(values).chat_template is None
 
 
+LONG = [f"{i:030}" for i in range(49152)]
 BROKEN = {
     "unknown pre": (lambda: smollm2(pre="hal-9000"), "'tokenizer.ggml.pre' is 'hal-9000'; known are deepseek-r1"),
     "no pre": (lambda: smollm2(pre=...), "'tokenizer.ggml.pre' is None; known are"),
@@ -196,6 +197,8 @@ BROKEN = {
     "eos a list": (lambda: smollm2(eos_token_id=[1]), r"'tokenizer.ggml.eos_token_id' is \[1\]"),
     "bos wanted": (lambda: smollm2(bos_token_id=..., add_bos_token=True), "'tokenizer.ggml.bos_token_id' is None"),
     "flag a number": (lambda: smollm2(add_bos_token=1), "'tokenizer.ggml.add_bos_token' is 1; expected true or false"),
+    "space in front": (lambda: smollm2(add_space_prefix=True), "'tokenizer.ggml.add_space_prefix' is true"),
+    "many specials": (lambda: smollm2(token_type=[4] * 49152, tokens=LONG, merges=[]), "makes more than 1048576 characters"),
     "spm: pre": (lambda: spm(pre="llama-bpe"), "'tokenizer.ggml.pre' is 'llama-bpe'; a SentencePiece"),
     "spm: no scores": (lambda: spm(scores=...), "'tokenizer.ggml.scores' must be"),
     "spm: NaN": (lambda: spm(scores=[float("nan")] * 922), "'tokenizer.ggml.scores' has a score that"),

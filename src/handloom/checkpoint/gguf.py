@@ -65,7 +65,7 @@ class GGUFCheckpoint:
             raise
 
     def read_into(self, name: str, out: torch.Tensor, *, transpose: bool = False) -> None:
-        """As `Checkpoint.read_into` says. Takes a chunk of temporary memory: 2 MiB, or two rows if they are longer."""
+        """As `Checkpoint.read_into` says. Takes some 4 MiB of temporary memory, or four rows' if they are longer."""
         weight = self._weights.get(name)
         if weight is None:
             raise CheckpointError(f"{self.path}: has no weight {quote(name)}")
@@ -99,6 +99,7 @@ class GGUFCheckpoint:
         return Tokenizer(gguf_tokenizer.build(self.metadata, str(self.path)))
 
     def close(self) -> None:
+        """Close the file. Reading afterwards is an error; closing twice is not."""
         self._file.close()
 
     def _rows_of(self, weight: Weight, out: torch.Tensor, transpose: bool) -> torch.Tensor:

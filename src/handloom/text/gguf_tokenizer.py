@@ -34,6 +34,8 @@ MAX_PIECE_CHARS = 2**8
 """Longest piece of a SentencePiece vocabulary."""
 MAX_CUTS = 2**24
 """Most characters in all its pieces together, which bounds the time that looking for merges takes."""
+MAX_ADDED_CHARS = 2**20
+"""Most characters in all control tokens together, or all user-defined ones: an automaton is built to find them."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = "\u2581"
@@ -124,6 +126,8 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
     name = vocabulary.get("pre")
     if not isinstance(name, str) or name not in _PRES:
         raise vocabulary.error("pre", f"is {name!r:.80}; known are {', '.join(sorted(_PRES))}")
+    if vocabulary.flag("add_space_prefix", False):
+        raise vocabulary.error("add_space_prefix", "is true, which is only supported in a SentencePiece vocabulary")
     pre, merges = _PRES[name], []
     for rank, merge in enumerate(vocabulary.strings("merges")):
         cut = merge.find(" ", 1)
@@ -157,15 +161,12 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
             byte_fallback=True,
         )
     )
-    spaces, words = (
-        normalizers.Replace(" ", _SPACE),
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()],
-    )
+    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.normalizer = normalizers.Replace(" ", _SPACE)
     if vocabulary.flag("add_space_prefix", True):
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
-        backend.decoder = decoders.Sequence([*words, decoders.Strip(" ", 1, 0)])
-    else:
-        backend.normalizer, backend.decoder = spaces, decoders.Sequence(words)
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), backend.normalizer])
+        steps.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(steps)
     return backend, True
 
 
@@ -252,9 +253,11 @@ class _Vocabulary:
             raise self.error(key, f"is {index!r:.40}; expected an id from 0 to {len(self.tokens) - 1}")
         return self.tokens[index]
 
-    def of_type(self, *types: int) -> list[str]:
-        return [self.tokens[index] for index in np.flatnonzero(np.isin(self.types, types)).tolist()]
-
     def added(self, *types: int, special: bool) -> list[AddedToken]:
         """Tokens that are found in the text before anything else happens to it."""
-        return [AddedToken(token, special=special, normalized=False) for token in self.of_type(*types) if token]
+        tokens = [self.tokens[index] for index in np.flatnonzero(np.isin(self.types, types)).tolist()]
+        if sum(map(len, tokens)) > MAX_ADDED_CHARS:
+            raise self.error(
+                "token_type", f"makes more than {MAX_ADDED_CHARS} characters of control or user-defined tokens"
+            )
+        return [AddedToken(token, special=special, normalized=False) for token in tokens if token]
