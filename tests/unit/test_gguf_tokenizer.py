@@ -198,7 +198,7 @@ BROKEN = {
     "bos wanted": (lambda: smollm2(bos_token_id=..., add_bos_token=True), "'tokenizer.ggml.bos_token_id' is None"),
     "flag a number": (lambda: smollm2(add_bos_token=1), "'tokenizer.ggml.add_bos_token' is 1; expected true or false"),
     "space in front": (lambda: smollm2(add_space_prefix=True), "'tokenizer.ggml.add_space_prefix' is true"),
-    "many specials": (lambda: smollm2(token_type=[4] * 49152, tokens=LONG, merges=[]), "makes more than 1048576 characters"),
+    "many specials": (lambda: smollm2(token_type=[4] * 49152, tokens=LONG, merges=[]), "makes more than 1048576 char"),
     "spm: pre": (lambda: spm(pre="llama-bpe"), "'tokenizer.ggml.pre' is 'llama-bpe'; a SentencePiece"),
     "spm: no scores": (lambda: spm(scores=...), "'tokenizer.ggml.scores' must be"),
     "spm: NaN": (lambda: spm(scores=[float("nan")] * 922), "'tokenizer.ggml.scores' has a score that"),
