@@ -21,7 +21,7 @@ from handloom.errors import TokenizerError
 
 REPLACEMENT = "\ufffd"
 MAX_PATTERN_CHARS = 64
-# transformers' clean_up_tokenization, in order.
+# transformers' clean_up_tokenization, in order. As a chain of stages, of a run of spaces it may keep one back for each.
 CLEAN_UP = (
     *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")),
     *((" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
@@ -50,16 +50,13 @@ def build_stages(hf: PreTrainedTokenizerFast) -> list[Stage]:
     ):
         raise TokenizerError(f"{type(hf).__name__} decodes in a way of its own, which cannot be streamed")
     stages: list[Stage] = []
-    fused = False
+    known = TOKEN_STAGES
     for spec in _decoders(hf):
         kind = spec["type"]
-        if fused and kind in FUSED_STAGES:
-            stages.append(FUSED_STAGES[kind](spec))
-        elif not fused and kind in TOKEN_STAGES:
-            stages.append(TOKEN_STAGES[kind](spec))
-        else:
+        if kind not in known:
             raise TokenizerError(f"the tokenizer's decoder has a {kind!r} in a place where it cannot be streamed")
-        fused = fused or kind in ("Fuse", "ByteLevel")
+        stages.append(known[kind](spec))
+        known = STAGES_AFTER.get(kind, known)
     if cleans_up(hf):
         stages += [ReplaceText(old, new) for old, new in CLEAN_UP]
     return stages
@@ -316,8 +313,14 @@ TOKEN_STAGES: dict[str, Callable[[dict[str, Any]], Stage]] = {
     "ByteLevel": ByteLevel,
     "Fuse": PassOn,
 }
-FUSED_STAGES: dict[str, Callable[[dict[str, Any]], Stage]] = {
+TEXT_STAGES: dict[str, Callable[[dict[str, Any]], Stage]] = {
     "Fuse": PassOn,
     "Replace": _replace_in_text,
     "Strip": StripStart,
+}
+# What may follow a stage that does not give whole tokens.
+STAGES_AFTER: dict[str, dict[str, Callable[[dict[str, Any]], Stage]]] = {
+    "Fuse": TEXT_STAGES,
+    "ByteLevel": TEXT_STAGES,
+    "BPEDecoder": {"Fuse": PassOn},
 }
