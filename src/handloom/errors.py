@@ -101,3 +101,10 @@ class NonFiniteLogits(HandloomError, ArithmeticError):
 
 class RequestFailed(HandloomError, RuntimeError):
     """A request ended because code of the caller's (a processor, a criterion) raised; the cause is attached."""
+
+
+# The installation ------------------------------------------------------------------------------
+
+
+class MissingDependency(HandloomError, ImportError):
+    """A package that only this use needs is not installed; the message names it."""

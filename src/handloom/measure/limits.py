@@ -1,0 +1,59 @@
+"""What the machine would allow: the rates that no implementation of the same arithmetic can exceed.
+
+Decoding is bound by memory (see `handloom.machine.decode_limit`), prefill by arithmetic: the roofline of
+Williams, Waterman and Patterson (CACM 52(4), 2009), with both roofs measured.
+
+This module does not know how a model is run.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from handloom.model.spec import ModelSpec, model_parameters
+
+SIZE = 1536
+SECONDS = 0.5
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second of a large square matrix product, the best of half a second's."""
+    size = SIZE if device.type == "cpu" else 8192
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+    out = torch.empty(size, size, dtype=dtype, device=device)
+    best, until = float("inf"), 0.0
+    while time.perf_counter() < until or best == float("inf"):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken = time.perf_counter() - start
+        best = min(best, taken) if until else best  # the first one only warms up
+        until = until or start + taken + SECONDS
+    return 2 * size**3 / best
+
+
+def prefill_flops(spec: ModelSpec, num_tokens: int) -> int:
+    """Floating-point operations of one prompt of `num_tokens` from an empty cache, logits for the last token only.
+
+    Two for each weight of a projection and each token; four for each query, key and dimension of a head
+    that causality and the window let meet. Norms, activations and softmax are left out: less than a percent.
+    """
+    flops = 2 * spec.vocab_size * spec.hidden_size
+    for name, parameter in model_parameters(spec).items():
+        if name.startswith("layers.") and len(parameter.shape) == 2:
+            flops += 2 * parameter.numel * num_tokens
+    for layer in spec.layers:
+        mixer = layer.mixer
+        width = num_tokens if mixer.window is None else min(mixer.window, num_tokens)
+        pairs = width * (width + 1) // 2 + (num_tokens - width) * width
+        flops += 4 * pairs * mixer.num_heads * mixer.head_dim
+    return flops
+
+
+def prefill_limit(spec: ModelSpec, num_tokens: int, rate: float) -> float:
+    """Tokens per second that prefill of `num_tokens` cannot exceed at `rate` operations per second."""
+    return num_tokens * rate / prefill_flops(spec, num_tokens)
