@@ -286,7 +286,7 @@ def _typed(error: Exception, source: HubSource, attempt: int = 1) -> Exception:
         return ModelNotFound(f"{source.repo} has no revision {quote(source.revision)}")
     if status == 401:
         return AuthenticationRequired(
-            f"{source}: the Hub answered 401. It does not exist, or is private: then give a token that may read it "
+            f"{source}: the Hub answered 401. It does not exist, or is private: then give a valid token that may read it "
             "(token=..., or HF_TOKEN)"
         )
     if status == 403:
