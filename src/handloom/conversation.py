@@ -61,12 +61,12 @@ class Conversation:
         InvalidPrompt, InvalidParam, UnsupportedOption; while running what `LM.stream` raises.
         """
         self._end_answer()
+        self._engine = _Stoppable(self.lm)
+        collector = Collector(self._engine)
         question = {"role": "user", "content": text}
         sequence = self._continue(self.lm.render_chat([*self.messages, question], **self.template_options))
         room = max(1, self._capacity(sequence) - len(sequence))
         limit = min(max_new_tokens, room) if isinstance(max_new_tokens, int) else max_new_tokens
-        self._engine = _Stoppable(self.lm)
-        collector = Collector(self._engine)
         collector.add(sequence, max_new_tokens=room if limit is None else limit, **options)
         self._answer = self._pieces(question, collector)
         return self._answer

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from handloom.cli import app
 from parity_checks import Pair, load_pair
 from tiny_chat import save_chat
+from tiny_models import save, tiny_llama
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,9 +75,15 @@ def test_a_full_context_is_said_and_a_reset_helps(pair: Pair, chat: Callable[...
     arguments = ("--max-context", "64", "-n", "1000")
     alone = chat("Hello?", arguments=arguments)
     result = chat("Hello?", "Hm?", "/reset", "Hello?", arguments=arguments)
-    assert (result.exit_code, result.stdout) == (0, 2 * alone.stdout)
+    assert (result.exit_code, result.stdout) == (1, 2 * alone.stdout)
     assert result.stderr.count("the context of 64 is full; /reset starts anew") == 2
     assert result.stderr.count("error: the conversation has") == 1
+
+
+def test_a_model_that_cannot_chat_says_so_at_once(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["chat", "-q", "--model", str(save(tiny_llama(), tmp_path))], input="never read")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: this model has no chat template")
 
 
 def test_a_pipe_that_is_no_text_is_an_error(chat: Callable[..., Result]) -> None:

@@ -118,16 +118,26 @@ def test_a_dash_reads_standard_input(handloom: Callable[..., Result]) -> None:
         (["x", "--device", "toaster"], None, "toaster"),
         (["x", "--backend", "magic"], None, "torch"),
         (["x " * 300], None, "256"),
+        (["x", "--model", "/no/such\nfolder\x1b[2J"], None, "/no/such"),
     ],
-    ids=["not UTF-8", "too many tokens", "NaN", "no such device", "no such backend", "overlong prompt"],
+    ids=["not UTF-8", "too many tokens", "NaN", "no such device", "no such backend", "overlong prompt", "no model"],
 )
 def test_an_error_is_one_line_on_standard_error(
     handloom: Callable[..., Result], arguments: list[str], input: bytes | None, says: str
 ) -> None:
     result = handloom(*arguments, "--quiet", input=input)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "\x1b" not in result.stderr
     assert says in result.stderr
+
+
+def test_an_error_of_the_system_is_one_line_too(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "config.json")
+
+    monkeypatch.setattr("handloom.lm.open_checkpoint", refuse)
+    result = CliRunner().invoke(app, ["generate", "x", "--quiet"])
+    assert (result.exit_code, result.stderr) == (1, "error: [Errno 13] Permission denied: 'config.json'\n")
 
 
 def test_debug_raises_the_error() -> None:

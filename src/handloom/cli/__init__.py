@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Annotated
 
 import typer
 
-from handloom.cli import chat, env, generate, inspect
+from handloom.cli import bench, chat, env, generate, inspect, parity
 from handloom.cli.common import guarded
 
 app = typer.Typer(
@@ -18,10 +19,26 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="handloom: generate text with a language model, and see how it is done.",
 )
-for command in (generate.generate, chat.chat, inspect.inspect, env.env):
+for command in (generate.generate, chat.chat, inspect.inspect, parity.parity, bench.bench, env.env):
     app.command()(guarded(command))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from handloom import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def handloom(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Generate text with a language model, and see how it is done."""
 
 
 def main() -> None:

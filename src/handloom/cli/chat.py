@@ -1,6 +1,6 @@
 """`handloom chat`: a conversation in the terminal.
 
-Standard input may be a pipe: then every line is a message, and neither prompts nor notes are decorated.
+Standard input may be a pipe: then every line is a message, and the exit status is 1 if one of them had no answer.
 
 This module does not know chat templates or the KV cache.
 """
@@ -72,13 +72,17 @@ def chat(
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         common.say("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.", quiet)
+    failures = 0
     with Conversation(lm, system) as conversation:
+        lm.render_chat([*conversation.messages, {"role": "user", "content": "Hi"}])  # fails now, if ever
         for line in _read_terminal() if terminal else _read_pipe():
             if line.startswith("/"):
                 if not _command(conversation, line):
                     break
             elif line.strip():
-                _answer(conversation, line, options, quiet or not terminal)
+                failures += not _answer(conversation, line, options, quiet or not terminal)
+    if failures and not terminal:
+        raise typer.Exit(1)
 
 
 # Input -----------------------------------------------------------------------------------------
@@ -135,8 +139,8 @@ def _command(conversation: Conversation, line: str) -> bool:
     return True
 
 
-def _answer(conversation: Conversation, text: str, options: dict[str, Any], quiet: bool) -> None:
-    """Stream one answer. An error is shown and the conversation goes on without the question."""
+def _answer(conversation: Conversation, text: str, options: dict[str, Any], quiet: bool) -> bool:
+    """Stream one answer. An error is shown (then False) and the conversation goes on without the question."""
     writer = common.Writer()
     try:
         with _on_interrupt(conversation.stop):
@@ -145,7 +149,7 @@ def _answer(conversation: Conversation, text: str, options: dict[str, Any], quie
     except HandloomError as error:
         writer.end_line()
         common.complain(error)
-        return
+        return False
     writer.end_line()
     output = conversation.output
     assert output is not None
@@ -157,6 +161,7 @@ def _answer(conversation: Conversation, text: str, options: dict[str, Any], quie
         kept = f"{conversation.num_reused} of {len(output.prompt_token_ids)} prompt tokens were cached"
         used = f"{conversation.num_tokens} of {conversation.lm.max_context} tokens of context used"
         common.say(f"{output.timing.decode_tokens_per_second:.1f} tok/s · {kept} · {used}")
+    return True
 
 
 def _limit(conversation: Conversation, new_tokens: int, options: dict[str, Any]) -> str:

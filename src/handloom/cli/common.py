@@ -75,14 +75,17 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with a --debug option: a HandloomError is one line and exit status 1, Ctrl-C is 130."""
+    """The command with a --debug option: an error that says what is wrong is one line and exit status 1, Ctrl-C is 130.
+
+    A closed pipe is left to typer, which ends quietly.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, debug: bool = False, **options: Any) -> None:
         try:
             command(*args, **options)
-        except HandloomError as error:
-            if debug:
+        except (HandloomError, OSError) as error:
+            if debug or isinstance(error, BrokenPipeError):
                 raise
             complain(error)
             raise typer.Exit(1) from None
@@ -118,7 +121,7 @@ def say(text: str, quiet: bool = False) -> None:
         error_console().print(printable(text), style="dim")
 
 
-def complain(error: HandloomError) -> None:
+def complain(error: Exception) -> None:
     """An error in one line on standard error."""
     error_console().print("error: " + printable(" ".join(str(error).split())), style="red")
 
