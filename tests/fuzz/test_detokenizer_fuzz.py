@@ -59,7 +59,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], skip: bool) -> str:
     return "".join([stream.push(index) for index in ids]) + stream.flush()
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(list(BUILDERS)),
     clean_up=st.sampled_from(CLEAN_UPS),
@@ -76,7 +76,7 @@ def test_random_ids_of_real_kinds_of_tokenizer(
     assert streamed(tokenizer, ids, skip) == tokenizer.hf.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(
     tokens=TOKENS,
     decoder=DECODERS,
