@@ -19,7 +19,7 @@ transformers.utils.logging.disable_progress_bar()
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tiny matrices only lose time with a second thread."""
+    """Two threads of one process wait for each other whenever another process has a core: 20 times slower here."""
     torch.set_num_threads(1)
 
 
