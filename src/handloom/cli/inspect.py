@@ -78,7 +78,7 @@ def _describe(checkpoint: Checkpoint, spec: ModelSpec, held: torch.dtype) -> dic
         "hidden_size": spec.hidden_size,
         "vocab_size": spec.vocab_size,
         "max_context": spec.max_context,
-        "positions": f"learned, {spec.learned_positions}" if spec.learned_positions else "in attention",
+        "positions": _positions(spec),
         "final_norm": _norm(spec.final_norm),
         "tied_head": spec.tied_head,
         "embedding_scale": spec.embedding_scale,
@@ -88,6 +88,12 @@ def _describe(checkpoint: Checkpoint, spec: ModelSpec, held: torch.dtype) -> dic
         "held": {"dtype": str(held).removeprefix("torch."), "bytes": parameters * held.itemsize},
         "kv_bytes_per_token": kv_values_per_token(spec) * held.itemsize,
     }
+
+
+def _positions(spec: ModelSpec) -> str:
+    if spec.learned_positions:
+        return f"learned, {spec.learned_positions}"
+    return "rotary" if any(layer.mixer.rope for layer in spec.layers) else "none"
 
 
 def _layer_kinds(spec: ModelSpec) -> list[dict[str, Any]]:
