@@ -66,7 +66,8 @@ def _show(found: dict[str, Any]) -> None:
     rows = {
         **{name: version or "not installed" for name, version in found["versions"].items() if name != "cuda"},
         "system": found["os"],
-        "processor": f"{cpu['name']}, {cpu['usable_cores']:g} of {cpu['cores']} cores usable, torch threads: {cpu['threads']}",
+        "processor": cpu["name"],
+        "cores": f"{cpu['usable_cores']:g} of {cpu['cores']} usable, torch runs {cpu['threads']} threads",
         "memory": f"{common.size(memory['total'])}, {common.size(memory['available'])} available{limit}",
         "gpus": "\n".join(_gpu(gpu, found["versions"]["cuda"]) for gpu in found["gpus"]) or "none",
         "device": f"{found['device']['name']}: {found['device']['reason']}",
