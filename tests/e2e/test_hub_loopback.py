@@ -41,9 +41,9 @@ LFS = (".safetensors", ".gguf", ".bin")
 class Repo:
     """One repository: the files of each commit, its branches, and what goes wrong with it.
 
-    `fail` gives, for "info", "resolve" or "cdn", the status and the X-Error-Code that the next requests get, and how
-    many of them. `cut` gives how many downloads break after half of what is left: "close" is an orderly end,
-    "reset" is not. `garble` changes what is sent: "content" keeps the size, "size" does not.
+    `fail` gives, for "info", "resolve" or "cdn", the status and the X-Error-Code that requests get, how many of them,
+    and how many are answered well before. `cut` gives how many downloads break after half of what is left: "close" is
+    an orderly end, "reset" is not. `garble` changes what is sent: "content" keeps the size, "size" does not.
     """
 
     commits: dict[str, dict[str, bytes]]
@@ -117,9 +117,8 @@ class Hub:
             def failed(self, found: Repo | None, kind: str, revision: str = "main") -> bool:
                 if found is None:
                     self.reply(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-                elif found.fail.get(kind, [0, "", 0])[2]:
-                    status, code, _ = found.fail[kind]
-                    found.fail[kind][2] -= 1
+                elif due(found.fail.get(kind)):
+                    status, code = found.fail[kind][:2]
                     self.reply(status, X_Error_Code=code) if code else self.reply(status)
                 elif revision not in found.branches and revision not in found.commits:
                     self.reply(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
@@ -196,6 +195,17 @@ class Hub:
                     os.close(self.connection.detach())
 
         return Handler
+
+
+def due(fault: list[Any] | None) -> bool:
+    """Whether this request is to fail; counts it."""
+    if fault is None:
+        return False
+    if fault[3]:
+        fault[3] -= 1
+        return False
+    fault[2] -= 1
+    return bool(fault[2] >= 0)
 
 
 def blob_id(data: bytes) -> str:
@@ -457,7 +467,7 @@ def test_definite_answers_are_typed_errors_at_once_and_the_next_good_request_suc
 ) -> None:
     seed = zlib.crc32(repr((where, status, code)).encode())  # content of its own: equal files are cached once
     found = hub.repos["org/fails"] = repo(single(seed))
-    found.fail[where] = [status, code, 100]
+    found.fail[where] = [status, code, 100, 0]
     answer = online("org/fails")
     assert answer.get("error") == error, answer
     assert said in answer["message"]
@@ -468,17 +478,27 @@ def test_definite_answers_are_typed_errors_at_once_and_the_next_good_request_suc
 
 def test_503_is_tried_again_a_bounded_number_of_times(hub: Hub, online: Client) -> None:
     found = hub.repos["org/busy"] = repo(single(7))
-    found.fail["info"] = [503, "", 100]
+    found.fail["info"] = [503, "", 100, 0]
     answer = online("org/busy")
     assert answer["error"] == "HubUnreachable"
     assert "the Hub answered 503 (tried 3 times)" in answer["message"]
     assert len(hub.asked("org/busy")) == 3
-    found.fail = {"info": [503, "", 2], "cdn": [503, "", 2]}
+    found.fail = {"info": [503, "", 2, 0], "cdn": [503, "", 2, 0]}
     assert online("org/busy").get("sums") == sums(tensors(7, "a", "b"))
-    found.fail = {"info": [503, "", 100]}  # from now on the cache will do
+    found.fail = {"info": [503, "", 100, 0]}  # from now on the cache will do
     answer = online("org/busy")
     assert answer.get("sums") == sums(tensors(7, "a", "b"))
     assert "from the local cache (org/busy: the Hub answered 503" in answer["origin"]
+
+
+def test_a_hub_that_goes_away_in_the_middle_is_a_typed_error(hub: Hub, online: Client) -> None:
+    found = hub.repos["org/fading"] = repo(single(12))
+    for after in (1, 3):  # after the list of files; after config.json, with the weights still to come
+        found.fail["info"] = [503, "", 100, after]
+        answer = online("org/fading")
+        assert answer.get("error") == "HubUnreachable", answer
+    found.fail.clear()
+    assert online("org/fading").get("sums") == sums(tensors(12, "a", "b"))
 
 
 def test_a_file_the_hub_lists_but_does_not_have_is_a_typed_error(hub: Hub, online: Client) -> None:

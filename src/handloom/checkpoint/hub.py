@@ -102,10 +102,11 @@ def fetch(source: HubSource) -> tuple[Path, str]:
             raise error from error.__cause__
         return path, f"the Hub's {source}, from the local cache ({error})"
     small, weights = select(source, [file.rfilename for file in info.siblings or []])
-    folder = _download(source, info, small)
     if INDEX in small:
-        weights = _shards(source, folder / INDEX, info)
-    _download(source, info, weights)
+        weights = _shards(source, _download(source, info, small) / INDEX, info)
+    elif small:
+        _download(source, info, small)
+    folder = _download(source, info, weights)
     if source.file or weights[0].endswith(".gguf"):
         return folder / weights[0], f"the Hub's {source.repo}:{weights[0]}, commit {info.sha}"
     return folder, f"the Hub's {source}, commit {info.sha}"
@@ -230,6 +231,9 @@ def _download(source: HubSource, info: ModelInfo, files: list[str]) -> Path:
     folder = Path(_retrying(call, source, TRIES, retry_transport=True))
     if folder.name != info.sha:
         raise HubError(f"{source}: its branch moved to another commit while we were fetching it; try again")
+    absent = [name for name in files if not (folder / name).exists()]
+    if absent:  # the client falls back to what it has when the Hub stops answering
+        raise HubUnreachable(f"{source}: the Hub stopped answering before it gave {quote(absent[0])}; try again")
     hashes = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs is not None}
     for name in fresh:
         if name in hashes:
@@ -286,7 +290,7 @@ def _typed(error: Exception, source: HubSource, attempt: int = 1) -> Exception:
         return ModelNotFound(f"{source.repo} has no revision {quote(source.revision)}")
     if status == 401:
         return AuthenticationRequired(
-            f"{source}: the Hub answered 401. It does not exist, or is private: then give a valid token that may read it "
+            f"{source}: the Hub answered 401. It does not exist, or is private: then give a valid token for it "
             "(token=..., or HF_TOKEN)"
         )
     if status == 403:
