@@ -1,17 +1,46 @@
 """handloom: a hand-written loop that weaves tokens.
 
-import handloom as hl
-lm = hl.LM.from_pretrained()
-print(lm.generate("Once upon a time", max_new_tokens=64).text)
+    import handloom as hl
+    lm = hl.LM.from_pretrained()
+    print(lm.generate("Once upon a time", max_new_tokens=64).text)
+
+The names below are imported when first used, so that `handloom --help` does not wait for torch.
 """
 
 from __future__ import annotations
 
-from handloom.engine import Engine
-from handloom.errors import HandloomError
-from handloom.live import LiveSequence
-from handloom.lm import LM
-from handloom.output import Output, Piece, Score, Timing
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["LM", "Engine", "HandloomError", "LiveSequence", "Output", "Piece", "Score", "Timing"]
+if TYPE_CHECKING:
+    from handloom.conversation import Conversation
+    from handloom.engine import Engine
+    from handloom.errors import HandloomError
+    from handloom.live import LiveSequence
+    from handloom.lm import LM
+    from handloom.output import Output, Piece, Score, Timing
+
+__all__ = ["LM", "Conversation", "Engine", "HandloomError", "LiveSequence", "Output", "Piece", "Score", "Timing"]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "LM": "lm",
+    "Conversation": "conversation",
+    "Engine": "engine",
+    "HandloomError": "errors",
+    "LiveSequence": "live",
+    "Output": "output",
+    "Piece": "output",
+    "Score": "output",
+    "Timing": "output",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'handloom' has no attribute {name!r}")
+    return getattr(import_module(f"handloom.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
