@@ -13,6 +13,7 @@ from torch import Tensor
 
 from handloom.cache.batch import Work, build_batch
 from handloom.cache.pages import PagePool
+from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Event, FinishedEvent, TokenEvent
 from handloom.engine import Engine
 from handloom.lm import LM
@@ -49,10 +50,10 @@ def poison(pool: PagePool) -> None:
 
 def fresh_logits(lm: LM, ids: Iterable[int]) -> Tensor:
     """Logits after the last of `ids`, computed in one forward pass over a pool of their own."""
-    other = lm_with(family=lm.name)
-    sequence = other.encode(list(ids))
-    batch = build_batch([Work(sequence, len(sequence), "last")], other.pool)
-    return other.transformer.forward(batch, other.pool.layers)[0]
+    ids = list(ids)
+    pool = lm_with(1, len(ids), lm.name).pool
+    batch = build_batch([Work(Sequence(pool, ids), len(ids), "last")], pool)
+    return lm.transformer.forward(batch, pool.layers)[0]
 
 
 def close(ours: Tensor, expected: Tensor) -> bool:
