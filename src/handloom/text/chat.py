@@ -34,8 +34,8 @@ from handloom.errors import ChatTemplateError, InvalidParam, InvalidPrompt
 Tool = Mapping[str, Any] | Callable[..., Any]
 
 MAX_TEMPLATE_CHARS = 2**18
-MAX_OUTPUT_CHARS = 2**24
-MAX_INPUT_CHARS = 2**24
+MAX_OUTPUT_CHARS = 2**23
+MAX_INPUT_CHARS = 2**23
 MAX_DEPTH = 64
 MAX_INT_BITS = 1024
 CPU_SECONDS = 1.0

@@ -18,7 +18,7 @@ from handloom.errors import InvalidPrompt, TokenizerError
 from handloom.text.chat import ChatRenderer, Tool, choose_template
 from handloom.text.tokenizer_folder import load_fast_tokenizer, typed_errors
 
-MAX_TEXT_BYTES = 16 * 2**20
+MAX_TEXT_BYTES = 8 * 2**20
 
 
 def check_text(text: object, *, what: str = "the prompt", max_bytes: int = MAX_TEXT_BYTES) -> str:
@@ -98,7 +98,13 @@ class Tokenizer:
         """
         check_text(text, max_bytes=self.max_text_bytes)
         with typed_errors(TokenizerError, "the tokenizer failed on this text"):
-            ids: list[int] = self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+            ids: list[int] = self.hf.encode(
+                text,
+                add_special_tokens=add_special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:

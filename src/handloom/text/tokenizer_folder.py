@@ -56,8 +56,10 @@ WORD_FIELDS = frozenset(WORDS.split())
 TOKEN_FIELDS = {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}
 TOKEN_LIST_FIELDS = {"additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"}
 TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
-# A merge prefix that is set, or a key that may hide one behind an escaped letter (no writer of JSON escapes those).
-MERGE_PREFIX = re.compile(rb'continuing_subword_prefix"\s*:\s*(?!null|"")|\\u00[4-7]')
+MERGE_PREFIX = b'continuing_subword_prefix"'
+UNSET = re.compile(rb'\s*:\s*(null|"")')
+# No writer of JSON escapes a letter: here it could only hide the key above.
+ESCAPED_LETTER = re.compile(rb"\\u00(?:[4-6]|7[0-9aA])")
 CLASS_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}(Tokenizer|TokenizerFast|Backend)")
 
 
@@ -126,7 +128,7 @@ def _check_merges(path: Path) -> None:
 
     `tokenizers` (seen in 0.23.3) cuts that many bytes off it unseen; inside a character, that ends the process.
     """
-    if not MERGE_PREFIX.search(path.read_bytes()):
+    if not _may_set_merge_prefix(path.read_bytes()):
         return
     model = (_read_object(path) or {}).get("model")
     prefix, merges = (
@@ -140,6 +142,17 @@ def _check_merges(path: Path) -> None:
         )
         if not isinstance(right, str) or not right.startswith(prefix):
             raise _wrong(path, f"model.merges[{index}]", merge, f"a pair whose second half starts with {prefix!r}")
+
+
+def _may_set_merge_prefix(data: bytes) -> bool:
+    """A quick look, for parsing a large tokenizer.json once more takes as long as loading it."""
+    at = data.find(MERGE_PREFIX)
+    while at >= 0:
+        at += len(MERGE_PREFIX)
+        if not UNSET.match(data, at):
+            return True
+        at = data.find(MERGE_PREFIX, at)
+    return b"\\u00" in data and ESCAPED_LETTER.search(data) is not None
 
 
 def _check_added_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
