@@ -14,7 +14,7 @@ from handloom.decoding.decoder import TokenEvent
 from handloom.ops import BACKENDS
 from handloom.sampling.params import GenerationParams, resolve_params
 from parity_checks import Pair, assert_tokens_equal, load_pair
-from tiny_models import TINY, ragged_prompts, random_ids, save
+from tiny_models import TINY, VOCAB_SIZE, ragged_prompts, random_ids, save, tiny_tokenizer
 
 RAGGED = (1, 5, 17, 33, 64, 2, 16, 48)
 
@@ -110,6 +110,32 @@ def test_a_live_sequence_is_continued_as_generate_continues(pair: Pair) -> None:
             ours = pair.lm().generate([sequence, branch], max_new_tokens=8)
         assert_tokens_equal(pair.hf, past, ours[0].token_ids, max_new_tokens=8)
         assert_tokens_equal(pair.hf, [*past, 13], ours[1].token_ids, max_new_tokens=8)
+
+
+def test_a_prompt_longer_than_a_step_runs_in_chunks(tiny_pair: Callable[..., Pair]) -> None:
+    """More tokens than the engine runs at once by default, beside a short prompt."""
+    for family, overrides in (("llama", {"max_position_embeddings": 2048}), ("gpt2", {"n_positions": 2048})):
+        pair = tiny_pair(family, **overrides)
+        prompts = ragged_prompts(12, (1300, 9, 513))
+        for prompt, output in zip(prompts, pair.lm().generate(prompts, max_new_tokens=8), strict=True):
+            assert_tokens_equal(pair.hf, prompt, output.token_ids, max_new_tokens=8)
+
+
+def test_more_prompts_than_run_at_once(pair: Pair) -> None:
+    prompts = ragged_prompts(13, [1 + i % 11 for i in range(300)])
+    outputs = pair.lm().generate(prompts, max_new_tokens=3)
+    for prompt, output in list(zip(prompts, outputs, strict=True))[::15]:
+        assert_tokens_equal(pair.hf, prompt, output.token_ids, max_new_tokens=3)
+
+
+def test_a_vocabulary_larger_than_the_tokenizers(tiny_pair: Callable[..., Pair]) -> None:
+    """Padded vocabularies are common; an id without text has none."""
+    pair = tiny_pair("llama", 3, vocab_size=450)
+    prompt = random_ids(1, 9)
+    output = pair.lm().generate(prompt, max_new_tokens=30)
+    assert max(output.token_ids) >= VOCAB_SIZE
+    assert_tokens_equal(pair.hf, prompt, output.token_ids, max_new_tokens=30)
+    assert output.text == tiny_tokenizer().decode(output.token_ids, skip_special_tokens=True)
 
 
 # The honest loop -------------------------------------------------------------------------------

@@ -122,6 +122,15 @@ def test_prompt_logprobs_are_the_log_softmax_of_the_prompt(pair: Pair, max_step_
             assert [value for _, value in top] == pytest.approx(row.topk(3).values.tolist(), abs=2e-5)
 
 
+def test_prompt_logprobs_of_a_sequence_that_is_computed_already(pair: Pair) -> None:
+    ids = random_ids(6, 30)
+    exact = hf_logits(pair.hf, ids).log_softmax(-1)
+    with pair.lm().sequence(ids) as sequence:
+        assert len(sequence.logits) == len(exact[0])
+        output = pair.lm().generate(sequence, max_new_tokens=1, prompt_logprobs=0)
+    assert output.prompt_logprobs == pytest.approx([exact[i, t].item() for i, t in enumerate(ids[1:])], abs=2e-5)
+
+
 def test_score_is_the_likelihood_behind_the_loss(pair: Pair) -> None:
     texts = ragged_prompts(5, (2, 30, 9, 200))
     scores = pair.lm().score(texts, top_logprobs=2)
