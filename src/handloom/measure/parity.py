@@ -26,9 +26,10 @@ CHUNK = 128
 def tolerances(dtype: torch.dtype) -> dict[str, float]:
     """The relative differences allowed: "tie" between two scores, "logits" between the logits.
 
-    In float32 those of the project's parity tests; in bfloat16 and float16 rounding alone makes a percent.
+    In float32 those of the project's parity tests. In bfloat16 and float16 rounding alone, of either engine, makes
+    some percent over thirty layers: there only a gross error shows.
     """
-    return {"tie": 1e-5, "logits": 1e-4} if dtype == torch.float32 else {"tie": 2e-2, "logits": 2e-2}
+    return {"tie": 1e-5, "logits": 1e-4} if dtype == torch.float32 else {"tie": 5e-2, "logits": 5e-2}
 
 
 @dataclass(frozen=True, slots=True)
