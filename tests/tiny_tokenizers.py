@@ -1,14 +1,18 @@
-"""Tiny fast tokenizers of every kind that language models use, trained in milliseconds on a few sentences.
+"""Tiny fast tokenizers of every kind that language models use, learned in milliseconds from a few sentences.
 
-Each builder gives a `tokenizers.Tokenizer`; `wrap` makes it what transformers hands out. Nothing here imports handloom:
-these are what the tests compare against.
+They are the same on every run: of the library's trainers only the one that breaks ties by itself is used. Each builder
+gives a `tokenizers.Tokenizer`; `wrap` makes it what transformers hands out. Nothing here imports handloom: these are
+what the tests compare against.
 """
 
 from __future__ import annotations
 
-import json
+import math
+import re
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -97,12 +101,13 @@ def byte_bpe_with_bos() -> Tokenizer:
 def sentencepiece_bpe(*, prefix_space: bool) -> Tokenizer:
     """As Llama 2 (with a prefix space that decoding strips) and Gemma (without): byte fallback, `▁` for spaces."""
     special = ["<unk>", "<s>", "</s>", "<pad>"]
-    pieces = special + [f"<0x{byte:02X}>" for byte in range(256)]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    trainer = trainers.BpeTrainer(
-        vocab_size=460, special_tokens=pieces, show_progress=False, limit_alphabet=70, initial_alphabet=["▁"]
-    )
-    tokenizer.train_from_iterator([line.replace(" ", "▁") for line in CORPUS], trainer)
+    words = [list("▁" + word) for line in CORPUS[:3] for word in line.split(" ")]
+    alphabet = sorted({character for word in words for character in word} - set("z;\n\t\r#*"))
+    merges = learn_merges([[c for c in word if c in alphabet] for word in words], 120)
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *alphabet, *("".join(merge) for merge in merges)]
+    vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.add_special_tokens(special)
     steps = [normalizers.Prepend("▁")] if prefix_space else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     tail = [decoders.Strip(" ", 1, 0)] if prefix_space else []
@@ -110,57 +115,80 @@ def sentencepiece_bpe(*, prefix_space: bool) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    return _only_special(tokenizer, special)
+    return tokenizer
 
 
-def _only_special(tokenizer: Tokenizer, special: list[str]) -> Tokenizer:
-    """The same tokenizer with only `special` as added tokens (training marks the byte pieces too)."""
-    data = json.loads(tokenizer.to_str())
-    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in special]
-    return Tokenizer.from_str(json.dumps(data))
+def learn_merges(words: list[list[str]], count: int) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al., 2016), ties broken by the alphabet."""
+    merges: list[tuple[str, str]] = []
+    for _ in range(count):
+        pairs = Counter(pair for word in words for pair in pairwise(word))
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        words = [_merged(word, best) for word in words]
+    return merges
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for piece in word:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
+
+
+def _plain_words() -> list[str]:
+    return [word for line in CORPUS for word in re.findall(r"\w+|[^\w\s]", line)]
 
 
 def wordpiece() -> Tokenizer:
     """As BERT: continuation pieces, and spaces that decoding cleans up."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    letters = sorted(set("".join(_plain_words()[:60])))
+    pieces = ["[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters)]
+    pieces += [*sorted(set(_plain_words()[:40])), "##s", "##ing", "##ly", "##aver"]
+    vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(cleanup=True)
-    special = ["[UNK]", "[CLS]", "[SEP]"]
-    tokenizer.train_from_iterator(
-        CORPUS, trainers.WordPieceTrainer(vocab_size=250, special_tokens=special, show_progress=False)
-    )
+    tokenizer.add_special_tokens(["[UNK]", "[CLS]", "[SEP]"])
     tokenizer.add_tokens(["we do not , they 've ' n't"])
     return tokenizer
 
 
 def unigram() -> Tokenizer:
     """As T5: a unigram model under Metaspace."""
-    tokenizer = Tokenizer(models.Unigram())
+    counts = Counter("".join(_plain_words())) | Counter(f"▁{word}" for word in _plain_words() if word.isascii())
+    scored = sorted((piece, math.log(count / 5000)) for piece, count in counts.items())
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), *scored]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.UnigramTrainer(vocab_size=250, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     return tokenizer
 
 
 def suffix_bpe() -> Tokenizer:
     """As the first GPT: `</w>` ends a word."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    words = [[*word[:-1], word[-1] + "</w>"] for word in _plain_words()]
+    alphabet = sorted({piece for word in words for piece in word})
+    merges = learn_merges(words, 100)
+    pieces = ["<unk>", *alphabet, *("".join(merge) for merge in merges)]
+    vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens(["<unk>"])
     return tokenizer
 
 
 def words() -> Tokenizer:
     """One token per word and no decoder at all: pieces are joined with spaces."""
-    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    vocab = {word: index for index, word in enumerate(dict.fromkeys(["[UNK]", *_plain_words()]))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator(CORPUS, trainers.WordLevelTrainer(special_tokens=["[UNK]"], show_progress=False))
+    tokenizer.add_special_tokens(["[UNK]"])
     return tokenizer
 
 

@@ -164,6 +164,18 @@ def test_a_run_of_byte_tokens_comes_out_whole_where_it_ends() -> None:
     assert "".join(pieces(tokenizer, run[:-1])) == "\ufffd" * (len(run) - 1) == tokenizer.decode(run[:-1])
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_pending_completes_what_was_pushed_and_changes_nothing(name: str) -> None:
+    tokenizer = make(name)
+    for text in STRINGS:
+        ids = tokenizer.encode(text)
+        stream, out = Detokenizer(tokenizer), ""
+        for count, index in enumerate(ids, 1):
+            out += stream.push(index)
+            assert out + stream.pending == out + stream.pending == tokenizer.decode(ids[:count])
+        assert stream.pending == stream.flush()
+
+
 # Cost --------------------------------------------------------------------------------------------
 
 

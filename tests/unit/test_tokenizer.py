@@ -101,20 +101,25 @@ def test_vocab_and_merges_are_enough(tmp_path: Path) -> None:
         assert_same(Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path))
 
 
-def test_an_old_mistral_folder_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"fix_mistral_regex": True}])
+def test_an_old_mistral_folder_is_read_as_transformers_reads_it(tmp_path: Path, settings: dict[str, bool]) -> None:
     data = json.loads(byte_bpe().to_str())
     data["model"]["vocab"].update({f"[{index}]": index for index in range(1000, 101_000)})
-    save(tmp_path, config={"model_type": "mistral", "transformers_version": "4.40.0"}, fix_mistral_regex=True)
+    save(tmp_path, config={"model_type": "mistral", "transformers_version": "4.40.0"}, **settings)
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    ours, theirs = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert_same(ours, theirs)
-    assert ours.encode("HelloWorld 12") != wrap(byte_bpe()).encode("HelloWorld 12"), "the repaired regex shows"
+    try:
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+    except (TypeError, ImportError):  # transformers 5.3 stumbles over the setting
+        with pytest.raises(TokenizerError, match="cannot be loaded"):
+            Tokenizer.from_folder(tmp_path)
+    else:
+        assert_same(Tokenizer.from_folder(tmp_path), theirs)
 
 
 def test_every_setting_of_a_fast_tokenizer_class_is_known_or_refused_on_purpose() -> None:
     refused = {"self", "args", "kwargs", "vocab", "merges", "vocab_file", "merges_file", "normalizer_file"}
-    not_text = {"entity_vocab", "tags_dict", "token_type_ids_pattern", "_spm_precompiled_charsmap"}
-    not_text |= {"cls_token_box", "sep_token_box", "pad_token_box"}
+    not_text = {"entity_vocab", "tags_dict", "token_type_ids_pattern", "_spm_precompiled_charsmap", "entity_token_1"}
+    not_text |= {"entity_token_2", "cls_token_box", "sep_token_box", "pad_token_box"}
     lists = tokenizer_folder.TOKEN_LIST_FIELDS
     known = tokenizer_folder.SCALAR_FIELDS | tokenizer_folder.WORD_FIELDS | lists | refused | not_text
     for source in sorted(Path(transformers.models.__path__[0]).glob("*/tokenization_*.py")):

@@ -31,7 +31,12 @@ WORDPIECE_CLEAN_UP = (*CLEAN_UP[:7], (" do not", " don't"), *CLEAN_UP[7:])
 
 
 class Stage(Protocol):
-    """One step of decoding."""
+    """One step of decoding. Its attributes are values, so that a shallow copy is a stage of its own."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it keeps text back."""
+        ...
 
     def push(self, piece: str) -> Sequence[str]:
         """Take the next piece; return the pieces that are now certain."""
@@ -92,6 +97,8 @@ def _decoders(hf: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
 class MapToken:
     """A step that looks at one token and at whether it is the first."""
 
+    is_open = False
+
     def __init__(self, change: Callable[[str, bool], str]) -> None:
         self._change = change
         self._first = True
@@ -150,6 +157,10 @@ class ByteFallback:
     def __init__(self, spec: dict[str, Any]) -> None:
         self._start_run()
 
+    @property
+    def is_open(self) -> bool:
+        return self._length > 0 and self._text is not None
+
     def _start_run(self) -> None:
         self._text: str | None = ""  # None: this run is no UTF-8, whatever comes
         self._open = b""
@@ -185,6 +196,10 @@ class WordSuffix:
         self._suffix: str = spec["suffix"]
         self._held = ""
 
+    @property
+    def is_open(self) -> bool:
+        return bool(self._held)
+
     def push(self, piece: str) -> Sequence[str]:
         before = self._held.replace(self._suffix, " ")
         at = piece.find(self._suffix)
@@ -192,7 +207,8 @@ class WordSuffix:
         return (before, certain)
 
     def flush(self) -> Sequence[str]:
-        return (self._held.replace(self._suffix, ""),)
+        held, self._held = self._held, ""
+        return (held.replace(self._suffix, ""),)
 
 
 class ByteLevel:
@@ -200,6 +216,10 @@ class ByteLevel:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._open = b""
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._open)
 
     def push(self, piece: str) -> Sequence[str]:
         try:
@@ -210,7 +230,8 @@ class ByteLevel:
         return (text,)
 
     def flush(self) -> Sequence[str]:
-        return (self._open.decode("utf-8", "replace"),)
+        rest, self._open = self._open, b""
+        return (rest.decode("utf-8", "replace"),)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -238,6 +259,8 @@ def decode_utf8(data: bytes, errors: str) -> tuple[str, bytes]:
 class PassOn:
     """A piece is certain as it comes."""
 
+    is_open = False
+
     def __init__(self, spec: dict[str, Any]) -> None:
         pass
 
@@ -256,6 +279,10 @@ class ReplaceText:
         self._content = content
         self._held = ""
 
+    @property
+    def is_open(self) -> bool:
+        return bool(self._held)
+
     def push(self, piece: str) -> Sequence[str]:
         *done, rest = (self._held + piece).split(self._pattern)
         held = max(n for n in range(len(self._pattern)) if rest.endswith(self._pattern[:n]))
@@ -270,6 +297,8 @@ class ReplaceText:
 
 class StripStart:
     """Takes up to `start` characters `content` off the beginning of the text."""
+
+    is_open = False
 
     def __init__(self, spec: dict[str, Any]) -> None:
         if spec["stop"]:

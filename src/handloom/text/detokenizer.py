@@ -13,9 +13,10 @@ This module does not know stop strings, or where the ids come from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import copy
 
 from handloom.errors import InvalidPrompt
-from handloom.text.decoder_stages import build_stages
+from handloom.text.decoder_stages import Stage, build_stages
 from handloom.text.tokenizer import Tokenizer
 
 
@@ -50,8 +51,23 @@ class Detokenizer:
 
     def flush(self) -> str:
         """No more tokens come: return the rest of the text."""
-        pieces: list[str] = []
-        for stage in self._stages:
-            pieces = [out for piece in pieces for out in stage.push(piece)]
-            pieces += stage.flush()
-        return "".join(pieces)
+        return _flush(self._stages)
+
+    @property
+    def pending(self) -> str:
+        """What `flush` would return now, nothing changed: the text if the sequence ended here, which it may not.
+
+        Empty for almost every token. Under byte fallback it is the open run of byte tokens, so `"\\n"` spelled
+        `<0x0A>` is here one token before `push` can give it: match stop strings on it, but do not show it.
+        """
+        if not any(stage.is_open for stage in self._stages):
+            return ""
+        return _flush([copy(stage) for stage in self._stages])
+
+
+def _flush(stages: list[Stage]) -> str:
+    pieces: list[str] = []
+    for stage in stages:
+        pieces = [out for piece in pieces for out in stage.push(piece)]
+        pieces += stage.flush()
+    return "".join(pieces)

@@ -102,15 +102,22 @@ class StopMatcher:
 
         Of several that end together, it is the longest. More pieces may follow a hit.
         """
+        self._state, hit = self._scan(piece)
+        self._length += len(piece)
+        return hit
+
+    def peek(self, piece: str) -> StopHit | None:
+        """What `push` would return, for text that is not certain yet (`Detokenizer.pending`). Nothing is taken."""
+        return self._scan(piece)[1] if piece else None
+
+    def _scan(self, piece: str) -> tuple[int, StopHit | None]:
         hit = None
         state = self._state
         for end, character in enumerate(piece, self._length + 1):
             state = self._step(state, character)
             if hit is None and (stop := self._stop[state]):
                 hit = StopHit(stop, end - len(stop), end)
-        self._state = state
-        self._length += len(piece)
-        return hit
+        return state, hit
 
     @property
     def held(self) -> int:
