@@ -15,6 +15,7 @@ from torch import Tensor
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.errors import InvalidPrompt
+from handloom.model.families.config import shown
 from handloom.text.tokenizer import Tokenizer
 
 Prompt = str | Seq[int] | Tensor | np.ndarray[Any, Any]
@@ -29,8 +30,10 @@ def to_sequence(
     """
     if isinstance(prompt, np.ndarray):
         prompt = _from_numpy(prompt)
+    if isinstance(prompt, Tensor) and prompt.is_meta:
+        raise InvalidPrompt("the tensor is on the meta device: it has a shape, but no values")
     if isinstance(prompt, Tensor) and prompt.dim() == 2:
-        return Sequence(pool, embeddings=check_embeddings(prompt, hidden_size))
+        return Sequence(pool, embeddings=check_embeddings(prompt, hidden_size).to(pool.device))
     if isinstance(prompt, str):
         if tokenizer is None:
             raise InvalidPrompt("this checkpoint has no tokenizer: pass token ids instead of text")
@@ -58,22 +61,22 @@ def check_token_ids(prompt: Any, vocab_size: int) -> list[int]:
         if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
             raise InvalidPrompt(f"token {at} of the prompt is {type(token_id).__name__}, not an integer id")
         if not 0 <= token_id < vocab_size:
-            raise InvalidPrompt(f"token {at} of the prompt is {token_id}; ids go from 0 to {vocab_size - 1}")
+            raise InvalidPrompt(f"token {at} of the prompt is {shown(token_id)}; ids go from 0 to {vocab_size - 1}")
     return [int(token_id) for token_id in prompt]
 
 
 def check_embeddings(values: Tensor, hidden_size: int) -> Tensor:
-    """Dense, finite, floating [n > 0, hidden_size]. Raises InvalidPrompt."""
+    """A copy of dense, finite, floating values [n > 0, hidden_size]. Raises InvalidPrompt."""
     if values.layout != torch.strided or not values.is_floating_point():
         raise InvalidPrompt(f"prompt embeddings must be a dense float tensor, not {values.layout} {values.dtype}")
     if values.dim() != 2 or values.shape[0] == 0 or values.shape[1] != hidden_size:
         raise InvalidPrompt(f"prompt embeddings have shape {list(values.shape)}; expected [n > 0, {hidden_size}]")
     if not bool(torch.isfinite(values).all()):
         raise InvalidPrompt("prompt embeddings hold NaN or infinity")
-    return values.detach()
+    return values.detach().clone()
 
 
 def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
     if array.dtype.kind not in "iuf":
         raise InvalidPrompt(f"an array prompt must hold integers or floats, not {array.dtype}")
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))

@@ -48,6 +48,7 @@ def load_transformer(
     sources = dict(_sources(family, spec, prefix))
     parameters = model_parameters(spec)
     _check_names(checkpoint, family, sources)
+    _check_shapes(checkpoint, sources, parameters)
     _check_memory(checkpoint, parameters, dtype, device)
     weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in parameters.items()}
     total = sum(weight.nbytes for weight in weights.values())
@@ -118,6 +119,25 @@ def _check_names(checkpoint: Checkpoint, family: Family, sources: dict[str, Sour
         )
 
 
+def _check_shapes(checkpoint: Checkpoint, sources: dict[str, Source], parameters: dict[str, Parameter]) -> None:
+    """Before anything is allocated: a config that lies about sizes must not cost memory."""
+    for ours, source in sources.items():
+        for name, rows in zip(source.names, _rows(source, parameters[ours]), strict=True):
+            shape = (rows, *parameters[ours].shape[1:])
+            expected = shape[::-1] if source.transpose else shape
+            found = tuple(checkpoint.tensors[name].shape)
+            if found != expected:
+                raise CheckpointError(
+                    f"{checkpoint.name}: tensor {name} has shape {list(found)}; its config.json calls for "
+                    f"{list(expected)}"
+                )
+
+
+def _rows(source: Source, parameter: Parameter) -> tuple[int, ...]:
+    """How many rows of our weight each of its tensors fills."""
+    return parameter.parts if len(source.names) > 1 else parameter.shape[:1]
+
+
 def _list(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more} {'are' if len(names) > 1 else 'is'}"
@@ -137,12 +157,5 @@ def _check_memory(
 
 def _read(checkpoint: Checkpoint, source: Source, parameter: Parameter, weight: Tensor) -> None:
     """Fill one weight from its one or several tensors."""
-    rows = parameter.parts if len(source.names) > 1 else (parameter.shape[0],)
-    for name, part in zip(source.names, weight.split(rows), strict=True):
-        found = checkpoint.tensors[name].shape
-        expected = tuple(reversed(part.shape)) if source.transpose else tuple(part.shape)
-        if tuple(found) != expected:
-            raise CheckpointError(
-                f"{checkpoint.name}: tensor {name} has shape {list(found)}; its config.json calls for {list(expected)}"
-            )
+    for name, part in zip(source.names, weight.split(_rows(source, parameter)), strict=True):
         checkpoint.read_into(name, part, transpose=source.transpose)

@@ -31,8 +31,7 @@ def read_config(config: Mapping[str, Any], where: str, ignore_keys: Iterable[str
             f"{where}: model_type {shown(model_type)} is not one of {', '.join(sorted(FAMILIES))}.{custom}"
         )
     family = FAMILIES[model_type]
-    reader = ConfigReader(config, where)
+    reader = ConfigReader(config, where, ignore_keys)
     spec = family.read_spec(reader)
-    reader.ignore(*ignore_keys)
     reader.finish()
     return family, spec

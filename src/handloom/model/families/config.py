@@ -8,9 +8,8 @@ This module does not know what any key means to a model.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from handloom.errors import ConfigError, UnsafeCheckpoint, UnsupportedModel
@@ -45,11 +44,15 @@ ATTENTION_IMPLEMENTATIONS = frozenset(
 
 
 class ConfigReader:
-    """Typed access to one config.json (or a dict nested in it). Every method raises ConfigError."""
+    """Typed access to one config.json (or a dict nested in it). Every method raises ConfigError.
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+    ignore_keys: keys that may be left unread, here and in nested dicts.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str, ignore_keys: Iterable[str] = ()) -> None:
         self.values, self.where = values, where
-        self._asked: set[str] = set()
+        self._ignored = frozenset(ignore_keys)
+        self._asked = set(self._ignored)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The raw value; None counts as absent, as in transformers."""
@@ -69,9 +72,7 @@ class ConfigReader:
     def number(self, key: str, default: float | None = None, *, low: float = 0.0, high: float = 1e12) -> float:
         """A finite float in (low, high]."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.fail(key, "a finite number")
-        if not low < value <= high:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
             raise self.fail(key, f"a number above {low:g} and up to {high:g}")
         return float(value)
 
@@ -107,7 +108,7 @@ class ConfigReader:
             return None
         if not isinstance(value, dict):
             raise self.fail(key, "an object")
-        return ConfigReader(value, f"{self.where}: {key}")
+        return ConfigReader(value, f"{self.where}: {key}", self._ignored)
 
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """One id, a list of ids or none. Ids outside the vocabulary are left out: no model can ever choose them."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from handloom.errors import ConfigError, UnsupportedModel
-from handloom.model.families.config import MAX_CONTEXT, ConfigReader, shown
+from handloom.model.families.config import MAX_CONTEXT, ConfigReader
 from handloom.model.spec import LayerSpec, ModelSpec, RopeSpec
 
 ACTIVATIONS = {
@@ -93,10 +93,9 @@ def check_heads(config: ConfigReader, num_heads: int, num_kv_heads: int) -> None
 
 
 def default_head_dim(config: ConfigReader, hidden_size: int, num_heads: int) -> int:
-    """hidden_size / num_heads. Raises ConfigError where it does not divide."""
+    """hidden_size / num_heads. Raises ConfigError where it does not divide, as transformers: head_dim or not."""
     if hidden_size % num_heads:
         raise ConfigError(
-            f"{config.where}: hidden_size {hidden_size} is not a multiple of num_attention_heads {shown(num_heads)}, "
-            "and there is no head_dim"
+            f"{config.where}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}"
         )
     return hidden_size // num_heads
