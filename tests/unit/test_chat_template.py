@@ -540,6 +540,20 @@ def test_the_child_is_started_once_and_gone_with_its_renderer() -> None:
     assert process.wait(timeout=10) is not None
 
 
+def test_a_child_that_was_killed_or_ran_out_of_memory_is_replaced() -> None:
+    renderer = ChatRenderer()
+    renderer.render("a", [HI])
+    assert renderer._worker is not None
+    renderer._worker._process.kill()
+    renderer._worker._process.wait()
+    assert renderer.render("b", [HI]) == "b"
+    worker = renderer._worker
+    with pytest.raises(ChatTemplateError, match="needs more than the limit of 512 MiB"):
+        renderer.render("{{ 'a' * 10**10 }}", [HI])
+    assert not worker.usable()
+    assert renderer.render("c", [HI]) == "c"
+
+
 def test_threads_get_their_own_answers(renderer: ChatRenderer) -> None:
     answers: dict[int, str] = {}
 

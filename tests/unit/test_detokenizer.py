@@ -203,6 +203,7 @@ def test_a_token_costs_the_same_at_position_ten_and_ten_thousand(name: str) -> N
         decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 1)]),
         decoders.Sequence([decoders.ByteLevel(), decoders.WordPiece()]),
         decoders.Sequence([decoders.BPEDecoder(), decoders.ByteFallback()]),
+        decoders.BPEDecoder(suffix=""),
         decoders.Replace("", "x"),
         decoders.Replace("x" * 65, "y"),
     ],

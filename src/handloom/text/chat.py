@@ -310,8 +310,8 @@ class _Worker:
         self.close = weakref.finalize(self, _end, self._process, self._owner)
 
     def usable(self) -> bool:
-        """Whether the process still answers, and is ours: a fork of this program must start its own."""
-        return self.close.alive and self._owner == os.getpid()
+        """Whether the process lives, and is ours: a fork of this program must start its own."""
+        return self.close.alive and self._owner == os.getpid() and self._process.poll() is None
 
     def ask(self, request: dict[str, Any], limits: ChatLimits) -> str:
         """Send one request and wait for the text. Any failure but a polite one ends the process."""
@@ -332,6 +332,8 @@ class _Worker:
         finally:
             timer.cancel()
         self._started = True
+        if status == b"!":
+            self.close()
         if status != b"+":
             raise ChatTemplateError(f"the chat template failed: {text}")
         return text

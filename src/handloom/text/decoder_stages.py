@@ -194,6 +194,8 @@ class WordSuffix:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._suffix: str = spec["suffix"]
+        if not self._suffix:
+            raise TokenizerError("the tokenizer's decoder looks for an empty suffix, which cannot be streamed")
         self._held = ""
 
     @property

@@ -2,8 +2,8 @@
 
 Run as a script, isolated: `python -I -S template_worker.py FOLDER_WITH_JINJA2 ...`. It reads requests from stdin and
 writes answers to stdout until stdin ends. A frame is an 8-byte big-endian length and that many bytes. A request is JSON
-(`template`, `context`, `max_output` in characters, `cpu_seconds`); an answer is one status byte (`+` text, `-` error
-message) and UTF-8.
+(`template`, `context`, `max_output` in characters, `cpu_seconds`). An answer is one status byte and UTF-8: `+` and the
+text, `-` and an error message, or `!` and an error message, after which this process ends.
 
 A template is a program written by a stranger. The Jinja sandbox keeps it from Python's internals; the limits set here
 bound what the sandbox does not: processor time (a profiling timer whose signal ends the process, even inside one huge
@@ -137,7 +137,7 @@ def answer(request: dict[str, Any], cache: dict[str, Template]) -> bytes:
             cache[source] = compile_template(source)
         return b"+" + render(cache[source], request["context"], request["max_output"]).encode()
     except MemoryError:
-        return f"-it needs more than the limit of {MEMORY_BYTES >> 20} MiB of memory".encode()
+        return f"!it needs more than the limit of {MEMORY_BYTES >> 20} MiB of memory".encode()
     except Exception as error:
         line = getattr(error, "lineno", None)
         where = f" (template line {line})" if isinstance(line, int) else ""
@@ -155,6 +155,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         cpu_timer(0)
         answers.write(len(reply).to_bytes(8, "big") + reply)
         answers.flush()
+        if reply.startswith(b"!"):
+            return  # memory that ran out once is in pieces
 
 
 if __name__ == "__main__":

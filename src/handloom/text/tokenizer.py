@@ -113,9 +113,10 @@ class Tokenizer:
             checked = [operator.index(index) for index in ids]
         except TypeError as error:
             raise InvalidPrompt(f"token ids must be integers: {error}") from None
-        for index in (min(checked, default=0), max(checked, default=0)):
-            if checked and not 0 <= index < self.vocab_size:
-                raise InvalidPrompt(f"token id {index} is outside this tokenizer's 0..{self.vocab_size - 1}")
+        size = self.vocab_size
+        wrong = next((index for index in checked if not 0 <= index < size), None)
+        if wrong is not None:
+            raise InvalidPrompt(f"token id {wrong} is outside this tokenizer's 0..{size - 1}")
         with typed_errors(TokenizerError, "the tokenizer failed on these ids"):
             text: str = self.hf.decode(checked, skip_special_tokens=skip_special_tokens)
         return text
