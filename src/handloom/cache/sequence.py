@@ -60,6 +60,8 @@ class Sequence:
     def grow(self, num_tokens: int) -> None:
         """Own pages for num_tokens tokens, writable from num_computed on. Raises OutOfPages, changing nothing."""
         missing, free = self.pages_missing(num_tokens), self.pool.num_free
+        if not missing:
+            return
         if missing > free:
             raise OutOfPages(
                 f"the sequence needs {missing} more pages of {self.pool.page_size} tokens for {num_tokens} tokens, and "
