@@ -174,3 +174,15 @@ def test_a_character_in_pieces_waits_for_its_last_token_and_no_longer() -> None:
     first, second = ids_of(["é"])
     assert [ours.push(first), ours.push(second)] == ["", "é"]
     assert ours.push(first) + ours.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize(("include", "expected"), [(True, "a\n"), (False, "a")])
+def test_a_stop_string_spelled_in_byte_tokens_stops_at_its_last_byte(include: bool, expected: str) -> None:
+    """Under byte fallback a newline is the token <0x0A>, whose text only the next token makes certain."""
+    tokenizer = Tokenizer(wrap(tiny("sentencepiece"), **SETTINGS["sentencepiece"]))
+    ids = tokenizer.hf.convert_tokens_to_ids(["a", "<0x0A>"])
+    assert None not in ids
+    ours = stream(Request(["\n"], True, include, []), tokenizer, [])
+    text = ours.push(ids[0]) + ours.push(ids[1])
+    assert ours.stopped_by == "\n"
+    assert text + ours.finish() == expected

@@ -51,7 +51,11 @@ class StreamText:
         piece = self._shown.push(token_id)
         if self._matcher is None or self._spelled is None:
             return piece
-        return self._match(piece, self._spelled.push(token_id))
+        spelled, open_text = self._spelled.push(token_id), self._spelled.pending
+        if open_text and not self._matcher.peek(spelled) and self._matcher.peek(spelled + open_text):
+            # nothing comes after a stop, so what was waiting for the next token is certain
+            piece, spelled = piece + self._shown.flush(), spelled + self._spelled.flush()
+        return self._match(piece, spelled)
 
     def finish(self) -> str:
         """No more tokens come: the rest of the text."""
