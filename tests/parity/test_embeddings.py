@@ -33,6 +33,7 @@ def embeddings(pair: Pair, seed: int, length: int = 13) -> Tensor:
     return values + 0.1 * torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_generation_from_embeddings_equals_generate(pair: Pair, name: str) -> None:
     options = {"max_new_tokens": 20, **OPTIONS[name]}

@@ -131,6 +131,18 @@ def test_eos_of_config_json_counts_where_there_is_no_generation_config(model: An
     assert ours == theirs == free[: free.index(free[4]) + 1]
 
 
+def test_without_any_file_that_names_an_eos_there_is_none(model: Any, tmp_path: Path) -> None:
+    """Not even the default of transformers' LlamaConfig."""
+    with_file(model, tmp_path, None)
+    edit_json(tmp_path / "config.json", eos_token_id=..., bos_token_id=...)
+    pair = load_pair(tmp_path)
+    assert pair.hf.config.eos_token_id is not None
+    prompt = random_ids(3, 12)
+    free = pair.lm().generate(prompt, eos_token_id=None).token_ids
+    ours, theirs = both(pair, prompt, do_sample=False)
+    assert ours == theirs == free
+
+
 def test_the_file_of_a_model_may_not_hold_what_we_do_not_do(model: Any, tmp_path: Path) -> None:
     """…unless the caller says otherwise: nothing in it is dropped in silence."""
     with_file(model, tmp_path, {"num_beams": 4, "no_repeat_ngram_size": 3})

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig
 from transformers.models.gemma3 import modeling_gemma3
 
 from handloom.cache.batch import Work
+from handloom.model.families import read_config
 from handloom.ops import BACKENDS
 from parity_checks import Pair, assert_logits_equal, hf_logits, load_pair, our_logits, run
 from tiny_models import TINY, VOCAB_SIZE, edit_json, random_ids, save
@@ -228,6 +231,14 @@ def test_logits_of_configs_written_before_rope_parameters(case: str, tmp_path: P
     own = {"rope_parameters": ..., "layer_types": ..., "_sliding_window_pattern": ..., "sliding_window_pattern": ...}
     edit_json(folder / "config.json", **own | {"dtype": ..., "torch_dtype": "float32"} | keys)
     check_everywhere(load_pair(folder))
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, GPT2Config, Gemma3TextConfig])
+def test_an_absent_key_means_what_it_means_to_transformers(config: type[Any]) -> None:
+    """The spec of an empty config.json is that of transformers' defaults written out, but for the special tokens."""
+    _, written = read_config(config().to_dict(), "defaults")
+    _, empty = read_config({"model_type": config.model_type}, "empty")
+    assert empty == replace(written, eos_token_ids=(), bos_token_id=None)
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
