@@ -25,7 +25,7 @@ class Collector:
         self._started: list[float] = []
         self._first: list[float | None] = []
 
-    def add(self, prompt: Any, **options: Any) -> None:
+    def add(self, prompt: Any, /, **options: Any) -> None:
         """Queue a prompt. Raises what Engine.add_request raises."""
         decoder = self.engine.prepare(prompt, options)
         self._index[self.engine.add(decoder)] = len(self.outputs)

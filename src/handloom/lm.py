@@ -307,6 +307,9 @@ def _each(params: Seq[Mapping[str, Any]] | None, items: Seq[Any]) -> Seq[Mapping
         return [{}] * len(items)
     if len(params) != len(items):
         raise InvalidParam(f"params has {len(params)} entries for {len(items)} prompts; give one each")
+    for own in params:
+        if not isinstance(own, Mapping):
+            raise InvalidParam(f"params must be a list of dicts of options; it holds {type(own).__name__}")
     return params
 
 

@@ -16,7 +16,7 @@ from engines import Results, all_free, lm_with, loaded, poison, run
 from handloom.cache.sequence import Sequence
 from handloom.decoding import loop
 from handloom.engine import Engine
-from handloom.errors import InvalidParam, InvalidPrompt, NonFiniteLogits, OutOfPages, RequestFailed
+from handloom.errors import HandloomError, InvalidParam, InvalidPrompt, NonFiniteLogits, OutOfPages, RequestFailed
 from handloom.lm import LM
 from tiny_models import VOCAB_SIZE, random_ids
 
@@ -291,6 +291,11 @@ def test_one_bad_prompt_in_a_list_stops_the_call_before_anything_runs() -> None:
             lm.stream([PROMPTS[0], bad], max_new_tokens=3)
     with pytest.raises(InvalidParam, match="params has 1 entries for 2 prompts"):
         lm.generate([PROMPTS[0], PROMPTS[1]], params=[{}])
+    for params in ([{}, None], ["ab", {}], {"seed": 1, "top_k": 2}):
+        with pytest.raises(InvalidParam, match="params must be a list of dicts"):
+            lm.generate([PROMPTS[0], PROMPTS[1]], params=params)
+    with pytest.raises(HandloomError, match="prompt"):
+        lm.generate(PROMPTS[0], prompt=PROMPTS[1])
     assert all_free(lm)
 
 

@@ -14,7 +14,7 @@ from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Event, FinishedEvent, TokenEvent
 from handloom.engine.scheduler import Plan, Request, Scheduler
-from handloom.errors import InvalidPrompt, OutOfPages
+from handloom.errors import InvalidPrompt, OutOfPages, RequestFailed
 from paged import pool_of
 
 PAGE_SIZE = 4
@@ -29,9 +29,11 @@ class Counting:
         self.logits = logits
         self.rows: list[float] = []
         self.closed = 0
-        self.broken = False
+        self.broken = self.idle = False
 
     def plan(self) -> Seq[Work]:
+        if self.idle:
+            return []
         if self.broken:
             raise InvalidPrompt("broken")
         return [Work(self.sequence, self.sequence.num_pending, self.logits)]
@@ -195,6 +197,21 @@ def test_a_decoder_that_cannot_plan_fails_alone() -> None:
     works, events = bench.step()
     assert [request for request, _, _ in works] == [1]
     assert [e.request_id for e in events if isinstance(e, FinishedEvent)] == [2]
+
+
+@pytest.mark.parametrize("when", [0, 1], ids=["at the start", "later"])
+def test_a_decoder_without_work_fails_rather_than_hang(when: int) -> None:
+    bench = Bench()
+    idle = bench.add(2, 5)
+    bench.add(2, 5)
+    for _ in range(when):
+        bench.step()
+    idle.idle = True
+    works, events = bench.step()
+    assert [request for request, _, _ in works] == [1]
+    assert isinstance(events[0], FinishedEvent)
+    assert isinstance(events[0].error, RequestFailed)
+    assert idle.closed == 1
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["waiting", "running"])

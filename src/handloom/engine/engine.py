@@ -90,7 +90,7 @@ class Engine:
             raise InvalidPrompt("the sequence is in use by another request of this engine; fork it")
         return SampleDecoder(prompt, self.resolve(prompt, options), self.model.tokenizer, owns_sequence=False)
 
-    def add_request(self, prompt: Any, **options: Any) -> int:
+    def add_request(self, prompt: Any, /, **options: Any) -> int:
         """Queue a prompt (text, token ids, embeddings [n, hidden_size], or a Sequence of the cache).
 
         Returns the request id its events carry. A Sequence stays the caller's: it keeps its pages and

@@ -21,7 +21,7 @@ from handloom.cache.batch import Work
 from handloom.cache.pages import PagePool
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
 from handloom.decoding.sample import Ready, SampleDecoder, advance_together
-from handloom.errors import HandloomError, OutOfPages
+from handloom.errors import HandloomError, OutOfPages, RequestFailed
 
 
 @dataclass(slots=True, eq=False)
@@ -85,13 +85,13 @@ class Scheduler:
             request = self.waiting[0]
             try:
                 self._admit(request)
+                budget = self._place(request, plan, budget)
             except HandloomError as error:
                 if isinstance(error, OutOfPages) and self.running and self._may_fit(request):
                     break
                 failed.append(self._fail(request, error))
                 continue
             self.running.append(self.waiting.popleft())
-            budget = self._place(request, plan, budget)
         return plan, failed
 
     def _admit(self, request: Request) -> None:
@@ -110,7 +110,7 @@ class Scheduler:
     def _place(self, request: Request, plan: Plan, budget: int) -> int:
         """Put as much of a request's work into the plan as the budget allows; returns what is left of it.
 
-        Raises OutOfPages, with nothing of the request in the plan.
+        Raises OutOfPages, or RequestFailed for a decoder without work, with nothing of the request in the plan.
         """
         works: list[Work] = []
         for sequence, pending, logits in request.decoder.plan():
@@ -121,6 +121,8 @@ class Scheduler:
             wanted = "none" if num_tokens < pending and logits == "last" else logits
             works.append(Work(sequence, num_tokens, wanted))
             budget -= num_tokens
+        if budget > 0 and not works:
+            raise RequestFailed("the decoder has not finished and plans no work, so it would never finish")
         plan.works += works
         plan.owners += [request] * len(works)
         return budget
