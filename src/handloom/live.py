@@ -6,8 +6,9 @@ This module does not know requests or decoding modes.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from handloom.cache.batch import Work, build_batch
@@ -34,7 +35,7 @@ class LiveSequence(Sequence):
 
     @property
     def logits(self) -> Tensor:
-        """Next-token logits [vocab_size] float32 after the last token; computes what is pending.
+        """Next-token logits [vocab_size] float32 after the last token, the caller's to edit; computes what is pending.
 
         Raises InvalidPrompt for an empty sequence, OutOfPages.
         """
@@ -50,16 +51,19 @@ class LiveSequence(Sequence):
                 logits = self.lm.transformer.forward(batch, self.pool.layers)
                 self.num_computed += num_tokens
             self._logits = logits[0]
-        return self._logits
+        return self._logits.clone()
 
     @property
     def text(self) -> str:
         """The text of all its tokens, special ones spelled out. Raises InvalidPrompt without a tokenizer."""
         return self.lm.decode(self.token_ids[self.num_embeddings :])
 
-    def append(self, token_ids: int | Seq[int]) -> None:
-        """Add one token id or several. Raises InvalidPrompt, ContextOverflow."""
-        ids = check_token_ids([token_ids] if isinstance(token_ids, int) else token_ids, self.lm.spec.vocab_size)
+    def append(self, token_ids: int | np.integer[Any] | Tensor | Seq[int]) -> None:
+        """Add one token id (a tensor with one element, too) or several. Raises InvalidPrompt, ContextOverflow."""
+        if isinstance(token_ids, Tensor) and token_ids.dim() == 0:
+            token_ids = token_ids.unsqueeze(0)
+        many = [token_ids] if isinstance(token_ids, int | np.integer) else token_ids
+        ids = check_token_ids(many, self.lm.spec.vocab_size)
         if len(self) + len(ids) > self.lm.max_context:
             raise ContextOverflow(
                 f"{len(self)} + {len(ids)} tokens exceed the context of {self.lm.max_context}; rewind, or start anew"

@@ -17,7 +17,7 @@ from handloom.cache.sequence import Sequence
 from handloom.checkpoint import open_checkpoint
 from handloom.checkpoint.types import Checkpoint
 from handloom.collect import Collector
-from handloom.decoding.decoder import FinishedEvent, PromptLogprobsEvent, TokenEvent, TopLogprobs
+from handloom.decoding.decoder import FinishedEvent, PromptLogprobsEvent, TopLogprobs
 from handloom.decoding.score import ScoreDecoder
 from handloom.engine import Engine
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt, UnsupportedOption
@@ -311,6 +311,3 @@ def _each(params: Seq[Mapping[str, Any]] | None, items: Seq[Any]) -> Seq[Mapping
         if not isinstance(own, Mapping):
             raise InvalidParam(f"params must be a list of dicts of options; it holds {type(own).__name__}")
     return params
-
-
-__all__ = ["LM", "TokenEvent"]

@@ -6,6 +6,7 @@ This module does not know how any of it came about.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import exp
 
 from torch import Tensor
 
@@ -88,6 +89,4 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood per token."""
-        from math import exp
-
         return exp(-self.total / len(self.logprobs)) if self.logprobs else float("nan")

@@ -214,6 +214,8 @@ OLD_KEYS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama llama3": ("llama", {"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}),
     "llama llama3, no original": ("llama", {"max_position_embeddings": 64, "rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}),
+    "llama both, rope_scaling empty": ("llama", {"rope_scaling": {}, "rope_parameters": {
+        "rope_type": "linear", "rope_theta": 321.0, "factor": 4.0}}),
     "llama no rope keys at all": ("llama", {}),
     "gemma3 thetas and pattern": ("gemma3_text", {
         "rope_theta": 3000.0, "rope_local_base_freq": 30.0, "sliding_window_pattern": 2, "rope_scaling": None}),

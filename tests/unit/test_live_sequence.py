@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -322,3 +323,15 @@ def test_a_sequence_that_was_left_mid_stream_goes_on() -> None:
     assert held == lm.pool.num_pages - lm.pool.num_free == -(-sequence.num_computed // lm.pool.page_size)
     rest = lm.generate(sequence, **{**GREEDY, "max_new_tokens": 3})
     assert rest.token_ids == expected[2:]
+
+
+def test_logits_are_the_callers_to_edit_and_a_chosen_token_may_be_a_tensor_or_a_numpy_integer() -> None:
+    lm = lm_with()
+    sequence = lm.sequence([1, 2, 3])
+    before = sequence.logits
+    sequence.logits[:] = float("-inf")
+    assert torch.equal(sequence.logits, before)
+    sequence.append(before.argmax())
+    sequence.append(np.int64(2))
+    sequence.append(torch.tensor([4, 5]))
+    assert sequence.token_ids == [1, 2, 3, int(before.argmax()), 2, 4, 5]

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
-from handloom.decoding.decoder import Decoder, Event, FinishedEvent
+from handloom.decoding.decoder import Decoder, Event
 from handloom.decoding.sample import SampleDecoder
 from handloom.engine.runner import Runner
 from handloom.engine.scheduler import Request, Scheduler
@@ -125,6 +125,3 @@ class Engine:
         """Abort every request."""
         for request in tuple(self.scheduler):
             self.abort(request.id)
-
-
-__all__ = ["Engine", "FinishedEvent", "Model"]

@@ -67,13 +67,15 @@ def norm_qkv(
 def _context(slots: Tensor, page_ids: list[int], page_size: int, start: int, end: int) -> Tensor:
     """Tokens start..end of the pages, [num_kv_heads, end - start, head_dim]: a view if the pages lie side by side.
 
-    slots: the whole cache, [num_kv_heads, num_slots, head_dim].
+    slots: the whole cache, [num_slots, num_kv_heads, head_dim].
     """
     first = page_ids[0]
     if page_ids == list(range(first, first + len(page_ids))):
-        return slots.narrow(1, first * page_size + start, end - start)
-    paged: Tensor = slots.unflatten(1, (-1, page_size))
-    return paged.index_select(1, tensor(page_ids, device=slots.device)).flatten(1, 2).narrow(1, start, end - start)
+        start, end = first * page_size + start, first * page_size + end
+    else:
+        pages: Tensor = slots.unflatten(0, (-1, page_size))
+        slots = pages.index_select(0, tensor(page_ids, device=slots.device)).flatten(0, 1)
+    return slots[start:end].transpose(0, 1)
 
 
 def _visible(num_queries: int, num_keys: int, window: int | None, device: device) -> Tensor:
@@ -123,7 +125,7 @@ def paged_attention(
     """See `handloom_kernels.reference.paged_attention`."""
     page_size = k_pages.shape[1]
     starts, lengths, tables = cu_seqlens.tolist(), context_lens.tolist(), page_table.tolist()
-    slots = [pages.flatten(0, 1).transpose(0, 1) for pages in (k_pages, v_pages)]
+    slots = [pages.flatten(0, 1) for pages in (k_pages, v_pages)]
     outputs = []
     for s, length in enumerate(lengths):
         queries = q[starts[s] : starts[s + 1]]

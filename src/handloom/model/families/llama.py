@@ -18,8 +18,9 @@ def read_spec(config: ConfigReader) -> ModelSpec:
     check_heads(config, num_heads, num_kv_heads)
     head_dim = config.integer("head_dim", default_head_dim(config, hidden_size, num_heads), high=MAX_HEAD_DIM)
     max_context = config.integer("max_position_embeddings", 2048, high=MAX_CONTEXT)
-    parameters = config.nested("rope_scaling") or config.nested("rope_parameters")
-    config.ignore("rope_parameters", "rope_scaling")
+    scaling, parameters = config.nested("rope_scaling"), config.nested("rope_parameters")
+    if scaling is not None and scaling.values:  # as transformers: the older key, where it says anything
+        parameters = scaling
     theta = config.number("rope_theta", 10000.0)
     attention_bias = config.flag("attention_bias", False)
     mixer = AttentionSpec(
