@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 import torch
 
 from parity_checks import Pair, hf_generate
-from tiny_models import random_ids
+from tiny_models import random_ids, tiny_tokenizer
 
 EOS_SET = list(range(4, 331, 40))
 
@@ -78,3 +79,45 @@ def test_without_a_length_there_are_twenty_tokens_or_what_the_context_holds(pair
         ours = pair.lm().generate(prompt, eos_token_id=None).token_ids
         assert ours == hf_generate(pair.hf, prompt, do_sample=False, eos_token_id=None)
         assert len(ours) == min(20, 256 - length)
+
+
+def random_options(draw: random.Random, length: int) -> dict[str, Any]:
+    """Any of our options, each on or off, with values from harmless to extreme."""
+    options: dict[str, Any] = {"do_sample": draw.random() < 0.6}
+    knobs = {
+        "temperature": draw.choice((0.1, 0.5, 1.0, 3.0)),
+        "top_k": draw.choice((0, 1, 3, 50, 400)),
+        "top_p": draw.choice((0.05, 0.5, 0.9, 1.0)),
+        "min_p": draw.choice((0.0, 0.02, 0.3, 1.0)),
+    }
+    if options["do_sample"]:
+        options |= {name: value for name, value in knobs.items() if draw.random() < 0.5}
+    if draw.random() < 0.4:
+        options["repetition_penalty"] = draw.choice((0.5, 1.1, 2.0, 10.0))
+    if draw.random() < 0.7:
+        options["eos_token_id"] = draw.sample(range(331), draw.randint(1, 40))
+    if draw.random() < 0.3:
+        options["max_length"] = length + draw.randint(1, 30)
+    if draw.random() < 0.6 or "max_length" not in options:
+        options["max_new_tokens"] = draw.randint(1, 30)
+    most = options.get("max_new_tokens", options.get("max_length", 0) - length)
+    if draw.random() < 0.3:
+        options["min_new_tokens"] = draw.randint(0, most)
+    if draw.random() < 0.3:
+        options["min_length"] = draw.randint(0, length + most)
+    if draw.random() < 0.4:
+        options["stop_strings"] = [
+            "".join(draw.choices("aeiot 123(){}n\n", k=draw.choice((1, 1, 2)))) for _ in range(4)
+        ]
+    return options
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_random_options_together_give_the_tokens_of_generate(pair: Pair, seed: int) -> None:
+    draw = random.Random(seed)
+    prompt = random_ids(seed, draw.choice((1, 2, 15, 16, 17, 40)))
+    options = random_options(draw, len(prompt))
+    torch.manual_seed(seed)
+    ours = pair.lm().generate(prompt, rng="torch", **options).token_ids
+    torch.manual_seed(seed)
+    assert ours == hf_generate(pair.hf, prompt, tokenizer=tiny_tokenizer(), **options), options
