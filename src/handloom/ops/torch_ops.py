@@ -9,12 +9,31 @@ This module does not know about models, sequences or requests.
 
 from __future__ import annotations
 
-from torch import Tensor, arange, cat, device, float32, tanh, tensor
+from torch import Tensor, arange, bmm, cat, device, float32, tanh, tensor
+from torch.backends import mkl
 from torch.nn import functional as F  # noqa: N812
 
 from handloom_kernels.reference import Norm, Rotary, activate, embed, normalize
 
 __all__ = ["embed", "linear_residual", "lm_head", "norm_mlp", "norm_qkv", "paged_attention"]
+
+FEW_ROWS = range(4, 17)
+WEIGHT_ROWS = 32
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [N, K] @ weight [M, K].T + bias; a few float32 rows on a CPU go through many small products.
+
+    MKL repacks the weight for each large product, which costs more than the product itself where x has few rows;
+    small products it computes in place. 8 rows, one core with AVX-512: 3072 x 576 in 0.71 instead of 1.38 ms,
+    49152 x 576 in 12.4 instead of 29.0.
+    """
+    rows, (width, depth) = len(x), weight.shape
+    if rows not in FEW_ROWS or x.dtype != float32 or x.is_cuda or width % WEIGHT_ROWS or not mkl.is_available():
+        return F.linear(x, weight, bias)
+    pieces = weight.view(-1, WEIGHT_ROWS, depth).transpose(1, 2)
+    out = bmm(x.expand(len(pieces), rows, depth), pieces).transpose(0, 1).reshape(rows, width)
+    return out if bias is None else out.add_(bias)
 
 
 def _norm(x: Tensor, norm: Norm) -> Tensor:
@@ -51,7 +70,7 @@ def norm_qkv(
 ) -> Tensor:
     """See `handloom_kernels.reference.norm_qkv`."""
     num_kv_heads, head_dim = k_pages.shape[-2:]
-    heads = F.linear(_norm(hidden, norm), weight, bias).view(len(hidden), -1, head_dim)
+    heads = _linear(_norm(hidden, norm), weight, bias).view(len(hidden), -1, head_dim)
     num_heads = heads.shape[1] - 2 * num_kv_heads
     qk, v = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
     if q_norm is not None and k_norm is not None:
@@ -139,13 +158,13 @@ def paged_attention(
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Norm | None, residual: Tensor) -> Tensor:
     """See `handloom_kernels.reference.linear_residual`."""
-    out = F.linear(x, weight, bias)
+    out = _linear(x, weight, bias)
     return residual + (out if post_norm is None else _norm(out, post_norm))
 
 
 def norm_mlp(hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, activation: str, gated: bool) -> Tensor:
     """See `handloom_kernels.reference.norm_mlp`."""
-    x = F.linear(_norm(hidden, norm), weight, bias)
+    x = _linear(_norm(hidden, norm), weight, bias)
     if not gated:
         return activate(x, activation)
     gate, up = x.chunk(2, dim=-1)
@@ -154,5 +173,5 @@ def norm_mlp(hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, ac
 
 def lm_head(hidden: Tensor, norm: Norm, weight: Tensor, softcap: float | None) -> Tensor:
     """See `handloom_kernels.reference.lm_head`."""
-    logits = F.linear(_norm(hidden, norm), weight)
+    logits = _linear(_norm(hidden, norm), weight)
     return (logits if softcap is None else softcap * tanh(logits / softcap)).float()
