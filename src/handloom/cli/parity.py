@@ -7,6 +7,8 @@ This module does not know how anything is compared or measured.
 
 from __future__ import annotations
 
+import io
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,14 +71,14 @@ def parity(
     if threads is not None:
         torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     checkpoint = open_checkpoint(model, revision=revision)
     checkpoint.close()
     path = str(checkpoint.path)  # both read the very same files
     lm = common.load_model(common.ModelOptions(model=path, device=device, dtype=dtype, backend=backend), quiet=quiet)
     ids = [lm.encode(prompt).token_ids for prompt in _prompts(lm, lines)]
-    slow = "; a GGUF file takes it tens of seconds" if checkpoint.path.suffix == ".gguf" else ""
-    with common.waiting(f"transformers loads the checkpoint{slow}", quiet):
+    slow = ", which takes tens of seconds for a GGUF file" if checkpoint.path.suffix == ".gguf" else ""
+    common.say(f"transformers loads the same{slow}", quiet)
+    with redirect_stderr(io.StringIO()) if quiet else nullcontext():  # it has progress bars of its own
         peer = Transformers.load(checkpoint.path, lm.dtype, lm.device)
     with common.waiting(f"generating {max_new_tokens} tokens for each of {len(ids)} prompts, twice", quiet):
         found = comparing.compare(lm, peer, ids, max_new_tokens)
