@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import handloom as hl
 from handloom.cache.batch import Work, build_batch
 
-LOGITS_TOLERANCE = 2e-5  # of the logits' scale; 1e-4 is promised, 4e-6 the worst seen
+PROMISED = 1e-4  # of the logits' scale
+LOGITS_TOLERANCE = 2e-5  # the same for tiny models, whose worst is 4e-6; gemma3-270m's is 2.2e-5
 SCORES_TOLERANCE = 1e-5  # where two scores are this close, either token is right
 
 
@@ -72,13 +73,13 @@ def run(lm: hl.LM, works: Sequence[Work]) -> Tensor:
     return logits
 
 
-def assert_logits_equal(ours: Tensor, theirs: Tensor, what: str = "") -> None:
-    """max |Δ| ≤ LOGITS_TOLERANCE of the largest logit, at every position."""
+def assert_logits_equal(ours: Tensor, theirs: Tensor, what: str = "", *, tolerance: float = LOGITS_TOLERANCE) -> None:
+    """max |Δ| ≤ tolerance of the largest logit, at every position."""
     assert ours.shape == theirs.shape, what
     assert torch.isfinite(theirs).all(), what
     scale, delta = theirs.abs().max(), (ours - theirs).abs().amax(-1)
     worst = int(delta.argmax())
-    assert delta[worst] <= LOGITS_TOLERANCE * scale, (
+    assert delta[worst] <= tolerance * scale, (
         f"{what}: at position {worst} of {len(delta)} the logits differ by {delta[worst]:.3g}, "
         f"which is {delta[worst] / scale:.3g} of their scale {scale:.3g}"
     )
