@@ -37,6 +37,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("handloom.errors")
     if name not in _HOMES:
         raise AttributeError(f"module 'handloom' has no attribute {name!r}")
     return getattr(import_module(f"handloom.{_HOMES[name]}"), name)

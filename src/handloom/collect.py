@@ -65,7 +65,7 @@ class Collector:
 
 def _empty(prompt: list[int], params: GenerationParams) -> Output:
     """An output with a list for everything that was asked for."""
-    output = Output(list(prompt), seed=params.seed)
+    output = Output(list(prompt), seed=params.seed if params.do_sample and params.rng == "counter" else None)
     if params.logprobs is not None:
         output.logprobs = []
         output.top_logprobs = []

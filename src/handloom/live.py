@@ -82,6 +82,9 @@ class LiveSequence(Sequence):
         child._logits = self._logits
         return child
 
+    def __repr__(self) -> str:
+        return f"LiveSequence({len(self)} tokens, {self.num_computed} computed, of {self.lm!r})"
+
     def __enter__(self) -> LiveSequence:
         return self
 

@@ -54,6 +54,9 @@ class LM:
         self.generation_config = dict(generation_config or {})
         self.max_context = max_context or transformer.spec.max_context
 
+    def __repr__(self) -> str:
+        return f"LM({self.name!r}, {self.spec.model_type}, {self.dtype}, {self.device}, backend {self.backend.name})"
+
     @classmethod
     def from_pretrained(
         cls,
@@ -305,6 +308,8 @@ def _each(params: Seq[Mapping[str, Any]] | None, items: Seq[Any]) -> Seq[Mapping
     """One mapping of options per prompt."""
     if params is None:
         return [{}] * len(items)
+    if isinstance(params, Mapping | str) or not isinstance(params, Seq):
+        raise InvalidParam("params must be a list of dicts of options, one for each prompt; what all share are arguments")
     if len(params) != len(items):
         raise InvalidParam(f"params has {len(params)} entries for {len(items)} prompts; give one each")
     for own in params:

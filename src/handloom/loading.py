@@ -30,9 +30,10 @@ def choose_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, TypeError) as cause:
-        raise InvalidParam(f"device {device!r} cannot be used here: {cause}") from cause
+        torch.zeros(1, device=chosen).tolist()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as cause:
+        why = str(cause).partition("\n")[0][:200]
+        raise InvalidParam(f"device {device!r} cannot be used here ({why}); choose 'auto', 'cpu' or 'cuda'") from cause
     return chosen
 
 

