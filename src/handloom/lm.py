@@ -309,7 +309,7 @@ def _each(params: Seq[Mapping[str, Any]] | None, items: Seq[Any]) -> Seq[Mapping
     if params is None:
         return [{}] * len(items)
     if isinstance(params, Mapping | str) or not isinstance(params, Seq):
-        raise InvalidParam("params must be a list of dicts of options, one for each prompt; what all share are arguments")
+        raise InvalidParam("params must be a list of dicts, one for each prompt; options of all are arguments")
     if len(params) != len(items):
         raise InvalidParam(f"params has {len(params)} entries for {len(items)} prompts; give one each")
     for own in params:
