@@ -96,6 +96,7 @@ def picture(rows: Iterable[Row], file: Path) -> None:
     bars = axes.barh([name for name, _ in pairs], [value for _, value in pairs], color="#3b7a57")
     axes.bar_label(bars, fmt="%.2f×", padding=3)
     axes.axvline(1, color="black", linewidth=1)
+    axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.set_xlabel("times better than transformers generate")
     figure.savefig(file)
