@@ -45,9 +45,6 @@ def prepare(cache: Path) -> Path:
         if hasattr(holder, name):
             delattr(holder, name)
     model.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("_model_name_or_path", None)  # from the metadata; no field of a Hub config
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
     tokenizer = open_checkpoint(path).tokenizer()
     assert tokenizer is not None
     tokenizer.hf.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from gguf_files import QUANTIZABLE, export
 from handloom.checkpoint.gguf import GGUFCheckpoint
 from handloom.checkpoint.shipped import shipped_file
 from handloom.errors import CheckpointError, ConfigError, UnsupportedModel
+from handloom.model.families import read_config
 from tiny_models import TINY, tiny_gemma3, tiny_gpt2, tiny_llama
 
 
@@ -437,3 +439,13 @@ def test_every_tensor_of_the_real_files_is_dequantised_as_gguf_does_it(name: str
         assert torch.equal(read(checkpoint, weight.name), expected + weight.offset), weight.name
         seen.add(weight.raw.name)
     assert seen == set(oracle)
+
+
+def test_what_transformers_saves_of_a_gguf_model_is_understood(tmp_path: Path) -> None:
+    """It writes _model_name_or_path, from the file's metadata, into config.json."""
+    path = export(tiny_llama(), tmp_path / "a.gguf", metadata={"general.name": "a"})
+    AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["_model_name_or_path"] == "a"
+    _, spec = read_config(config, "saved")
+    assert len(spec.layers) == 3

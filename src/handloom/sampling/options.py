@@ -63,14 +63,24 @@ INERT: dict[str, int | float | str] = {
 
 
 @functools.cache
-def names_of_transformers() -> frozenset[str]:
-    """Every option that `generate` of the installed transformers takes, and what it hands on to the model."""
+def fields_of_transformers() -> frozenset[str]:
+    """Every field of the installed transformers' GenerationConfig."""
     from transformers import GenerationConfig
+
+    return frozenset(vars(GenerationConfig()))
+
+
+@functools.cache
+def names_of_transformers() -> frozenset[str]:
+    """Every option that `generate` of the installed transformers takes, and what it hands on to the model.
+
+    Imports `generate` itself, about a second: ask `fields_of_transformers` first.
+    """
     from transformers.generation.utils import GenerationMixin
 
     arguments = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
     handed_on = "tokenizer assistant_tokenizer trust_remote_code input_ids inputs_embeds attention_mask position_ids"
-    return frozenset({*vars(GenerationConfig()), *arguments, *handed_on.split(), "past_key_values", "logits_to_keep"})
+    return fields_of_transformers() | arguments | {*handed_on.split(), "past_key_values", "logits_to_keep"}
 
 
 class Options:
@@ -120,7 +130,7 @@ class Options:
         for source, layer in self._layers.items():
             ours = self._names | BOOKKEEPING | (OURS if source == CALLER else NO_EFFECT_IN_A_FILE)
             for name in layer.keys() - ours:
-                if name in OURS or name not in names_of_transformers():
+                if name in OURS or (name not in fields_of_transformers() and name not in names_of_transformers()):
                     raise InvalidParam(self._unknown(name, source))
                 overruled = self.find(name) != (layer[name], source)
                 if not overruled and not _is_inert(name, layer[name]):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from handloom.errors import HandloomError, TokenizerError
@@ -72,9 +72,11 @@ def load_fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     model_file = _model_file(folder)
     with tempfile.TemporaryDirectory(prefix="handloom-") as name:
         scratch = Path(name)
-        _fill(scratch, folder)
+        config = _fill(scratch, folder)
         with typed_errors(TokenizerError, f"{model_file} cannot be loaded"):
-            tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                scratch, config=config, trust_remote_code=False, local_files_only=True
+            )
             _check_added_tokens(tokenizer, model_file)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise TokenizerError(
@@ -175,8 +177,8 @@ def _how_to_convert(folder: Path) -> str:
 # The scratch folder ------------------------------------------------------------------------------
 
 
-def _fill(scratch: Path, folder: Path) -> None:
-    """Put into `scratch` what AutoTokenizer may read of `folder`."""
+def _fill(scratch: Path, folder: Path) -> PreTrainedConfig | None:
+    """Put into `scratch` what AutoTokenizer may read of `folder`, and return the `config` to call it with."""
     for name in MODEL_FILES:
         if (folder / name).is_file():
             _link(folder / name, scratch / name)
@@ -185,8 +187,11 @@ def _fill(scratch: Path, folder: Path) -> None:
     special_map = _read_object(folder / "special_tokens_map.json")
     added = _read_object(folder / "added_tokens.json")
     _check_class(config, settings, folder)
+    fields = {
+        key: value for key, value in (config or {}).items() if key in MODEL_CONFIG_FIELDS and isinstance(value, str)
+    }
     if config is not None:
-        _write(scratch / "config.json", {k: config[k] for k in MODEL_CONFIG_FIELDS if isinstance(config.get(k), str)})
+        _write(scratch / "config.json", fields)
     if settings is not None:
         _write(scratch / "tokenizer_config.json", _clean_settings(settings, folder / "tokenizer_config.json"))
     if special_map is not None:
@@ -197,6 +202,21 @@ def _fill(scratch: Path, folder: Path) -> None:
                 raise _wrong(folder / "added_tokens.json", token, index, "an id")
         _write(scratch / "added_tokens.json", added)
     _copy_templates(scratch, folder)
+    return _model_config(fields, settings or {})
+
+
+def _model_config(fields: dict[str, str], settings: dict[str, Any]) -> PreTrainedConfig | None:
+    """What decides the tokenizer's class, as an object of the base class; None where the model's own class decides.
+
+    AutoTokenizer would make the model's own configuration object, whose import costs some 200 MiB and a second;
+    with a `tokenizer_class` it asks that object for nothing but these fields.
+    """
+    model_type = fields.get("model_type")
+    own_class = CONFIG_MAPPING_NAMES.get(model_type)
+    shared = own_class is not None and list(CONFIG_MAPPING_NAMES.values()).count(own_class) > 1
+    if not settings.get("tokenizer_class") or shared:  # a class of several types may change the type
+        return None
+    return PreTrainedConfig.from_dict(dict(fields))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -19,7 +19,8 @@ MAX_LAYERS, MAX_WIDTH, MAX_HEADS, MAX_HEAD_DIM, MAX_VOCAB, MAX_CONTEXT = 1024, 1
 # Keys that say nothing about the forward pass: bookkeeping, training, token ids that other readers own.
 INERT = frozenset(
     """
-    architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path use_cache
+    architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path
+    _model_name_or_path use_cache
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id initializer_range
     initializer_factor task_specific_params return_dict output_hidden_states output_attentions
     chunk_size_feed_forward id2label label2id num_labels problem_type torchscript tokenizer_class prefix
