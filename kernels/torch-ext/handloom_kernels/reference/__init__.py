@@ -1,0 +1,40 @@
+"""What every op means, in plain PyTorch.
+
+This is the oracle the Triton kernels and the compiled CPU blocks are tested against, and the text to
+read first. It is written for clarity: every formula is the published one, in the order a paper would
+give it. Seven blocks make a decoder layer's whole step:
+
+    embed -> [norm_qkv -> attention -> linear_residual -> norm_mlp -> linear_residual] x layers -> lm_head
+
+All token dimensions are ragged: N tokens of S sequences lie end to end, without padding. Only attention and the
+page write know where one sequence ends and the next begins.
+
+These modules do not know about models, layers, devices, speed, or who owns a page.
+"""
+
+from __future__ import annotations
+
+from .activation import ACTIVATIONS, activate
+from .attention import gather_pages, paged_attention
+from .head import embed, lm_head
+from .linear import linear_residual, norm_mlp, norm_qkv
+from .norm import NORM_KINDS, Norm, add_normalize, normalize
+from .rope import Rotary, rotate
+
+__all__ = [
+    "ACTIVATIONS",
+    "NORM_KINDS",
+    "Norm",
+    "Rotary",
+    "activate",
+    "add_normalize",
+    "embed",
+    "gather_pages",
+    "linear_residual",
+    "lm_head",
+    "norm_mlp",
+    "norm_qkv",
+    "normalize",
+    "paged_attention",
+    "rotate",
+]

@@ -1,0 +1,88 @@
+"""Find the fastest block sizes on this machine's GPU: `python -m handloom_kernels.tune [KERNEL ...]`.
+
+Every kernel module offers `tuning_problems(device)`. Each problem's candidates are timed in turn (median of CUDA-graph
+replays, second-level cache cleared), those that do not compile, do not fit or give another result are left out, and the
+winner goes into tuning/<device>.json. Run it again after a change of kernel, Triton or driver.
+
+This module does not know any kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, Mapping
+
+import torch
+import triton
+from torch import Tensor
+
+from . import norm
+from .tuning import FOLDER, Problem, device_file, device_name
+
+KERNELS: Mapping[str, Any] = {"norm": norm}
+
+
+def agrees(result: Any, expected: Any) -> bool:
+    """Are two results the same up to the rounding of their dtypes?"""
+    if isinstance(expected, Tensor):
+        if not expected.is_floating_point():
+            return bool(torch.equal(result, expected))
+        tolerance = 16 * torch.finfo(expected.dtype).eps
+        scale = max(float(expected.abs().max()), 1e-30) if expected.numel() else 1.0
+        return bool((result.double() - expected.double()).abs().max() <= tolerance * scale)
+    return all(agrees(mine, theirs) for mine, theirs in zip(result, expected))
+
+
+def best(problem: Problem) -> tuple[dict[str, int], dict[str, float]]:
+    """(the fastest candidate, microseconds by candidate)."""
+    expected = problem.run()
+    times: dict[str, float] = {}
+    for candidate in problem.candidates:
+        try:
+            if not agrees(problem.run(blocks=candidate), expected):
+                print(f"  {json.dumps(candidate)}: another result, left out", file=sys.stderr)
+                continue
+            run = partial(problem.run, blocks=candidate)
+            taken = triton.testing.do_bench_cudagraph(run, return_mode="median")
+        except (triton.CompilationError, triton.runtime.errors.OutOfResources) as error:
+            print(f"  {json.dumps(candidate)}: {type(error).__name__}, left out", file=sys.stderr)
+            continue
+        times[json.dumps(dict(candidate))] = 1000 * taken
+    winner: dict[str, int] = json.loads(min(times, key=lambda key: times[key]))
+    return winner, times
+
+
+def tune(kernels: list[str], device: torch.device, folder: Path) -> Path:
+    """Tune these kernels and write their entries; other kernels' entries in the file stay. Returns the file."""
+    path = folder / f"{device_file(device_name(device))}.json"
+    content: dict[str, list[Mapping[str, Any]]] = json.loads(path.read_text()) if path.is_file() else {}
+    for kernel in kernels:
+        entries: list[Mapping[str, Any]] = []
+        for problem in KERNELS[kernel].tuning_problems(device):
+            winner, times = best(problem)
+            entries.append({"when": dict(problem.when), "config": winner})
+            print(f"{kernel} {dict(problem.when)}: {winner}, {min(times.values()):.2f} us", file=sys.stderr)
+        content[kernel] = entries
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"default: all of {', '.join(KERNELS)}")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the JSON files")
+    arguments = parser.parse_args()
+    unknown = set(arguments.kernels) - set(KERNELS)
+    if unknown:
+        parser.error(f"no kernel is called {', '.join(sorted(unknown))}; there are {', '.join(KERNELS)}")
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here to time kernels on")
+    print(tune(arguments.kernels or list(KERNELS), torch.device("cuda"), arguments.output))
+
+
+if __name__ == "__main__":
+    main()
