@@ -15,7 +15,13 @@ These modules do not know about models, layers, devices, speed, or who owns a pa
 from __future__ import annotations
 
 from .activation import ACTIVATIONS, activate
-from .attention import gather_pages, paged_attention
+from .attention import (
+    gather_pages,
+    merge_attention,
+    paged_attention,
+    paged_attention_with_lse,
+    shared_prefix_attention,
+)
 from .head import embed, lm_head
 from .linear import linear_residual, norm_mlp, norm_qkv
 from .norm import NORM_KINDS, Norm, add_normalize, normalize
@@ -32,9 +38,12 @@ __all__ = [
     "gather_pages",
     "linear_residual",
     "lm_head",
+    "merge_attention",
     "norm_mlp",
     "norm_qkv",
     "normalize",
     "paged_attention",
+    "paged_attention_with_lse",
     "rotate",
+    "shared_prefix_attention",
 ]
