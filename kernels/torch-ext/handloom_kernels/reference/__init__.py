@@ -14,7 +14,7 @@ These modules do not know about models, layers, devices, speed, or who owns a pa
 
 from __future__ import annotations
 
-from .activation import ACTIVATIONS, activate
+from .activation import ACTIVATIONS, GATED_ACTIVATIONS, activate, gated_activation
 from .attention import (
     gather_pages,
     merge_attention,
@@ -29,12 +29,14 @@ from .rope import Rotary, rotate
 
 __all__ = [
     "ACTIVATIONS",
+    "GATED_ACTIVATIONS",
     "NORM_KINDS",
     "Norm",
     "Rotary",
     "activate",
     "add_normalize",
     "embed",
+    "gated_activation",
     "gather_pages",
     "linear_residual",
     "lm_head",
