@@ -7,8 +7,8 @@
 
 Times are medians of CUDA-graph replays, ours and the peers in turn. Before each call a buffer of twice the second-level
 cache is read, so that weights and pages come from memory as they do in a model; its own time, measured alike, is taken
-off. What cannot be captured in a graph is timed with events, and the table says so. Under the interpreter compiled peers
-are left out. The cases stand in kernel_cases/.
+off. What cannot be captured in a graph is timed with events, and the table says so. Under the interpreter compiled
+peers are left out. The cases stand in kernel_cases/.
 """
 
 from __future__ import annotations

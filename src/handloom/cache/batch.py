@@ -6,6 +6,7 @@ This module does not know why these sequences run, or what becomes of the logits
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,5 +70,6 @@ def build_batch(works: Iterable[Work], pool: PagePool) -> ForwardBatch:
         page_table=int64([table + [0] * (width - len(table)) for table in tables]),
         slot_mapping=int64(slots),
         logits_rows=int64(rows),
+        max_query_len=max(end - start for start, end in pairwise(starts)),
         embeddings=Embeddings(int64(embedded_rows), torch.cat(embedded)) if embedded else None,
     )

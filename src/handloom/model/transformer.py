@@ -118,6 +118,7 @@ class Transformer:
             mixer.scale,
             mixer.window,
             mixer.softcap,
+            max_query_len=batch.max_query_len,
         )
         return self.ops.linear_residual(attended, layer.out, layer.out_bias, layer.attn_post_norm, hidden)
 

@@ -55,6 +55,8 @@ class Ops(Protocol):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        *,
+        max_query_len: int | None = None,
     ) -> Tensor: ...
 
     def linear_residual(

@@ -140,6 +140,8 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    *,
+    max_query_len: int | None = None,
 ) -> Tensor:
     """See `handloom_kernels.reference.paged_attention`."""
     page_size = k_pages.shape[1]

@@ -101,6 +101,8 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    *,
+    max_query_len: int | None = None,
 ) -> Tensor:
     """Causal attention of ragged queries over paged keys and values.
 
@@ -112,7 +114,8 @@ def paged_attention(
     (key - query position) is added to a score (Press et al. 2021). k_scales, v_scales [num_pages, page_size,
     num_kv_heads]: what the codes of quantised pages are multiplied by. Query head h reads KV head
     h // (num_heads / num_kv_heads) (Ainslie et al. 2023). Multi-head latent attention (DeepSeek-V2) is one KV head
-    whose v_pages are the first v_head_dim columns of k_pages.
+    whose v_pages are the first v_head_dim columns of k_pages. max_query_len: the most queries that a sequence has, by
+    which a kernel is chosen; nothing here depends on it.
     Returns [N, num_heads * v_head_dim] in q's dtype; softmax in float32.
     """
     return paged_attention_with_lse(
