@@ -20,10 +20,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import norm
+from . import activation, norm
 from .tuning import FOLDER, Problem, device_file, device_name
 
-KERNELS: Mapping[str, Any] = {"norm": norm}
+KERNELS: Mapping[str, Any] = {"activation": activation, "norm": norm}
 
 
 def agrees(result: Any, expected: Any) -> bool:
