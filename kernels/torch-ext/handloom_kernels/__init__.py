@@ -1,11 +1,26 @@
 """Kernels for text generation over a paged KV cache: one meaning (`reference`), several implementations.
 
-`handloom_kernels.norm`, `.decode_attention` and the other modules need Triton and are imported when they are first
-used; `reference` needs only PyTorch.
+`handloom_kernels.reference` needs only PyTorch. The kernels, one module each, need Triton and are imported when they
+are first asked for: `handloom_kernels.norm`, `.decode_attention`, …
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 from . import reference
 
-__all__ = ["reference"]
+KERNELS = ("norm",)
+
+__all__ = ["KERNELS", "reference", *KERNELS]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in KERNELS:
+        return import_module("." + name, __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
