@@ -1,4 +1,4 @@
-"""RMSNorm, RMSNorm with unit offset, and LayerNorm, each with or without the addition of a residual before it.
+"""RMSNorm, RMSNorm with unit offset, and LayerNorm, each with or without the addition of a residual before or after it.
 
     y = x / sqrt(mean(x^2) + eps) * w                      rms (Zhang & Sennrich 2019)
     y = x / sqrt(mean(x^2) + eps) * (1 + w)                rms_unit_offset (Gemma)
@@ -34,9 +34,9 @@ MAX_BLOCK = 16384
 
 
 @triton.jit
-def _load_row(x, residual, offsets, mask, out_dtype: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+def _load_row(x, residual, offsets, mask, out_dtype: tl.constexpr, ADD_BEFORE: tl.constexpr):
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
+    if ADD_BEFORE:
         value += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
     return value.to(out_dtype).to(tl.float32)
 
@@ -54,7 +54,8 @@ def _norm_kernel(
     width,
     eps,
     KIND: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    ADD_BEFORE: tl.constexpr,
+    ADD_AFTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ONE_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -67,12 +68,12 @@ def _norm_kernel(
     dtype: tl.constexpr = out.dtype.element_ty
 
     columns = tl.arange(0, BLOCK)
-    first = _load_row(x, residual, columns, columns < width, dtype, HAS_RESIDUAL)
+    first = _load_row(x, residual, columns, columns < width, dtype, ADD_BEFORE)
     total = first
     squares = first * first
     if not ONE_TILE:
         for start in range(BLOCK, width, BLOCK):
-            value = _load_row(x, residual, start + columns, start + columns < width, dtype, HAS_RESIDUAL)
+            value = _load_row(x, residual, start + columns, start + columns < width, dtype, ADD_BEFORE)
             total += value
             squares += value * value
     mean = 0.0
@@ -83,7 +84,7 @@ def _norm_kernel(
         if not ONE_TILE:
             for start in range(BLOCK, width, BLOCK):
                 inside = start + columns < width
-                value = _load_row(x, residual, start + columns, inside, dtype, HAS_RESIDUAL)
+                value = _load_row(x, residual, start + columns, inside, dtype, ADD_BEFORE)
                 centred = tl.where(inside, value - mean, 0.0)
                 squares += centred * centred
     scale = tl.rsqrt(tl.sum(squares, axis=0) / width + eps)
@@ -93,8 +94,8 @@ def _norm_kernel(
         inside = offsets < width
         value = first
         if not ONE_TILE:
-            value = _load_row(x, residual, offsets, inside, dtype, HAS_RESIDUAL)
-        if HAS_RESIDUAL:
+            value = _load_row(x, residual, offsets, inside, dtype, ADD_BEFORE)
+        if ADD_BEFORE:
             tl.store(hidden + offsets, value.to(dtype), mask=inside)
         value = (value - mean) * scale
         w = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -106,7 +107,11 @@ def _norm_kernel(
             value = value * w
             if HAS_BIAS:
                 value += tl.load(bias + offsets, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + offsets, value.to(dtype), mask=inside)
+        value = value.to(dtype)
+        if ADD_AFTER:
+            kept = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
+            value = (kept + value.to(tl.float32)).to(dtype)
+        tl.store(out + offsets, value, mask=inside)
 
 
 def normalize(x: Tensor, norm: Norm, *, blocks: Mapping[str, int] | None = None) -> Tensor:
@@ -118,6 +123,11 @@ def normalize(x: Tensor, norm: Norm, *, blocks: Mapping[str, int] | None = None)
     return _launch(x, None, norm, blocks)[0]
 
 
+def normalize_add(x: Tensor, residual: Tensor, norm: Norm, *, blocks: Mapping[str, int] | None = None) -> Tensor:
+    """`reference.normalize_add`: x, residual [..., H] of one dtype, to a new tensor like them. Raises KernelError."""
+    return _launch(x, residual, norm, blocks, after=True)[0]
+
+
 def add_normalize(
     x: Tensor, residual: Tensor, norm: Norm, *, blocks: Mapping[str, int] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -125,7 +135,9 @@ def add_normalize(
     return _launch(x, residual, norm, blocks)
 
 
-def _launch(x: Tensor, residual: Tensor | None, norm: Norm, blocks: Mapping[str, int] | None) -> tuple[Tensor, Tensor]:
+def _launch(
+    x: Tensor, residual: Tensor | None, norm: Norm, blocks: Mapping[str, int] | None, after: bool = False
+) -> tuple[Tensor, Tensor]:
     device = check_device("x", x)
     require(x.dim() > 0, "x must have at least one dimension")
     width = x.shape[-1]
@@ -141,7 +153,7 @@ def _launch(x: Tensor, residual: Tensor | None, norm: Norm, blocks: Mapping[str,
         check("residual", residual, x.shape, x.dtype, device, strided=True)
         added = residual.reshape(-1, width)
     out = torch.empty(x.shape, dtype=x.dtype, device=device)
-    hidden = out if residual is None else torch.empty(x.shape, dtype=x.dtype, device=device)
+    hidden = out if residual is None or after else torch.empty(x.shape, dtype=x.dtype, device=device)
     if out.numel() == 0:
         return out, hidden
     chosen = blocks_for(x, norm, blocks)
@@ -157,7 +169,8 @@ def _launch(x: Tensor, residual: Tensor | None, norm: Norm, blocks: Mapping[str,
         width,
         norm.eps,
         KIND=norm.kind,
-        HAS_RESIDUAL=residual is not None,
+        ADD_BEFORE=residual is not None and not after,
+        ADD_AFTER=after,
         HAS_BIAS=norm.bias is not None,
         ONE_TILE=chosen["BLOCK"] >= width,
         **chosen,

@@ -24,8 +24,9 @@ from .attention import (
 )
 from .head import embed, lm_head
 from .linear import linear_residual, norm_mlp, norm_qkv
-from .norm import NORM_KINDS, Norm, add_normalize, normalize
-from .rope import Rotary, rotate
+from .norm import NORM_KINDS, Norm, add_normalize, normalize, normalize_add
+from .pages import copy_pages, quantize_kv, write_pages
+from .rope import Rotary, qk_norm_rope_write, rotate
 
 __all__ = [
     "ACTIVATIONS",
@@ -35,6 +36,7 @@ __all__ = [
     "Rotary",
     "activate",
     "add_normalize",
+    "copy_pages",
     "embed",
     "gated_activation",
     "gather_pages",
@@ -44,8 +46,12 @@ __all__ = [
     "norm_mlp",
     "norm_qkv",
     "normalize",
+    "normalize_add",
     "paged_attention",
     "paged_attention_with_lse",
+    "qk_norm_rope_write",
+    "quantize_kv",
     "rotate",
     "shared_prefix_attention",
+    "write_pages",
 ]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .activation import activate
-from .norm import Norm, normalize
+from .activation import activate, gated_activation
+from .norm import Norm, normalize, normalize_add
 from .rope import Rotary, rotate
 
 
@@ -27,20 +27,24 @@ def norm_qkv(
 ) -> Tensor:
     """Norm, QKV projection, per-head q/k norm, rotation, and the write of K and V into their pages.
 
-    Args: hidden [N, H]; weight [(num_heads + 2 * num_kv_heads) * head_dim, H] with q, k, v rows in that
-    order; k_pages, v_pages [num_pages, page_size, num_kv_heads, head_dim], written in place;
-    slot_mapping [N] int64, the flat slot (page * page_size + offset) of each token.
-    Returns q [N, num_heads, head_dim].
+    Args: hidden [N, H]; weight [num_heads * D + num_kv_heads * (D + V), H] with q, k, v rows in that order;
+    k_pages [num_pages, page_size, num_kv_heads, D] and v_pages [num_pages, page_size, num_kv_heads, V], written in
+    place; slot_mapping [N] int64, the flat slot (page * page_size + offset) of each token, -1 where neither its K
+    nor its V is written.
+    Returns q [N, num_heads, D].
     """
     num_kv_heads, head_dim = k_pages.shape[-2:]
-    heads = F.linear(normalize(hidden, norm), weight, bias).view(len(hidden), -1, head_dim)
-    q, k, v = heads[:, : -2 * num_kv_heads], heads[:, -2 * num_kv_heads : -num_kv_heads], heads[:, -num_kv_heads:]
+    k_rows, v_rows = num_kv_heads * head_dim, num_kv_heads * v_pages.shape[-1]
+    x = F.linear(normalize(hidden, norm), weight, bias)
+    q, k, v = x.split((len(weight) - k_rows - v_rows, k_rows, v_rows), dim=1)
+    q, k, v = q.unflatten(1, (-1, head_dim)), k.unflatten(1, (-1, head_dim)), v.unflatten(1, (num_kv_heads, -1))
     if q_norm is not None and k_norm is not None:
         q, k = normalize(q, q_norm), normalize(k, k_norm)
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
-    k_pages.view(-1, num_kv_heads, head_dim)[slot_mapping] = k.to(k_pages.dtype)
-    v_pages.view(-1, num_kv_heads, head_dim)[slot_mapping] = v.to(v_pages.dtype)
+    written = slot_mapping >= 0
+    for pages, values in ((k_pages, k), (v_pages, v)):
+        pages.view(-1, *pages.shape[2:])[slot_mapping[written]] = values[written].to(pages.dtype)
     return q
 
 
@@ -50,7 +54,7 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: N
     Args: x [N, K]; weight [H, K]; residual [N, H]. Returns [N, H]; residual is left as it was.
     """
     out = F.linear(x, weight, bias)
-    return residual + (out if post_norm is None else normalize(out, post_norm))
+    return residual + out if post_norm is None else normalize_add(out, residual, post_norm)
 
 
 def norm_mlp(hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, activation: str, gated: bool) -> Tensor:
@@ -60,7 +64,4 @@ def norm_mlp(hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, ac
     Returns [N, I].
     """
     x = F.linear(normalize(hidden, norm), weight, bias)
-    if not gated:
-        return activate(x, activation)
-    gate, up = x.chunk(2, dim=-1)
-    return activate(gate, activation) * up
+    return gated_activation(x, activation) if gated else activate(x, activation)

@@ -42,3 +42,8 @@ def add_normalize(x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tens
     """(normalize(residual + x), residual + x), both [..., H]: one half of a layer ends, the next begins."""
     hidden = residual + x
     return normalize(hidden, norm), hidden
+
+
+def normalize_add(x: Tensor, residual: Tensor, norm: Norm) -> Tensor:
+    """residual + normalize(x), both [..., H]: the end of half a layer that normalises what it adds (Gemma)."""
+    return residual + normalize(x, norm)
