@@ -23,6 +23,7 @@ import common
 import handloom as hl
 import report
 from handloom.loading import DTYPES
+from handloom.ops import BACKENDS
 from handloom.measure.peer import Transformers
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     parser.add_argument("--shapes", nargs="+", default=["135m", "1b"], choices=list(SHAPES))
+    parser.add_argument("--backends", nargs="+", default=["torch"], choices=list(BACKENDS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "gpu_latency.jsonl")
@@ -65,12 +67,15 @@ def main() -> None:
     sizes = common.SMALL if arguments.small else replace(common.Sizes(), rounds=arguments.rounds)
     rows = []
     for shape in arguments.shapes:
-        results = common.open_results("gpu_latency", arguments.output, device, dtype, model=f"llama {shape}, random")
         with tempfile.TemporaryDirectory() as folder:
             path = make(shape, dtype, Path(folder))
-            lm = hl.LM.from_pretrained(path, dtype=dtype, device=device)
-            common.generation_cases(lm, Transformers.load(path, dtype, device), sizes, results)
-        rows += results.rows
+            peer = Transformers.load(path, dtype, device)
+            for backend in arguments.backends:
+                model = f"llama {shape}, random, backend {backend}"
+                results = common.open_results("gpu_latency", arguments.output, device, dtype, model=model)
+                lm = hl.LM.from_pretrained(path, dtype=dtype, device=device, backend=backend)
+                common.generation_cases(lm, peer, sizes, results)
+                rows += results.rows
     print(report.markdown(rows), end="")
 
 
