@@ -23,8 +23,8 @@ import common
 import handloom as hl
 import report
 from handloom.loading import DTYPES
-from handloom.ops import BACKENDS
 from handloom.measure.peer import Transformers
+from handloom.ops import BACKENDS
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4},

@@ -1,8 +1,9 @@
 """Find the fastest block sizes on this machine's GPU: `python -m handloom_kernels.tune [KERNEL ...]`.
 
-Every kernel module offers `tuning_problems(device)`. Each problem's candidates are timed in turn (median of CUDA-graph
-replays, second-level cache cleared), those that do not compile, do not fit or give another result are left out, and the
-winner goes into tuning/<device>.json. Run it again after a change of kernel, Triton or driver.
+Every kernel module offers `tuning_problems(device)`. Each problem's candidates are timed (median of CUDA-graph replays;
+before each launch a buffer larger than the second-level cache is read, so that weights and pages come from memory as in
+a model), those that do not compile, do not fit or give another result are left out, and the winner goes into
+tuning/<device>.json. Run it again after a change of kernel, Triton or driver.
 
 This module does not know any kernel.
 """
@@ -14,16 +15,19 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 import triton
 from torch import Tensor
 
 from . import activation, norm
+from .checks import require
 from .tuning import FOLDER, Problem, device_file, device_name
 
 KERNELS: Mapping[str, Any] = {"activation": activation, "norm": norm}
+
+Timer = Callable[[Callable[[], object]], float]
 
 
 def agrees(result: Any, expected: Any) -> bool:
@@ -37,35 +41,50 @@ def agrees(result: Any, expected: Any) -> bool:
     return all(agrees(mine, theirs) for mine, theirs in zip(result, expected))
 
 
-def best(problem: Problem) -> tuple[dict[str, int], dict[str, float]]:
-    """(the fastest candidate, microseconds by candidate)."""
+def timer(device: torch.device) -> Timer:
+    """A function that times a call on the device, in microseconds, with nothing of it in the second-level cache."""
+    cache = torch.randn(torch.cuda.get_device_properties(device).L2_cache_size // 2, device=device)
+
+    def swept(run: Callable[[], object]) -> float:
+        def both() -> None:
+            cache.amax()
+            run()
+
+        return 1000 * float(triton.testing.do_bench_cudagraph(both, return_mode="median"))
+
+    sweep = swept(lambda: None)
+    return lambda run: swept(run) - sweep
+
+
+def best(problem: Problem, time: Timer) -> tuple[dict[str, int], float]:
+    """(the fastest candidate, its microseconds). Raises KernelError where none works."""
     expected = problem.run()
     times: dict[str, float] = {}
     for candidate in problem.candidates:
+        name, run = json.dumps(dict(candidate)), partial(problem.run, blocks=candidate)
         try:
-            if not agrees(problem.run(blocks=candidate), expected):
-                print(f"  {json.dumps(candidate)}: another result, left out", file=sys.stderr)
-                continue
-            run = partial(problem.run, blocks=candidate)
-            taken = triton.testing.do_bench_cudagraph(run, return_mode="median")
+            if agrees(run(), expected):
+                times[name] = time(run)
+            else:
+                print(f"  {name}: another result, left out", file=sys.stderr)
         except (triton.CompilationError, triton.runtime.errors.OutOfResources) as error:
-            print(f"  {json.dumps(candidate)}: {type(error).__name__}, left out", file=sys.stderr)
-            continue
-        times[json.dumps(dict(candidate))] = 1000 * taken
-    winner: dict[str, int] = json.loads(min(times, key=lambda key: times[key]))
-    return winner, times
+            print(f"  {name}: {type(error).__name__}, left out", file=sys.stderr)
+    require(bool(times), f"none of the candidates for {dict(problem.when)} works here")
+    winner = min(times, key=lambda name: times[name])
+    return dict(json.loads(winner)), times[winner]
 
 
 def tune(kernels: list[str], device: torch.device, folder: Path) -> Path:
     """Tune these kernels and write their entries; other kernels' entries in the file stay. Returns the file."""
+    time = timer(device)
     path = folder / f"{device_file(device_name(device))}.json"
     content: dict[str, list[Mapping[str, Any]]] = json.loads(path.read_text()) if path.is_file() else {}
     for kernel in kernels:
         entries: list[Mapping[str, Any]] = []
         for problem in KERNELS[kernel].tuning_problems(device):
-            winner, times = best(problem)
+            winner, microseconds = best(problem, time)
             entries.append({"when": dict(problem.when), "config": winner})
-            print(f"{kernel} {dict(problem.when)}: {winner}, {min(times.values()):.2f} us", file=sys.stderr)
+            print(f"{kernel} {dict(problem.when)}: {winner}, {microseconds:.2f} us", file=sys.stderr)
         content[kernel] = entries
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
