@@ -24,7 +24,7 @@ def quantize_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     x32, limit = x.float(), largest_code(dtype)
     scales = x32.abs().amax(-1) / limit
-    codes = (x32 / scales[..., None]).where(scales[..., None] > 0, 0).clamp(-limit, limit)
+    codes = (x32 / scales.where(scales > 0, 1)[..., None]).clamp(-limit, limit)
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scales
 
 
