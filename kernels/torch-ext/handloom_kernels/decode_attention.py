@@ -1,0 +1,617 @@
+"""Attention of 1 to 16 queries per sequence over paged keys and values: decoding, verifying drafts, beams.
+
+    score[j] = scale * q . k[j]        out = sum_j exp(score[j]) v[j] / sum_j exp(score[j])        over the keys j seen
+
+**One tile of keys after another** (online softmax: Milakov & Gimelshein 2018; FlashAttention: Dao et al. 2022). The
+exponentials overflow unless the largest score is subtracted first, and it is known only at the end. So a row keeps
+three running values, and mends the last two whenever a tile of keys raises the first:
+
+    top    the largest score so far                             top'  = max(top, scores)
+    total  sum of exp(score - top)                              total = total * exp(top - top') + sum exp(scores - top')
+    acc    sum of exp(score - top) * v, one vector              acc   = acc   * exp(top - top') + exp(scores - top') @ v
+
+**Rows share what they read.** `group` query heads read the same KV head, and so do all queries of a sequence. They are
+the rows of one tile, and a key that was loaded once is multiplied with them all, on tensor cores (GQA packing):
+
+    row 0          query 0, head 0  |                                       row = query * group + head in group
+    row 1          query 0, head 1  |  BLOCK_M rows, the last ones
+    row 2          query 1, head 0  |  empty where there are fewer;
+    row 3          query 1, head 1  |  more rows are more tiles
+
+**A long sequence is many programs' work** (split K: Flash-Decoding, Dao et al. 2023). Keys are cut where their position
+is a multiple of SPLIT: always the same cuts, however many sequences, programs or processors there are.
+
+    keys      0        SPLIT     2 SPLIT    3 SPLIT       length
+              |----------|----------|----------|-----|
+    page ids  |7 |2 |9 |4 |...                             any order; a tile of BLOCK_N keys looks up its pages
+    program   p          p+1        p+2        p+3
+              |          |          |          |
+              top, total, acc of each split, in float32, to the workspace; then each takes a ticket
+                                               |
+                       who draws the last one folds all splits, first to last:
+                       top = max top_s;  total = sum total_s exp(top_s - top);  acc likewise;  out = acc / total
+
+Splits of all sequences lie in one list, which every program works out from context_lens by itself; program p takes the
+entries p, p + P, p + 2 P, ... So P is what fills the GPU, the host need not know a length, and a table with room for
+long sequences costs short ones nothing. A sequence with one split is written at once, with the bits that folding would
+give: times exp(0), plus zeros. Keys before the window are neither read nor looked up.
+
+What a row becomes depends on its sequence alone: tiles and splits begin at fixed keys, are folded in fixed order, and
+one in which a row sees nothing leaves its three values as they were, to the bit.
+
+To move, per sequence and KV head: keys * (head_dim + v_head_dim) elements, once for every BLOCK_M rows (from the
+second-level cache after the first), and 2 * 4 bytes * v_head_dim for each row and split. To compute: 2 * (head_dim +
+v_head_dim) FLOPs for each key and row; 16-row tiles at 2 bytes an element need 16 FLOPs a byte, far below what a GPU
+has. Bound by memory; latent attention (576 + 512 columns, 128 rows a key) by both.
+
+This module does not know who owns a page, nor how keys were rotated. Meaning: `reference.paged_attention`.
+"""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+from typing import Iterator, Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .checks import FLOATS, INTS, KernelError, check, check_device, require
+from .tuning import Problem, config
+
+CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+MAX_QUERIES = 16
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Where top starts: below every score, yet a number, so that exp(-inf - top) is 0 and exp(top - top) is 1.
+LOWEST = tl.constexpr(-1e30)
+# splits that are folded at once
+FAN = tl.constexpr(16)
+
+
+@triton.jit
+def tanh(x):
+    """To float32's precision; near 0, where 1 - exp cancels, by the polynomial of Cephes' tanhf (Moshier 1992)."""
+    square = x * x
+    small = -5.70498872745e-3 * square + 2.06390887954e-2
+    small = small * square - 5.37397155531e-2
+    small = small * square + 1.33314422036e-1
+    small = small * square - 3.33332819422e-1
+    small = small * square * x + x
+    large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2 * LOG2_E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def load_columns(base, rows, inside, FIRST: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns FIRST .. FIRST + BLOCK of the rows at these offsets; 0 beyond WIDTH and in rows that are not inside."""
+    columns = FIRST + tl.arange(0, BLOCK)
+    mask = inside[:, None]
+    if FIRST + BLOCK > WIDTH:
+        mask = mask & (columns < WIDTH)[None, :]
+    return tl.load(base + rows[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def page_of(page_ids, start, keys, inside, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page ids of a tile of keys: one for all where a tile never leaves its page, else one per key."""
+    if PAGE_SIZE % BLOCK_N == 0:
+        page = tl.load(page_ids + start // PAGE_SIZE)
+    else:
+        page = tl.load(page_ids + keys // PAGE_SIZE, mask=inside, other=0)
+    return page.to(tl.int64)
+
+
+@triton.jit
+def attend_keys(
+    q,
+    q_rest,
+    query_at,
+    slopes,
+    k_pages,
+    v_pages,
+    k_scales,
+    v_scales,
+    page_ids,
+    k_page_stride,
+    k_slot_stride,
+    v_page_stride,
+    v_slot_stride,
+    first,
+    begin,
+    end,
+    scale,
+    window,
+    softcap,
+    NUM_KV_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    DV: tl.constexpr,
+    V_IN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(top [BLOCK_M], total [BLOCK_M], acc [BLOCK_M, DV]) of these queries over the keys begin .. end, of which those
+    before `first` are not read. Scores are in base 2. The pages and scales are those of one KV head."""
+    BLOCK_M: tl.constexpr = q.shape[0]
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DV), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        inside = (keys >= first) & (keys < end)
+        page = page_of(page_ids, start, keys, inside, PAGE_SIZE, BLOCK_N)
+        slot = keys % PAGE_SIZE
+
+        k_rows = page * k_page_stride + slot.to(tl.int64) * k_slot_stride
+        k = load_columns(k_pages, k_rows, inside, 0, q.shape[1], HEAD_DIM)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        if q_rest is not None:
+            k_rest = load_columns(k_pages, k_rows, inside, q.shape[1], q_rest.shape[1], HEAD_DIM)
+            scores = tl.dot(q_rest, tl.trans(k_rest.to(q.dtype)), scores, input_precision="ieee")
+        if k_scales is not None:
+            scales_at = (page * PAGE_SIZE + slot) * NUM_KV_HEADS
+            scores *= tl.load(k_scales + scales_at, mask=inside, other=0.0)[None, :]
+        if softcap is None:
+            scores *= scale * LOG2_E
+        else:
+            scores = tanh(scores * (scale / softcap)) * (softcap * LOG2_E)
+        if slopes is not None:
+            scores += (slopes * LOG2_E)[:, None] * (keys[None, :] - query_at[:, None]).to(tl.float32)
+        seen = inside[None, :] & (keys[None, :] <= query_at[:, None])
+        if window is not None:
+            seen &= keys[None, :] > query_at[:, None] - window
+        scores = tl.where(seen, scores, float("-inf"))
+
+        raised = tl.maximum(top, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - raised[:, None])
+        fade = tl.exp2(top - raised)
+        top = raised
+        total = total * fade + tl.sum(weights, axis=1)
+
+        if V_IN_K:
+            v = k
+        else:
+            v_rows = page * v_page_stride + slot.to(tl.int64) * v_slot_stride
+            v = load_columns(v_pages, v_rows, inside, 0, DV, V_HEAD_DIM)
+        if v_scales is not None:
+            scales_at = (page * PAGE_SIZE + slot) * NUM_KV_HEADS
+            v = v.to(tl.float32) * tl.load(v_scales + scales_at, mask=inside, other=0.0)[:, None]
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
+    return top, total, acc
+
+
+@triton.jit
+def write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM: tl.constexpr):
+    """Divide by the total and write row `at`; a sink is one more score, which adds to the total and has no value."""
+    if sinks is not None:
+        sink = tl.load(sinks + heads).to(tl.float32) * LOG2_E
+        raised = tl.maximum(top, sink)
+        fade = tl.exp2(top - raised)
+        total = total * fade + tl.exp2(sink - raised)
+        acc = acc * fade[:, None]
+        top = raised
+    if lse is not None:
+        tl.store(lse + at, (top + tl.log2(total)) * LN_2, mask=inside)
+    value = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    columns = tl.arange(0, acc.shape[1])
+    mask = inside[:, None] & (columns < V_HEAD_DIM)[None, :]
+    tl.store(out + at[:, None] * V_HEAD_DIM + columns[None, :], value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_split(split_sums, split_accs, at, inside, num_rows, top, total, acc, V_HEAD_DIM: tl.constexpr):
+    """Put a split's three values where the last to arrive will look for them; the workspace has num_rows rows."""
+    tl.store(split_sums + at, top, mask=inside)
+    tl.store(split_sums + num_rows + at, total, mask=inside)
+    columns = tl.arange(0, acc.shape[1])
+    mask = inside[:, None] & (columns < V_HEAD_DIM)[None, :]
+    tl.store(split_accs + at[:, None] * V_HEAD_DIM + columns[None, :], acc, mask=mask)
+
+
+@triton.jit
+def fold_splits(
+    split_sums,
+    split_accs,
+    at,
+    inside,
+    num_rows,
+    rows_per_split,
+    first_split,
+    end_split,
+    ROWS: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    DV: tl.constexpr,
+):
+    """(top, total, acc) of ROWS rows over the splits first_split .. end_split; `at`: where the first one's rows lie.
+
+    FAN splits are read at once, in groups that begin at multiples of FAN, so that a split has one place in the sum."""
+    top = tl.full((ROWS,), LOWEST, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, DV), tl.float32)
+    columns = tl.arange(0, DV)
+    for start in range(first_split // FAN * FAN, end_split, FAN):
+        splits = start + tl.arange(0, FAN)
+        there = ((splits >= first_split) & (splits < end_split))[:, None] & inside[None, :]
+        where = at[None, :] + ((splits - first_split).to(tl.int64) * rows_per_split)[:, None]
+        tops = tl.load(split_sums + where, mask=there, other=LOWEST)
+        totals = tl.load(split_sums + num_rows + where, mask=there, other=0.0)
+        mask = there[:, :, None] & (columns < V_HEAD_DIM)[None, None, :]
+        accs = tl.load(split_accs + where[:, :, None] * V_HEAD_DIM + columns[None, None, :], mask=mask, other=0.0)
+        raised = tl.maximum(top, tl.max(tops, axis=0))
+        weights = tl.exp2(tops - raised[None, :])
+        fade = tl.exp2(top - raised)
+        top = raised
+        total = total * fade + tl.sum(totals * weights, axis=0)
+        acc = acc * fade[:, None] + tl.sum(accs * weights[:, :, None], axis=0)
+    return top, total, acc
+
+
+@triton.jit
+def is_last(ticket, count):
+    """Draw a ticket, after all threads' stores; the last of `count` puts it back to 0 and sees everyone's stores."""
+    tl.debug_barrier()
+    drawn = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    last = drawn == count - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
+
+
+@triton.jit
+def list_splits(cu_seqlens, context_lens, num_sequences, window, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Where each sequence's splits end in the list of all [BLOCK_S]; a sequence without queries has none."""
+    s = tl.arange(0, BLOCK_S)
+    inside = s < num_sequences
+    count = tl.load(cu_seqlens + s + 1, mask=inside, other=0) - tl.load(cu_seqlens + s, mask=inside, other=0)
+    length = tl.load(context_lens + s, mask=inside, other=0)
+    splits = tl.maximum(tl.cdiv(length, SPLIT) - first_seen(length, count, window) // SPLIT, 1)
+    return tl.cumsum(tl.where(count > 0, splits, 0).to(tl.int32), axis=0)
+
+
+@triton.jit
+def first_seen(length, count, window):
+    """The first key that the first of a sequence's last `count` tokens sees."""
+    if window is None:
+        return length * 0
+    return tl.maximum(length - count - window + 1, 0)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "max_splits"])
+def _decode_kernel(
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    cu_seqlens,
+    context_lens,
+    sinks,
+    alibi_slopes,
+    k_scales,
+    v_scales,
+    out,
+    lse,
+    split_sums,
+    split_accs,
+    tickets,
+    num_sequences,
+    max_splits,
+    q_stride,
+    q_head_stride,
+    k_page_stride,
+    k_slot_stride,
+    k_head_stride,
+    v_page_stride,
+    v_slot_stride,
+    v_head_stride,
+    table_stride,
+    scale,
+    window,
+    softcap,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    D_REST: tl.constexpr,
+    DV: tl.constexpr,
+    V_IN_K: tl.constexpr,
+    FOLD_ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    TILES: tl.constexpr = (MAX_ROWS + BLOCK_M - 1) // BLOCK_M
+    ends = list_splits(cu_seqlens, context_lens, num_sequences, window, SPLIT, BLOCK_S)
+    for entry in range(tl.program_id(0), tl.max(ends, axis=0) * (NUM_KV_HEADS * TILES), tl.num_programs(0)):
+        # whose split this is: tiles of rows are neighbours in the list, then KV heads, splits, sequences
+        tile = entry % TILES
+        kv_head = tl.cast(entry // TILES % NUM_KV_HEADS, tl.int64)
+        listed = entry // (NUM_KV_HEADS * TILES)
+        s = tl.sum((ends <= listed).to(tl.int64), axis=0)
+        first_token = tl.load(cu_seqlens + s).to(tl.int64)
+        count = (tl.load(cu_seqlens + s + 1) - first_token).to(tl.int32)
+        length = tl.load(context_lens + s).to(tl.int32)
+        first = first_seen(length, count, window)
+        first_split = first // SPLIT
+        num_splits = tl.maximum(tl.cdiv(length, SPLIT) - first_split, 1)
+        nth = listed - tl.max(tl.where(ends <= listed, ends, 0), axis=0)
+        split = first_split + nth
+
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = rows < count * GROUP
+        tokens = first_token + rows // GROUP
+        heads = kv_head * GROUP + rows % GROUP
+        q_rows = tokens * q_stride + heads * q_head_stride
+        q_rest = None
+        if D_REST > 0:
+            q_rest = load_columns(q, q_rows, inside, D, D_REST, HEAD_DIM)
+        slopes = None
+        if alibi_slopes is not None:
+            slopes = tl.load(alibi_slopes + heads).to(tl.float32)
+        top, total, acc = attend_keys(
+            load_columns(q, q_rows, inside, 0, D, HEAD_DIM),
+            q_rest,
+            length - count + rows // GROUP,
+            slopes,
+            k_pages + kv_head * k_head_stride,
+            v_pages + kv_head * v_head_stride,
+            None if k_scales is None else k_scales + kv_head,
+            None if v_scales is None else v_scales + kv_head,
+            page_table + s * table_stride,
+            k_page_stride,
+            k_slot_stride,
+            v_page_stride,
+            v_slot_stride,
+            first,
+            tl.maximum(split * SPLIT, first // BLOCK_N * BLOCK_N),
+            tl.minimum((split + 1) * SPLIT, length),
+            scale,
+            window,
+            softcap,
+            NUM_KV_HEADS,
+            PAGE_SIZE,
+            HEAD_DIM,
+            V_HEAD_DIM,
+            DV,
+            V_IN_K,
+            BLOCK_N,
+        )
+        at = tokens * (NUM_KV_HEADS * GROUP) + heads
+        if tickets is None:
+            write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM)
+        elif num_splits == 1:
+            write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM)
+        else:
+            rows_per_split = NUM_KV_HEADS * MAX_ROWS
+            num_rows = num_sequences.to(tl.int64) * max_splits * rows_per_split
+            lead = s * max_splits * rows_per_split + kv_head * MAX_ROWS
+            own = lead + nth * rows_per_split + rows
+            store_split(split_sums, split_accs, own, inside, num_rows, top, total, acc, V_HEAD_DIM)
+            if is_last(tickets + (s * NUM_KV_HEADS + kv_head) * TILES + tile, num_splits):
+                row_end = tl.minimum((tile + 1) * BLOCK_M, count * GROUP)
+                for row in range(tile * BLOCK_M, row_end, FOLD_ROWS):
+                    rows = row + tl.arange(0, FOLD_ROWS)
+                    inside = rows < row_end
+                    heads = kv_head * GROUP + rows % GROUP
+                    at = (first_token + rows // GROUP) * (NUM_KV_HEADS * GROUP) + heads
+                    top, total, acc = fold_splits(
+                        split_sums,
+                        split_accs,
+                        lead + rows,
+                        inside,
+                        num_rows,
+                        rows_per_split,
+                        first_split,
+                        first_split + num_splits,
+                        FOLD_ROWS,
+                        V_HEAD_DIM,
+                        DV,
+                    )
+                    write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM)
+
+
+def decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    *,
+    max_query_len: int,
+    return_lse: bool = False,
+    tickets: Tensor | None = None,
+    blocks: Mapping[str, int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`reference.paged_attention` for sequences with few queries each; max_query_len (1 to 16) at most.
+
+    Args: q [N, num_heads, head_dim] float32, float16 or bfloat16, tokens and heads any stride apart; k_pages
+    [num_pages, page_size, num_kv_heads, head_dim] and v_pages [..., v_head_dim] of q's dtype, or int8 or float8_e4m3
+    with k_scales, v_scales [num_pages, page_size, num_kv_heads] float32; pages may be strided. Where v_pages is a view
+    of the first columns of k_pages (latent attention) it is not read a second time. page_table [S, max_pages],
+    cu_seqlens [S + 1], context_lens [S] int64 or int32; sinks, alibi_slopes [num_heads].
+    A sequence's context_lens must cover its queries and fit its row of page_table. Tokens after cu_seqlens[S] are not
+    written, and a query without any key gives 0.
+
+    Returns [N, num_heads * v_head_dim] in q's dtype, and with return_lse also [N, num_heads] float32. The workspace
+    takes 4 * (v_head_dim + 2) bytes per sequence, head, query of max_query_len and split of the table's width: pass
+    page_table[:, :pages] where no sequence has more pages. tickets: int32 zeros, S * num_heads * max_query_len of them,
+    which calls on one stream may share, as each leaves zeros; without it every call makes and clears its own.
+    blocks: overrides the block sizes of the tuning table. Raises KernelError.
+    """
+    device = check_device("q", q)
+    check_attention(q, k_pages, v_pages, k_scales, v_scales, sinks, alibi_slopes, device)
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, v_head_dim = v_pages.shape[2:]
+    num_sequences = len(context_lens)
+    check("page_table", page_table, (num_sequences, None), INTS, device, strided=True)
+    check("cu_seqlens", cu_seqlens, (num_sequences + 1,), INTS, device)
+    check("context_lens", context_lens, (num_sequences,), INTS, device)
+    require(window is None or window >= 1, f"window is {window}; a query sees itself at least")
+    require(softcap is None or softcap > 0, f"softcap is {softcap}; it must be positive")
+    require(1 <= max_query_len <= MAX_QUERIES, f"max_query_len is {max_query_len}; this kernel takes 1 to {MAX_QUERIES}")
+    require(
+        num_tokens <= num_sequences * max_query_len,
+        f"{num_tokens} queries of {num_sequences} sequences are more than max_query_len = {max_query_len} each",
+    )
+    out = torch.empty(num_tokens, num_heads * v_head_dim, dtype=q.dtype, device=device)
+    lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=device) if return_lse else None
+    if num_tokens == 0:
+        return out if lse is None else (out, lse)
+
+    chosen = blocks_for(q, k_pages, v_pages, blocks)
+    programs, split = chosen.pop("PROGRAMS"), chosen["SPLIT"]
+    require(split % chosen["BLOCK_N"] == 0, f"SPLIT = {split} is not a multiple of BLOCK_N = {chosen['BLOCK_N']}")
+    group = num_heads // num_kv_heads
+    tiles = triton.cdiv(group * max_query_len, chosen["BLOCK_M"])
+    max_splits = max(1, triton.cdiv(page_table.shape[1] * k_pages.shape[1], split))
+    if window is not None:  # a span of keys may begin and end inside a split
+        max_splits = min(max_splits, triton.cdiv(max_query_len + window - 2, split) + 1)
+    sums = accs = None
+    if max_splits == 1:
+        tickets = None
+    else:
+        rows = num_sequences * max_splits * num_heads * max_query_len
+        sums = torch.empty(2, rows, dtype=torch.float32, device=device)
+        accs = torch.empty(rows, v_head_dim, dtype=torch.float32, device=device)
+        needed = num_sequences * num_kv_heads * tiles
+        if tickets is None:
+            tickets = torch.zeros(needed, dtype=torch.int32, device=device)
+        check("tickets", tickets, (None,), torch.int32, device)
+        require(len(tickets) >= needed, f"tickets has {len(tickets)} elements; {needed} are needed")
+    work = num_sequences * max_splits * num_kv_heads * tiles
+    _decode_kernel[(min(work, processors(device) * programs),)](
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        cu_seqlens,
+        context_lens,
+        sinks,
+        alibi_slopes,
+        k_scales,
+        v_scales,
+        out,
+        lse,
+        sums,
+        accs,
+        tickets,
+        num_sequences,
+        max_splits,
+        q.stride(0),
+        q.stride(1),
+        *k_pages.stride()[:3],
+        *v_pages.stride()[:3],
+        page_table.stride(0),
+        scale,
+        window,
+        softcap,
+        GROUP=group,
+        NUM_KV_HEADS=num_kv_heads,
+        MAX_ROWS=group * max_query_len,
+        PAGE_SIZE=k_pages.shape[1],
+        BLOCK_S=triton.next_power_of_2(num_sequences),
+        **tile_widths(k_pages, v_pages),
+        **chosen,
+    )
+    return out if lse is None else (out, lse)
+
+
+def check_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    device: torch.device,
+) -> None:
+    """Raise KernelError unless these fit each other."""
+    check("q", q, (None, None, None), FLOATS, device, strided=True)
+    num_heads, head_dim = q.shape[1:]
+    quantised = k_scales is not None
+    require(quantised == (v_scales is not None), "k_scales and v_scales are given together or not at all")
+    dtypes = CODES if quantised else (q.dtype,)
+    check("k_pages", k_pages, (None, None, None, head_dim), dtypes, device, strided=True)
+    check("v_pages", v_pages, (*k_pages.shape[:3], None), k_pages.dtype, device, strided=True)
+    num_kv_heads, v_head_dim = v_pages.shape[2:]
+    require(
+        num_kv_heads > 0 and num_heads % num_kv_heads == 0,
+        f"q has {num_heads} heads, which {num_kv_heads} KV heads cannot share equally",
+    )
+    require(1 <= head_dim <= 1024, f"head_dim is {head_dim}; this kernel takes 1 to 1024")
+    require(1 <= v_head_dim <= 512, f"v_head_dim is {v_head_dim}; this kernel takes 1 to 512")
+    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if scales is not None:
+            check(name, scales, tuple(k_pages.shape[:3]), torch.float32, device)
+    for name, each in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if each is not None:
+            check(name, each, (num_heads,), FLOATS, device)
+
+
+def tile_widths(k_pages: Tensor, v_pages: Tensor) -> dict[str, int]:
+    """How the columns are cut: queries and keys into D and D_REST (576 = 512 + 64, 96 = 64 + 32, 128 = 128 + 0), values
+    padded to DV, FOLD_ROWS rows folded at once."""
+    head_dim, v_head_dim = k_pages.shape[-1], v_pages.shape[-1]
+    wide = 1 << (head_dim.bit_length() - 1)
+    padded = max(16, triton.next_power_of_2(v_head_dim))
+    view = k_pages.untyped_storage() is v_pages.untyped_storage() and k_pages.stride() == v_pages.stride()
+    return {
+        "HEAD_DIM": head_dim,
+        "V_HEAD_DIM": v_head_dim,
+        "D": max(16, wide),
+        "D_REST": max(16, triton.next_power_of_2(head_dim - wide)) if head_dim > max(16, wide) else 0,
+        "DV": padded,
+        "V_IN_K": view and k_pages.storage_offset() == v_pages.storage_offset() and v_head_dim == max(16, wide),
+        "FOLD_ROWS": max(1, 512 // padded),
+    }
+
+
+@functools.lru_cache(maxsize=None)
+def processors(device: torch.device) -> int:
+    """How many programs the device runs side by side at least; how the work is dealt out, not what it gives."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 2
+
+
+def blocks_for(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, override: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """BLOCK_M rows, BLOCK_N keys, SPLIT keys, PROGRAMS per processor; never by numbers of sequences or queries."""
+    head_dim, v_head_dim = k_pages.shape[-1], v_pages.shape[-1]
+    group = q.shape[1] // k_pages.shape[2]
+    widest = max(triton.next_power_of_2(v_head_dim), 1 << (head_dim.bit_length() - 1))
+    block_n = max(16, min(128, 16384 // (widest * k_pages.element_size())))
+    default = {
+        "BLOCK_M": 16,
+        "BLOCK_N": block_n,
+        "SPLIT": max(128, min(512, 32 * triton.next_power_of_2(group))),
+        "PROGRAMS": 2,
+        "num_warps": 4,
+        "num_stages": 2 if tuning.is_hip() else 3,
+    }
+    return config(
+        "decode_attention",
+        q.device,
+        default,
+        override,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        group=group,
+        dtype=str(q.dtype).removeprefix("torch."),
+        pages=str(k_pages.dtype).removeprefix("torch."),
+    )
