@@ -24,25 +24,48 @@ from .attention import (
 )
 from .head import embed, lm_head
 from .linear import linear_residual, norm_mlp, norm_qkv
+from .moe import SCORING_FUNCS, Routing, moe_mlp, route
 from .norm import NORM_KINDS, Norm, add_normalize, normalize, normalize_add
 from .pages import copy_pages, quantize_kv, write_pages
 from .rope import Rotary, qk_norm_rope_write, rotate
+from .sampling import (
+    Choice,
+    Cuts,
+    Penalties,
+    TokenState,
+    adjust_logits,
+    count_tokens,
+    draw,
+    find_cuts,
+    gumbel_noise,
+    select,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "GATED_ACTIVATIONS",
     "NORM_KINDS",
+    "Choice",
+    "Cuts",
     "Norm",
+    "Penalties",
     "Rotary",
+    "TokenState",
     "activate",
     "add_normalize",
+    "adjust_logits",
     "copy_pages",
+    "count_tokens",
+    "draw",
     "embed",
+    "find_cuts",
     "gated_activation",
     "gather_pages",
+    "gumbel_noise",
     "linear_residual",
     "lm_head",
     "merge_attention",
+    "moe_mlp",
     "norm_mlp",
     "norm_qkv",
     "normalize",
@@ -52,6 +75,8 @@ __all__ = [
     "qk_norm_rope_write",
     "quantize_kv",
     "rotate",
+    "route",
+    "select",
     "shared_prefix_attention",
     "write_pages",
 ]
