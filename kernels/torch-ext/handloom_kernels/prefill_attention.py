@@ -88,6 +88,18 @@ def _load_rows(
 
 
 @triton.jit
+def _slots(base, page, start, page_stride, slot_stride, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A pointer, and where from there the tile's keys begin [BLOCK_N]; page: one for all of them, or one each."""
+    keys = tl.arange(0, BLOCK_N)
+    if PAGE_SIZE >= BLOCK_N:
+        base += page * page_stride + tl.cast(start % PAGE_SIZE, tl.int64) * slot_stride
+        offsets = keys * slot_stride
+    else:
+        offsets = page * page_stride + keys % PAGE_SIZE * slot_stride
+    return base, offsets
+
+
+@triton.jit
 def _tanh(x):
     return 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2_E)) + 1.0)
 
@@ -181,42 +193,43 @@ def _prefill_attention_kernel(
         return
 
     # the rows of the tile: which query, at which position, of which head
-    kv_head = (tl.program_id(1) // PACKS).to(tl.int64)
-    row = tl.arange(0, BLOCK_M)
-    query = first + row // PACK
-    in_group = tl.program_id(1) % PACKS * PACK + row % PACK
-    head = kv_head * GROUP + in_group
-    present = (row < BLOCK_Q * PACK) & (query < count) & (in_group < GROUP)
-    shift = tl.load(context_lens + sequence).to(tl.int32) - count
-    query_at = shift + query
-    at = (start_row + query) * q_stride + head * q_head_stride
+    kv_head = tl.program_id(1) // PACKS
+    first_in_group = tl.program_id(1) % PACKS * PACK
+    first_head = kv_head.to(tl.int64) * GROUP + first_in_group
+    query = tl.arange(0, BLOCK_M) // PACK
+    head = tl.arange(0, BLOCK_M) % PACK
+    present = (query < tl.minimum(count - first, BLOCK_Q)) & (head < GROUP - first_in_group)
+    first_at = tl.load(context_lens + sequence).to(tl.int32) - count + first
+    query_at = first_at + query
+    q += (start_row + first) * q_stride + first_head * q_head_stride
+    at = query.to(tl.int64) * q_stride + head * q_head_stride
     q_tile = _load_rows(q, at, present, 0, D, HEAD_DIM, True)
     q_tail = q_tile
     if TAIL > 0:
         q_tail = _load_rows(q, at, present, D, TAIL, HEAD_DIM, True)
     slopes = None
     if alibi_slopes is not None:
-        slopes = tl.load(alibi_slopes + head, mask=present, other=0.0).to(tl.float32)
+        slopes = tl.load(alibi_slopes + first_head + head, mask=present, other=0.0).to(tl.float32)
 
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:
-        m = tl.load(sinks + head, mask=present, other=0.0).to(tl.float32) * LOG2_E / unit
+        m = tl.load(sinks + first_head + head, mask=present, other=0.0).to(tl.float32) * LOG2_E / unit
         total = tl.where(m > LOWEST, 1.0, 0.0)
         m = tl.maximum(m, LOWEST)
     acc = tl.zeros([BLOCK_M, V_D], tl.float32)
 
     # keys low .. high are seen by some row; those of the tiles between `full` and `edge` by every row
     low = 0
-    high = shift + tl.minimum(first + BLOCK_Q, count)
-    edge = (shift + first + 1) // BLOCK_N * BLOCK_N
+    high = first_at + tl.minimum(BLOCK_Q, count - first)
+    edge = (first_at + 1) // BLOCK_N * BLOCK_N
     full = 0
     if window is not None:
-        low = tl.maximum(shift + first + 1 - window, 0)
+        low = tl.maximum(first_at + 1 - window, 0)
         full = tl.minimum(tl.cdiv(tl.maximum(high - window, 0), BLOCK_N) * BLOCK_N, high)
     page_table += sequence.to(tl.int64) * table_stride
-    k_pages += kv_head * k_head_stride
-    v_pages += kv_head * v_head_stride
+    k_pages += kv_head.to(tl.int64) * k_head_stride
+    v_pages += kv_head.to(tl.int64) * v_head_stride
 
     for part in tl.static_range(1 if window is None else 0, 3):
         if part == 0:
@@ -232,18 +245,17 @@ def _prefill_attention_kernel(
                 page = tl.load(page_table + start // PAGE_SIZE).to(tl.int64)
             else:
                 page = tl.load(page_table + keys // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
-            slot = (keys % PAGE_SIZE).to(tl.int64)
 
             key_scales = None
             if k_scales is not None:
-                at = page * ks_page_stride + slot * ks_slot_stride + kv_head
-                key_scales = tl.load(k_scales + at, mask=inside, other=0.0)
-            rows = page * k_page_stride + slot * k_slot_stride
+                base, slots = _slots(k_scales, page, start, ks_page_stride, ks_slot_stride, PAGE_SIZE, BLOCK_N)
+                key_scales = tl.load(base + kv_head + slots, mask=inside, other=0.0)
+            base, slots = _slots(k_pages, page, start, k_page_stride, k_slot_stride, PAGE_SIZE, BLOCK_N)
             x = _scores(
                 q_tile,
                 q_tail,
-                k_pages,
-                rows,
+                base,
+                slots,
                 key_scales,
                 keys,
                 inside,
@@ -268,22 +280,23 @@ def _prefill_attention_kernel(
             rescale = tl.exp2((m - new_m) * unit)
             total = tl.fma(total, rescale, tl.sum(p, 1))
             m = new_m
-            rows = page * v_page_stride + slot * v_slot_stride
-            value = _load_rows(v_pages, rows, inside, 0, V_D, V_HEAD_DIM, part != 1)
+            base, slots = _slots(v_pages, page, start, v_page_stride, v_slot_stride, PAGE_SIZE, BLOCK_N)
+            value = _load_rows(base, slots, inside, 0, V_D, V_HEAD_DIM, part != 1)
             if v_scales is not None:
-                at = page * vs_page_stride + slot * vs_slot_stride + kv_head
-                value = value.to(tl.float32) * tl.load(v_scales + at, mask=inside, other=0.0)[:, None]
+                base, slots = _slots(v_scales, page, start, vs_page_stride, vs_slot_stride, PAGE_SIZE, BLOCK_N)
+                value = value.to(tl.float32) * tl.load(base + kv_head + slots, mask=inside, other=0.0)[:, None]
             acc = tl.dot(p.to(q_tile.dtype), value.to(q_tile.dtype), acc * rescale[:, None], input_precision="ieee")
 
+    first_out = (start_row + first) * NUM_HEADS + first_head
+    rows = query * NUM_HEADS + head
     columns = tl.arange(0, V_D)
-    row_out = (start_row + query) * NUM_HEADS + head
     tl.store(
-        out + row_out[:, None] * V_HEAD_DIM + columns[None, :],
+        out + first_out * V_HEAD_DIM + rows[:, None] * V_HEAD_DIM + columns[None, :],
         (acc / total[:, None]).to(out.dtype.element_ty),
         mask=present[:, None] & (columns < V_HEAD_DIM)[None, :],
     )
     if lse is not None:
-        tl.store(lse + row_out, (m * unit + tl.log2(total)) / LOG2_E, mask=present)
+        tl.store(lse + first_out + rows, (m * unit + tl.log2(total)) / LOG2_E, mask=present)
 
 
 def prefill_attention(
