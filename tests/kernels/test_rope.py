@@ -276,7 +276,7 @@ def test_no_tokens_are_fine() -> None:
         (4, lambda x: x._replace(sin=x.sin[:, :3]), "rotary.sin has shape"),
         (4, lambda x: rotary_of(4, 18), "rotary.cos is for 18 dimensions and heads have 16"),
         (5, lambda x: x.transpose(1, 2), "k_pages has strides"),
-        (5, lambda x: x[..., :15].contiguous(), "heads of 15 dimensions"),
+        (5, lambda x: x[..., :15].contiguous(), "heads have 15 dimensions"),
         (6, lambda x: x[1:], "v_pages has shape"),
         (6, lambda x: x.half(), "v_pages has dtype torch.float16"),
         (7, lambda x: x[1:], "slot_mapping has shape"),

@@ -16,10 +16,10 @@ One program owns a few heads of one token, all of them of q, of k or of v:
                           v             v          v       v (copied)
                        q [N, num_heads, D]      k_pages, v_pages [slot of the token]
 
-A head's sum over its dimensions lies within one tile, whose size depends on the model alone. With halves a second load
-of the head, shifted by half, brings each element its partner; it comes from the first-level cache. Interleaved
-partners change places in registers. Quantised pages (int8, float8) get one scale per token and KV head, the largest
-absolute value / the largest code, written with the codes.
+Within a head the pairs lie apart, so that both of a pair are in the same thread: two tiles [heads, pairs] and, where
+rotary_dim is less than head_dim, the rest as a third. Interleaved pairs are loaded as one tile and split. A head's sum
+over its dimensions lies within one program, whose size depends on the model alone. Quantised pages (int8, float8) get
+one scale per token and KV head, the largest absolute value / the largest code, written with the codes.
 
 To move: the row of qkv in, q and the K and V of the page's dtype out, rotary_dim cosines and sines a token. About 10
 FLOPs an element. Bound by memory, and with few tokens by the launch.
@@ -39,6 +39,7 @@ from torch import Tensor
 
 from . import tuning
 from .checks import FLOATS, INTS, check, check_device, require
+from .kv_pages import codes_of, largest_bits
 from .reference.norm import NORM_KINDS, Norm
 from .reference.pages import QUANTISED, largest_code
 from .reference.rope import Rotary
@@ -50,9 +51,37 @@ NO_NORM = "none"
 
 
 @triton.jit
-def _weighted(x, weight, columns, inside, KIND: tl.constexpr, dtype: tl.constexpr):
-    """The weight of a norm, with the roundings of `reference.normalize`."""
-    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+def _load_pairs(x, at, inside, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The first and the second of each pair of the heads that begin at `at` [HEADS, 1]: [HEADS, PAIRS] float32 each."""
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * PAIRS)[None, :]
+        both = tl.load(x + (at + column), mask=inside & (column < 2 * HALF), other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(both, (both.shape[0], PAIRS, 2)))
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = inside & (pair < HALF)
+        first = tl.load(x + (at + pair), mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(x + (at + HALF + pair), mask=mask, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _store_pairs(first, second, out, at, inside, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    dtype: tl.constexpr = out.dtype.element_ty
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * PAIRS)[None, :]
+        both = tl.reshape(tl.join(first, second), (first.shape[0], 2 * PAIRS))
+        tl.store(out + (at + column), both.to(dtype), mask=inside & (column < 2 * HALF))
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = inside & (pair < HALF)
+        tl.store(out + (at + pair), first.to(dtype), mask=mask)
+        tl.store(out + (at + HALF + pair), second.to(dtype), mask=mask)
+
+
+@triton.jit
+def _weighted(x, w, KIND: tl.constexpr, dtype: tl.constexpr):
+    """x times the weight of its norm, with the roundings of `reference.normalize`."""
     if KIND == "rms":
         x = x.to(dtype).to(tl.float32) * w
     elif KIND == "rms_unit_offset":
@@ -63,97 +92,92 @@ def _weighted(x, weight, columns, inside, KIND: tl.constexpr, dtype: tl.constexp
 
 
 @triton.jit
-def turned_heads(
+def _heads(
     x,
-    heads,
-    inside,
+    head_stride,
+    begin,
     weight,
     cos,
     sin,
     eps,
+    out,
+    scales,
+    row,
+    limit,
+    num_heads,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     KIND: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    QUANTISED: tl.constexpr,
 ):
-    """Heads of one token, normalised (unless KIND is "none") and rotated (unless ROTARY_DIM is 0): [HEADS, BLOCK]
-    float32 that fit x's dtype.
-
-    x: the token's row; heads [HEADS, 1]: where in it each head begins, in elements; inside [HEADS, BLOCK]; weight
-    [HEAD_DIM]; cos, sin: the token's row of the tables.
-    """
+    """Heads begin .. begin + HEADS of one token, x, normalised unless KIND is "none", rotated if ROTATED, into row
+    `row` of out [rows, num_heads, HEAD_DIM] and its scale."""
     dtype: tl.constexpr = x.dtype.element_ty
-    HALF: tl.constexpr = ROTARY_DIM // 2
-    SECOND_LOAD: tl.constexpr = ROTARY_DIM > 0 and not INTERLEAVED
-    column = tl.arange(0, BLOCK)
-    turned = column < ROTARY_DIM
-    value = tl.load(x + heads + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if SECOND_LOAD:
-        other = tl.where(column < HALF, column + HALF, column - HALF)
-        partner = tl.load(x + heads + other[None, :], mask=inside & turned[None, :], other=0.0).to(tl.float32)
+    REST: tl.constexpr = HEAD_DIM - 2 * HALF
+    heads = begin + tl.arange(0, HEADS)
+    inside = (heads < num_heads)[:, None]
+    at = heads[:, None] * head_stride
+    everywhere = heads[:, None] >= 0
+    pair = tl.arange(0, PAIRS)[None, :]
+    rest_at = 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
+    rest_inside = inside & (rest_at < HEAD_DIM)
+
+    # every load before the first sum, so that they wait together; tables as tiles, in the layout of x
+    first, second = _load_pairs(x, at, inside, HALF, PAIRS, INTERLEAVED)
+    if REST > 0:
+        rest = tl.load(x + (at + rest_at), mask=rest_inside, other=0.0).to(tl.float32)
+    if KIND != "none":
+        first_w, second_w = _load_pairs(weight, heads[:, None] * 0, everywhere, HALF, PAIRS, INTERLEAVED)
+        if REST > 0:
+            rest_w = tl.load(weight + rest_at, mask=rest_at < HEAD_DIM, other=0.0).to(tl.float32)
+    if ROTATED:
+        angle = heads[:, None] * 0 + pair
+        c = tl.load(cos + angle, mask=everywhere & (pair < HALF), other=0.0)
+        s = tl.load(sin + angle, mask=everywhere & (pair < HALF), other=0.0)
 
     if KIND != "none":
         if KIND == "layer":
-            mean = tl.sum(value, axis=1)[:, None] / HEAD_DIM
-            value = tl.where(inside, value - mean, 0.0)
-        scale = tl.rsqrt(tl.sum(value * value, axis=1)[:, None] / HEAD_DIM + eps)
-        value = _weighted(value * scale, weight, column, column < HEAD_DIM, KIND, dtype)
-        if SECOND_LOAD:
-            if KIND == "layer":
-                partner -= mean
-            partner = _weighted(partner * scale, weight, other, turned, KIND, dtype)
+            total = tl.sum(first + second, axis=1)
+            if REST > 0:
+                total += tl.sum(rest, axis=1)
+            mean = total[:, None] / HEAD_DIM
+            first = tl.where(pair < HALF, first - mean, 0.0)
+            second = tl.where(pair < HALF, second - mean, 0.0)
+            if REST > 0:
+                rest = tl.where(rest_at < HEAD_DIM, rest - mean, 0.0)
+        squares = tl.sum(first * first + second * second, axis=1)
+        if REST > 0:
+            squares += tl.sum(rest * rest, axis=1)
+        scale = tl.rsqrt(squares[:, None] / HEAD_DIM + eps)
+        first, second = _weighted(first * scale, first_w, KIND, dtype), _weighted(second * scale, second_w, KIND, dtype)
+        if REST > 0:
+            rest = _weighted(rest * scale, rest_w, KIND, dtype)
 
-    if ROTARY_DIM > 0:
-        if INTERLEAVED:
-            even, odd = tl.split(tl.reshape(value, (HEADS, BLOCK // 2, 2)))
-            partner = tl.reshape(tl.join(odd, even), (HEADS, BLOCK))
-            angle = column // 2
-            first = column % 2 == 0
-        else:
-            angle = tl.where(column < HALF, column, column - HALF)
-            first = column < HALF
-        c = tl.load(cos + angle, mask=turned, other=1.0)
-        s = tl.load(sin + angle, mask=turned, other=0.0)
-        rotated = value * c[None, :] + partner * tl.where(first, -s, s)[None, :]
-        value = tl.where(turned[None, :], rotated, value).to(dtype).to(tl.float32)
-    return value
+    if ROTATED:
+        turned = first * c - second * s
+        second = (second * c + first * s).to(dtype).to(tl.float32)
+        first = turned.to(dtype).to(tl.float32)
 
-
-@triton.jit
-def quantised_heads(value, limit):
-    """(codes as float32, scales) of [heads, D] float32, one scale a head: `reference.quantize_kv` before the codes are
-    rounded. limit: the largest code."""
-    # as whole numbers, absolute values have the order they have as floats, and NaN is the largest
-    bits = tl.max(tl.abs(value).to(tl.int32, bitcast=True), axis=1)
-    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), limit)
-    codes = tl.div_rn(value, tl.where(scale > 0.0, scale, 1.0)[:, None])
-    return tl.maximum(tl.minimum(codes, limit), -limit), scale
-
-
-@triton.jit
-def _write_heads(
-    value,
-    pages,
-    scales,
-    slot,
-    heads,
-    inside,
-    limit,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    QUANTISED: tl.constexpr,
-):
     if QUANTISED:
-        value, scale = quantised_heads(value, limit)
-        tl.store(scales + slot * NUM_HEADS + heads, scale, mask=heads < NUM_HEADS)
-        if pages.dtype.element_ty == tl.int8:
-            # 1.5 * 2^23 leaves no bit for a fraction: rounds to nearest, ties to even
-            value = (value + 12582912.0) - 12582912.0
-    at = heads[:, None] * HEAD_DIM + tl.arange(0, BLOCK)[None, :]
-    tl.store(pages + slot * (NUM_HEADS * HEAD_DIM) + at, value.to(pages.dtype.element_ty), mask=inside)
+        largest = tl.maximum(largest_bits(first), largest_bits(second))
+        if REST > 0:
+            largest = tl.maximum(largest, largest_bits(rest))
+        kv_scale = tl.div_rn(largest.to(tl.float32, bitcast=True), limit)
+        tl.store(scales + row * num_heads + heads, kv_scale, mask=heads < num_heads)
+        codes: tl.constexpr = out.dtype.element_ty
+        first, second = codes_of(first, kv_scale, limit, codes), codes_of(second, kv_scale, limit, codes)
+        if REST > 0:
+            rest = codes_of(rest, kv_scale, limit, codes)
+    out += row * num_heads * HEAD_DIM
+    at = heads[:, None] * HEAD_DIM
+    _store_pairs(first, second, out, at, inside, HALF, PAIRS, INTERLEAVED)
+    if REST > 0:
+        tl.store(out + (at + rest_at), rest.to(out.dtype.element_ty), mask=rest_inside)
 
 
 @triton.jit
@@ -177,55 +201,46 @@ def _qk_norm_rope_write_kernel(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    V_PAIRS: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     Q_KIND: tl.constexpr,
     K_KIND: tl.constexpr,
     QUANTISED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     qkv += token * qkv_stride
-    cos += token * (ROTARY_DIM // 2)
-    sin += token * (ROTARY_DIM // 2)
+    cos += token * HALF
+    sin += token * HALF
     Q_PARTS: tl.constexpr = (NUM_HEADS + Q_HEADS - 1) // Q_HEADS
     KV_PARTS: tl.constexpr = (NUM_KV_HEADS + KV_HEADS - 1) // KV_HEADS
-    column = tl.arange(0, BLOCK)[None, :]
     if part < Q_PARTS:
-        heads = part * Q_HEADS + tl.arange(0, Q_HEADS)
-        inside = (heads < NUM_HEADS)[:, None] & (column < HEAD_DIM)
-        at = heads[:, None] * HEAD_DIM
-        value = turned_heads(
-            qkv, at, inside, q_weight, cos, sin, q_eps,
-            HEAD_DIM, ROTARY_DIM, INTERLEAVED, Q_KIND, Q_HEADS, BLOCK,
+        _heads(
+            qkv, HEAD_DIM, part * Q_HEADS, q_weight, cos, sin, q_eps, q_out, k_scales, token, limit, NUM_HEADS,
+            Q_HEADS, HEAD_DIM, HALF, PAIRS, REST_BLOCK, ROTATED, INTERLEAVED, Q_KIND, False,
         )  # fmt: skip
-        tl.store(q_out + token * (NUM_HEADS * HEAD_DIM) + at + column, value.to(q_out.dtype.element_ty), mask=inside)
     else:
         slot = tl.load(slot_mapping + token).to(tl.int64)
         if slot >= 0:
+            k = qkv + NUM_HEADS * HEAD_DIM
+            begin = (part - Q_PARTS) % KV_PARTS * KV_HEADS
             if part < Q_PARTS + KV_PARTS:
-                heads = (part - Q_PARTS) * KV_HEADS + tl.arange(0, KV_HEADS)
-                inside = (heads < NUM_KV_HEADS)[:, None] & (column < HEAD_DIM)
-                value = turned_heads(
-                    qkv + NUM_HEADS * HEAD_DIM, heads[:, None] * HEAD_DIM, inside, k_weight, cos, sin, k_eps,
-                    HEAD_DIM, ROTARY_DIM, INTERLEAVED, K_KIND, KV_HEADS, BLOCK,
+                _heads(
+                    k, HEAD_DIM, begin, k_weight, cos, sin, k_eps, k_pages, k_scales, slot, limit, NUM_KV_HEADS,
+                    KV_HEADS, HEAD_DIM, HALF, PAIRS, REST_BLOCK, ROTATED, INTERLEAVED, K_KIND, QUANTISED,
                 )  # fmt: skip
-                _write_heads(
-                    value, k_pages, k_scales, slot, heads, inside, limit, NUM_KV_HEADS, HEAD_DIM, BLOCK, QUANTISED
-                )
             else:
-                heads = (part - Q_PARTS - KV_PARTS) * KV_HEADS + tl.arange(0, KV_HEADS)
-                v_column = tl.arange(0, V_BLOCK)[None, :]
-                inside = (heads < NUM_KV_HEADS)[:, None] & (v_column < V_HEAD_DIM)
-                at = (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM + heads[:, None] * V_HEAD_DIM + v_column
-                value = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
-                _write_heads(
-                    value, v_pages, v_scales, slot, heads, inside, limit, NUM_KV_HEADS, V_HEAD_DIM, V_BLOCK, QUANTISED
-                )
+                v = k + NUM_KV_HEADS * HEAD_DIM
+                _heads(
+                    v, V_HEAD_DIM, begin, k_weight, cos, sin, k_eps, v_pages, v_scales, slot, limit, NUM_KV_HEADS,
+                    KV_HEADS, V_HEAD_DIM, V_HEAD_DIM // 2, V_PAIRS, 1, False, False, "none", QUANTISED,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -238,23 +253,19 @@ def _rotate_kernel(
     head_stride,
     num_heads,
     HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    cos += token * (ROTARY_DIM // 2)
-    sin += token * (ROTARY_DIM // 2)
-    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (heads < num_heads) & (column < HEAD_DIM)
-    value = turned_heads(
-        x + token * token_stride, heads * head_stride, inside, x, cos, sin, 0.0,
-        HEAD_DIM, ROTARY_DIM, INTERLEAVED, "none", HEADS, BLOCK,
+    _heads(
+        x + token * token_stride, head_stride.to(tl.int64), tl.program_id(1) * HEADS, x, cos + token * HALF,
+        sin + token * HALF, 0.0, out, cos, token, 0.0, num_heads,
+        HEADS, HEAD_DIM, HALF, PAIRS, REST_BLOCK, ROTATED, INTERLEAVED, "none", False,
     )  # fmt: skip
-    at = (token * num_heads + heads) * HEAD_DIM + column
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 def rotate(x: Tensor, rotary: Rotary, *, blocks: Mapping[str, int] | None = None) -> Tensor:
@@ -267,7 +278,8 @@ def rotate(x: Tensor, rotary: Rotary, *, blocks: Mapping[str, int] | None = None
     device = check_device("x", x)
     check("x", x, (None, None, None), FLOATS, device, strided=True)
     num_tokens, num_heads, head_dim = x.shape
-    rotary_dim = _rotary_dim(rotary, num_tokens, head_dim, device)
+    _check_head_dim(head_dim)
+    shape = _rotation(rotary, num_tokens, head_dim, device)
     out = torch.empty(x.shape, dtype=x.dtype, device=device)
     if out.numel() == 0:
         return out
@@ -283,10 +295,8 @@ def rotate(x: Tensor, rotary: Rotary, *, blocks: Mapping[str, int] | None = None
         x.stride(1),
         num_heads,
         HEAD_DIM=head_dim,
-        ROTARY_DIM=rotary_dim,
-        INTERLEAVED=rotary.interleaved,
-        BLOCK=triton.next_power_of_2(head_dim),
         HEADS=heads,
+        **shape,
         **chosen,
     )
     return out
@@ -321,15 +331,15 @@ def qk_norm_rope_write(
     num_pages, page_size, num_kv_heads, head_dim = k_pages.shape
     check("v_pages", v_pages, (num_pages, page_size, num_kv_heads, None), k_pages.dtype, device)
     v_head_dim = v_pages.shape[-1]
-    _check_head_dim("k_pages", head_dim)
-    _check_head_dim("v_pages", v_head_dim)
+    _check_head_dim(head_dim)
+    _check_head_dim(v_head_dim)
     require(num_heads > 0 and num_kv_heads > 0, f"{num_heads} query heads and {num_kv_heads} KV heads are too few")
     check(
         "qkv", qkv, (None, num_heads * head_dim + num_kv_heads * (head_dim + v_head_dim)), FLOATS, device, strided=True
     )
     num_tokens = len(qkv)
     check("slot_mapping", slot_mapping, (num_tokens,), INTS, device)
-    rotary_dim = 0 if rotary is None else _rotary_dim(rotary, num_tokens, head_dim, device)
+    rotation = _rotation(rotary, num_tokens, head_dim, device)
     kinds = [_norm_kind(name, norm, head_dim, device) for name, norm in (("q_norm", q_norm), ("k_norm", k_norm))]
     quantised = k_pages.dtype in QUANTISED
     for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
@@ -364,33 +374,37 @@ def qk_norm_rope_write(
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         V_HEAD_DIM=v_head_dim,
-        ROTARY_DIM=rotary_dim,
-        INTERLEAVED=rotary is not None and rotary.interleaved,
+        V_PAIRS=triton.next_power_of_2(v_head_dim // 2),
         Q_KIND=kinds[0],
         K_KIND=kinds[1],
         QUANTISED=quantised,
-        BLOCK=triton.next_power_of_2(head_dim),
-        V_BLOCK=triton.next_power_of_2(v_head_dim),
+        **rotation,
         **chosen,
     )
     return q
 
 
-def _check_head_dim(name: str, head_dim: int) -> None:
-    require(
-        0 < head_dim <= MAX_HEAD_DIM and head_dim % 2 == 0,
-        f"{name} has heads of {head_dim} dimensions; expected an even number up to {MAX_HEAD_DIM}",
-    )
+def _check_head_dim(head_dim: int) -> None:
+    allowed = 0 < head_dim <= MAX_HEAD_DIM and head_dim % 2 == 0
+    require(allowed, f"heads have {head_dim} dimensions; expected an even number up to {MAX_HEAD_DIM}")
 
 
-def _rotary_dim(rotary: Rotary, num_tokens: int, head_dim: int, device: torch.device) -> int:
-    """rotary_dim, from tables that fit."""
-    _check_head_dim("x", head_dim)
-    check("rotary.cos", rotary.cos, (num_tokens, None), torch.float32, device)
-    check("rotary.sin", rotary.sin, tuple(rotary.cos.shape), torch.float32, device)
-    rotary_dim = 2 * rotary.cos.shape[1]
-    require(rotary_dim <= head_dim, f"rotary.cos is for {rotary_dim} dimensions and heads have {head_dim}")
-    return rotary_dim
+def _rotation(rotary: Rotary | None, num_tokens: int, head_dim: int, device: torch.device) -> dict[str, int]:
+    """How a head is cut: HALF pairs in tiles of PAIRS, the rest in tiles of REST_BLOCK; ROTATED, INTERLEAVED."""
+    rotary_dim = 0
+    if rotary is not None:
+        check("rotary.cos", rotary.cos, (num_tokens, None), torch.float32, device)
+        check("rotary.sin", rotary.sin, tuple(rotary.cos.shape), torch.float32, device)
+        rotary_dim = 2 * rotary.cos.shape[1]
+        require(rotary_dim <= head_dim, f"rotary.cos is for {rotary_dim} dimensions and heads have {head_dim}")
+    half = (rotary_dim or head_dim) // 2
+    return {
+        "HALF": half,
+        "PAIRS": triton.next_power_of_2(half),
+        "REST_BLOCK": triton.next_power_of_2(max(1, head_dim - 2 * half)),
+        "ROTATED": rotary_dim > 0,
+        "INTERLEAVED": rotary_dim > 0 and rotary is not None and rotary.interleaved,
+    }
 
 
 def _norm_kind(name: str, norm: Norm | None, head_dim: int, device: torch.device) -> str:
@@ -418,7 +432,7 @@ def blocks_for(
         "KV_HEADS": min(most, triton.next_power_of_2(num_kv_heads)),
     }
     threads = 64 if tuning.is_hip() else 32
-    default["num_warps"] = max(1, default["Q_HEADS"] * block // (8 * threads))
+    default["num_warps"] = max(1, default["Q_HEADS"] * block // (16 * threads))
     dtype = str(x.dtype).removeprefix("torch.")
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     return config("rope", x.device, default, override, dtype=dtype, **shape)
