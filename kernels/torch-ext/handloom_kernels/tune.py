@@ -21,11 +21,18 @@ import torch
 import triton
 from torch import Tensor
 
-from . import activation, norm
+from . import activation, kv_pages, moe, moe_routing, norm, rope
 from .checks import require
 from .tuning import FOLDER, Problem, device_file, device_name
 
-KERNELS: Mapping[str, Any] = {"activation": activation, "norm": norm}
+KERNELS: Mapping[str, Any] = {
+    "activation": activation,
+    "kv_pages": kv_pages,
+    "moe": moe,
+    "moe_routing": moe_routing,
+    "norm": norm,
+    "rope": rope,
+}
 
 Timer = Callable[[Callable[[], object]], float]
 
