@@ -88,15 +88,8 @@ def _load_rows(
 
 
 @triton.jit
-def _slots(base, page, start, page_stride, slot_stride, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A pointer, and where from there the tile's keys begin [BLOCK_N]; page: one for all of them, or one each."""
-    keys = tl.arange(0, BLOCK_N)
-    if PAGE_SIZE >= BLOCK_N:
-        base += page * page_stride + tl.cast(start % PAGE_SIZE, tl.int64) * slot_stride
-        offsets = keys * slot_stride
-    else:
-        offsets = page * page_stride + keys % PAGE_SIZE * slot_stride
-    return base, offsets
+def _load_each(pointers, inside, MASKED: tl.constexpr):
+    return tl.load(pointers, mask=inside, other=0) if MASKED else tl.load(pointers)
 
 
 @triton.jit
@@ -202,11 +195,11 @@ def _prefill_attention_kernel(
     first_at = tl.load(context_lens + sequence).to(tl.int32) - count + first
     query_at = first_at + query
     q += (start_row + first) * q_stride + first_head * q_head_stride
-    at = query.to(tl.int64) * q_stride + head * q_head_stride
-    q_tile = _load_rows(q, at, present, 0, D, HEAD_DIM, True)
+    rows = query.to(tl.int64) * q_stride + head * q_head_stride
+    q_tile = _load_rows(q, rows, present, 0, D, HEAD_DIM, True)
     q_tail = q_tile
     if TAIL > 0:
-        q_tail = _load_rows(q, at, present, D, TAIL, HEAD_DIM, True)
+        q_tail = _load_rows(q, rows, present, D, TAIL, HEAD_DIM, True)
     slopes = None
     if alibi_slopes is not None:
         slopes = tl.load(alibi_slopes + first_head + head, mask=present, other=0.0).to(tl.float32)
@@ -230,6 +223,10 @@ def _prefill_attention_kernel(
     page_table += sequence.to(tl.int64) * table_stride
     k_pages += kv_head.to(tl.int64) * k_head_stride
     v_pages += kv_head.to(tl.int64) * v_head_stride
+    if k_scales is not None:
+        k_scales += kv_head
+    if v_scales is not None:
+        v_scales += kv_head
 
     for part in tl.static_range(1 if window is None else 0, 3):
         if part == 0:
@@ -244,18 +241,19 @@ def _prefill_attention_kernel(
             if PAGE_SIZE >= BLOCK_N:
                 page = tl.load(page_table + start // PAGE_SIZE).to(tl.int64)
             else:
-                page = tl.load(page_table + keys // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+                page = _load_each(page_table + keys // PAGE_SIZE, inside, part != 1).to(tl.int64)
+            slot = (keys % PAGE_SIZE).to(tl.int64)
 
             key_scales = None
             if k_scales is not None:
-                base, slots = _slots(k_scales, page, start, ks_page_stride, ks_slot_stride, PAGE_SIZE, BLOCK_N)
-                key_scales = tl.load(base + kv_head + slots, mask=inside, other=0.0)
-            base, slots = _slots(k_pages, page, start, k_page_stride, k_slot_stride, PAGE_SIZE, BLOCK_N)
+                at = page * ks_page_stride + slot * ks_slot_stride
+                key_scales = _load_each(k_scales + at, inside, part != 1)
+            at = page * k_page_stride + slot * k_slot_stride
             x = _scores(
                 q_tile,
                 q_tail,
-                base,
-                slots,
+                k_pages,
+                at,
                 key_scales,
                 keys,
                 inside,
@@ -280,23 +278,23 @@ def _prefill_attention_kernel(
             rescale = tl.exp2((m - new_m) * unit)
             total = tl.fma(total, rescale, tl.sum(p, 1))
             m = new_m
-            base, slots = _slots(v_pages, page, start, v_page_stride, v_slot_stride, PAGE_SIZE, BLOCK_N)
-            value = _load_rows(base, slots, inside, 0, V_D, V_HEAD_DIM, part != 1)
+            at = page * v_page_stride + slot * v_slot_stride
+            value = _load_rows(v_pages, at, inside, 0, V_D, V_HEAD_DIM, part != 1)
             if v_scales is not None:
-                base, slots = _slots(v_scales, page, start, vs_page_stride, vs_slot_stride, PAGE_SIZE, BLOCK_N)
-                value = value.to(tl.float32) * tl.load(base + kv_head + slots, mask=inside, other=0.0)[:, None]
+                at = page * vs_page_stride + slot * vs_slot_stride
+                value = value.to(tl.float32) * _load_each(v_scales + at, inside, part != 1)[:, None]
             acc = tl.dot(p.to(q_tile.dtype), value.to(q_tile.dtype), acc * rescale[:, None], input_precision="ieee")
 
     first_out = (start_row + first) * NUM_HEADS + first_head
-    rows = query * NUM_HEADS + head
+    out_rows = query * NUM_HEADS + head
     columns = tl.arange(0, V_D)
     tl.store(
-        out + first_out * V_HEAD_DIM + rows[:, None] * V_HEAD_DIM + columns[None, :],
+        out + first_out * V_HEAD_DIM + out_rows[:, None] * V_HEAD_DIM + columns[None, :],
         (acc / total[:, None]).to(out.dtype.element_ty),
         mask=present[:, None] & (columns < V_HEAD_DIM)[None, :],
     )
     if lse is not None:
-        tl.store(lse + first_out + rows, (m * unit + tl.log2(total)) / LOG2_E, mask=present)
+        tl.store(lse + first_out + out_rows, (m * unit + tl.log2(total)) / LOG2_E, mask=present)
 
 
 def prefill_attention(
