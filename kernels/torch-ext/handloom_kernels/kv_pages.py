@@ -84,6 +84,25 @@ def _copy_pages_kernel(
         tl.store(words + to_page * PAGE_WORDS + offsets, value, mask=offsets < end)
 
 
+def check_pages(
+    k_pages: Tensor, v_pages: Tensor, k_scales: Tensor | None, v_scales: Tensor | None, device: torch.device
+) -> bool:
+    """Are the pages quantised? Raises KernelError unless they are K and V pages of one dtype, with scales just then.
+
+    k_pages [num_pages, page_size, num_kv_heads, D], v_pages [..., Dv]; k_scales, v_scales [num_pages, page_size,
+    num_kv_heads] float32; contiguous.
+    """
+    check("k_pages", k_pages, (None, None, None, None), (*FLOATS, *QUANTISED), device)
+    check("v_pages", v_pages, (*k_pages.shape[:3], None), k_pages.dtype, device)
+    quantised = k_pages.dtype in QUANTISED
+    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+        said = "is missing" if quantised else "is given"
+        require((scales is not None) == quantised, f"{name} {said}, and the pages have dtype {k_pages.dtype}")
+        if scales is not None:
+            check(name, scales, k_pages.shape[:3], torch.float32, device)
+    return quantised
+
+
 def copy_pages(
     pages: Tensor,
     source: Tensor,

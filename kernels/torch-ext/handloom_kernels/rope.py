@@ -39,15 +39,14 @@ from torch import Tensor
 
 from . import tuning
 from .checks import FLOATS, INTS, check, check_device, require
-from .kv_pages import codes_of, largest_bits
+from .kv_pages import check_pages, codes_of, largest_bits
 from .reference.norm import NORM_KINDS, Norm
-from .reference.pages import QUANTISED, largest_code
+from .reference.pages import largest_code
 from .reference.rope import Rotary
 from .tuning import Problem, config
 
 MAX_HEAD_DIM = 512
 TILE = 1024  # elements of a program
-NO_NORM = "none"
 
 
 @triton.jit
@@ -261,9 +260,10 @@ def _rotate_kernel(
     HEADS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1).to(tl.int64) * HEADS
     _heads(
-        x + token * token_stride, head_stride.to(tl.int64), tl.program_id(1) * HEADS, x, cos + token * HALF,
-        sin + token * HALF, 0.0, out, cos, token, 0.0, num_heads,
+        x + token * token_stride, head_stride, begin, x, cos + token * HALF, sin + token * HALF, 0.0,
+        out, cos, token, 0.0, num_heads,
         HEADS, HEAD_DIM, HALF, PAIRS, REST_BLOCK, ROTATED, INTERLEAVED, "none", False,
     )  # fmt: skip
 
@@ -320,35 +320,24 @@ def qk_norm_rope_write(
 
     Args: qkv [N, num_heads * D + num_kv_heads * (D + Dv)] float32, float16 or bfloat16, rows of any stride; q_norm,
     k_norm: any kind over D, without bias; rotary as in `rotate`; k_pages [num_pages, page_size, num_kv_heads, D],
-    v_pages [..., Dv], of one dtype: float32, float16, bfloat16, or with scales int8, float8_e4m3fn or (AMD's gfx942)
-    float8_e4m3fnuz; D and Dv even, at most 512; slot_mapping [N] int64 or int32, -1 for a token that is not to be
-    written, distinct otherwise, on the pages (not checked: that would make the host wait); k_scales, v_scales
-    [num_pages, page_size, num_kv_heads] float32, where pages are quantised. blocks as in `rotate`.
+    v_pages [..., Dv], of one dtype: float32, float16, bfloat16, or with scales int8, float8_e4m3fn (NVIDIA's from sm_89
+    on) or float8_e4m3fnuz (AMD's gfx942); D and Dv even, at most 512; slot_mapping [N] int64 or int32, -1 for a token
+    that is not to be written, otherwise distinct slots of the pages (not checked: that would make the host wait);
+    k_scales, v_scales [num_pages, page_size, num_kv_heads] float32, where pages are quantised. blocks as in `rotate`.
     Raises KernelError.
     """
     device = check_device("qkv", qkv)
-    check("k_pages", k_pages, (None, None, None, None), (*FLOATS, *QUANTISED), device)
-    num_pages, page_size, num_kv_heads, head_dim = k_pages.shape
-    check("v_pages", v_pages, (num_pages, page_size, num_kv_heads, None), k_pages.dtype, device)
-    v_head_dim = v_pages.shape[-1]
+    quantised = check_pages(k_pages, v_pages, k_scales, v_scales, device)
+    num_kv_heads, head_dim, v_head_dim = *k_pages.shape[2:], v_pages.shape[-1]
     _check_head_dim(head_dim)
     _check_head_dim(v_head_dim)
     require(num_heads > 0 and num_kv_heads > 0, f"{num_heads} query heads and {num_kv_heads} KV heads are too few")
-    check(
-        "qkv", qkv, (None, num_heads * head_dim + num_kv_heads * (head_dim + v_head_dim)), FLOATS, device, strided=True
-    )
+    columns = num_heads * head_dim + num_kv_heads * (head_dim + v_head_dim)
+    check("qkv", qkv, (None, columns), FLOATS, device, strided=True)
     num_tokens = len(qkv)
     check("slot_mapping", slot_mapping, (num_tokens,), INTS, device)
     rotation = _rotation(rotary, num_tokens, head_dim, device)
-    kinds = [_norm_kind(name, norm, head_dim, device) for name, norm in (("q_norm", q_norm), ("k_norm", k_norm))]
-    quantised = k_pages.dtype in QUANTISED
-    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
-        require(
-            (scales is not None) == quantised,
-            f"{name} {'is missing' if quantised else 'is given'}, and the pages have dtype {k_pages.dtype}",
-        )
-        if scales is not None:
-            check(name, scales, (num_pages, page_size, num_kv_heads), torch.float32, device)
+    q_kind, k_kind = (_norm_kind(name, norm, head_dim, device) for name, norm in (("q", q_norm), ("k", k_norm)))
     q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=device)
     if num_tokens == 0:
         return q
@@ -375,8 +364,8 @@ def qk_norm_rope_write(
         HEAD_DIM=head_dim,
         V_HEAD_DIM=v_head_dim,
         V_PAIRS=triton.next_power_of_2(v_head_dim // 2),
-        Q_KIND=kinds[0],
-        K_KIND=kinds[1],
+        Q_KIND=q_kind,
+        K_KIND=k_kind,
         QUANTISED=quantised,
         **rotation,
         **chosen,
@@ -409,10 +398,10 @@ def _rotation(rotary: Rotary | None, num_tokens: int, head_dim: int, device: tor
 
 def _norm_kind(name: str, norm: Norm | None, head_dim: int, device: torch.device) -> str:
     if norm is None:
-        return NO_NORM
-    require(norm.kind in NORM_KINDS, f"{name}.kind is {norm.kind!r}; there are {', '.join(NORM_KINDS)}")
-    require(norm.bias is None, f"{name}.bias is given; norms of heads have none here")
-    check(f"{name}.weight", norm.weight, (head_dim,), FLOATS, device)
+        return "none"
+    require(norm.kind in NORM_KINDS, f"{name}_norm.kind is {norm.kind!r}; there are {', '.join(NORM_KINDS)}")
+    require(norm.bias is None, f"{name}_norm.bias is given; norms of heads have none here")
+    check(f"{name}_norm.weight", norm.weight, (head_dim,), FLOATS, device)
     return norm.kind
 
 
@@ -441,7 +430,7 @@ def blocks_for(
 def tuning_problems(device: torch.device) -> Iterator[Problem]:
     """What `python -m handloom_kernels.tune rope` tries."""
     draw = partial(torch.randn, dtype=torch.bfloat16, device=device)
-    for num_heads, num_kv_heads, head_dim in ((16, 8, 128), (32, 8, 128), (32, 8, 64), (9, 3, 64)):
+    for num_heads, num_kv_heads, head_dim in ((16, 8, 128), (32, 8, 128), (32, 8, 64), (4, 1, 256)):
         qkv = draw(64, (num_heads + 2 * num_kv_heads) * head_dim)
         norm = Norm("rms", draw(head_dim), None, 1e-6)
         angles = torch.rand(64, head_dim // 2, device=device)
@@ -452,11 +441,7 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
         yield Problem(
             when={"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": "bfloat16"},
             candidates=[
-                {"Q_HEADS": q, "KV_HEADS": kv, "num_warps": w}
-                for q in sizes
-                for kv in sizes
-                if kv <= q
-                for w in (1, 2, 4)
+                {"Q_HEADS": q, "KV_HEADS": min(q, num_kv_heads), "num_warps": w} for q in sizes for w in (1, 2, 4)
             ],
             run=partial(qk_norm_rope_write, qkv, num_heads, norm, norm, rotary, k_pages, v_pages, slots),
         )
