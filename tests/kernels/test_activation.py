@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
@@ -37,6 +38,13 @@ def test_gated_activation(width: int, activation: str, dtype: torch.dtype) -> No
     for blocks in (None, SMALL):
         ours = kernels.gated_activation(x, activation, blocks=blocks)
         assert_as_exact_as(reference.gated_activation, x, activation, ours=ours)
+
+
+def test_relu2_is_that_of_transformers() -> None:
+    x = draw(3, 100)
+    theirs = ACT2FN["relu2"](x)
+    assert torch.equal(reference.activate(x, "relu2"), theirs)
+    assert torch.equal(kernels.activate(x, "relu2"), theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
