@@ -185,36 +185,38 @@ def _prefill_attention_kernel(
     if first >= count:
         return
 
-    # the rows of the tile: which query, at which position, of which head
+    # the rows of the tile: which query of which head, at which position; rows too many repeat the last
     kv_head = tl.program_id(1) // PACKS
     first_in_group = tl.program_id(1) % PACKS * PACK
     first_head = kv_head.to(tl.int64) * GROUP + first_in_group
-    query = tl.arange(0, BLOCK_M) // PACK
-    head = tl.arange(0, BLOCK_M) % PACK
-    present = (query < tl.minimum(count - first, BLOCK_Q)) & (head < GROUP - first_in_group)
+    queries = tl.minimum(count - first, BLOCK_Q)
+    heads = tl.minimum(GROUP - first_in_group, PACK)
+    row = tl.arange(0, BLOCK_M)
+    query = tl.minimum(row // PACK, queries - 1)
+    head = tl.minimum(row % PACK, heads - 1)
     first_at = tl.load(context_lens + sequence).to(tl.int32) - count + first
     query_at = first_at + query
     q += (start_row + first) * q_stride + first_head * q_head_stride
-    rows = query.to(tl.int64) * q_stride + head * q_head_stride
-    q_tile = _load_rows(q, rows, present, 0, D, HEAD_DIM, True)
+    at = query.to(tl.int64) * q_stride + head * q_head_stride
+    q_tile = _load_rows(q, at, None, 0, D, HEAD_DIM, False)
     q_tail = q_tile
     if TAIL > 0:
-        q_tail = _load_rows(q, rows, present, D, TAIL, HEAD_DIM, True)
+        q_tail = _load_rows(q, at, None, D, TAIL, HEAD_DIM, False)
     slopes = None
     if alibi_slopes is not None:
-        slopes = tl.load(alibi_slopes + first_head + head, mask=present, other=0.0).to(tl.float32)
+        slopes = tl.load(alibi_slopes + first_head + head).to(tl.float32)
 
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:
-        m = tl.load(sinks + first_head + head, mask=present, other=0.0).to(tl.float32) * LOG2_E / unit
+        m = tl.load(sinks + first_head + head).to(tl.float32) * LOG2_E / unit
         total = tl.where(m > LOWEST, 1.0, 0.0)
         m = tl.maximum(m, LOWEST)
     acc = tl.zeros([BLOCK_M, V_D], tl.float32)
 
     # keys low .. high are seen by some row; those of the tiles between `full` and `edge` by every row
     low = 0
-    high = first_at + tl.minimum(BLOCK_Q, count - first)
+    high = first_at + queries
     edge = (first_at + 1) // BLOCK_N * BLOCK_N
     full = 0
     if window is not None:
@@ -246,14 +248,14 @@ def _prefill_attention_kernel(
 
             key_scales = None
             if k_scales is not None:
-                at = page * ks_page_stride + slot * ks_slot_stride
-                key_scales = _load_each(k_scales + at, inside, part != 1)
-            at = page * k_page_stride + slot * k_slot_stride
+                slots = page * ks_page_stride + slot * ks_slot_stride
+                key_scales = _load_each(k_scales + slots, inside, part != 1)
+            slots = page * k_page_stride + slot * k_slot_stride
             x = _scores(
                 q_tile,
                 q_tail,
                 k_pages,
-                at,
+                slots,
                 key_scales,
                 keys,
                 inside,
@@ -278,23 +280,24 @@ def _prefill_attention_kernel(
             rescale = tl.exp2((m - new_m) * unit)
             total = tl.fma(total, rescale, tl.sum(p, 1))
             m = new_m
-            at = page * v_page_stride + slot * v_slot_stride
-            value = _load_rows(v_pages, at, inside, 0, V_D, V_HEAD_DIM, part != 1)
+            slots = page * v_page_stride + slot * v_slot_stride
+            value = _load_rows(v_pages, slots, inside, 0, V_D, V_HEAD_DIM, part != 1)
             if v_scales is not None:
-                at = page * vs_page_stride + slot * vs_slot_stride
-                value = value.to(tl.float32) * _load_each(v_scales + at, inside, part != 1)[:, None]
+                slots = page * vs_page_stride + slot * vs_slot_stride
+                value = value.to(tl.float32) * _load_each(v_scales + slots, inside, part != 1)[:, None]
             acc = tl.dot(p.to(q_tile.dtype), value.to(q_tile.dtype), acc * rescale[:, None], input_precision="ieee")
 
     first_out = (start_row + first) * NUM_HEADS + first_head
-    out_rows = query * NUM_HEADS + head
+    out_row = row // PACK * NUM_HEADS + row % PACK
+    present = (row // PACK < queries) & (row % PACK < heads)
     columns = tl.arange(0, V_D)
     tl.store(
-        out + first_out * V_HEAD_DIM + out_rows[:, None] * V_HEAD_DIM + columns[None, :],
+        out + first_out * V_HEAD_DIM + out_row[:, None] * V_HEAD_DIM + columns[None, :],
         (acc / total[:, None]).to(out.dtype.element_ty),
         mask=present[:, None] & (columns < V_HEAD_DIM)[None, :],
     )
     if lse is not None:
-        tl.store(lse + first_out + out_rows, (m * unit + tl.log2(total)) / LOG2_E, mask=present)
+        tl.store(lse + first_out + out_row, (m * unit + tl.log2(total)) / LOG2_E, mask=present)
 
 
 def prefill_attention(
