@@ -11,7 +11,7 @@ from types import ModuleType
 
 from . import reference
 
-KERNELS = ("norm",)
+KERNELS = ("norm", "quantized_linear")
 
 __all__ = ["KERNELS", "reference", *KERNELS]
 

@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import activation, kv_pages, moe, moe_routing, norm, rope
+from . import activation, kv_pages, moe, moe_routing, norm, quantized_linear, rope
 from .checks import require
 from .tuning import FOLDER, Problem, device_file, device_name
 
@@ -31,6 +31,7 @@ KERNELS: Mapping[str, Any] = {
     "moe": moe,
     "moe_routing": moe_routing,
     "norm": norm,
+    "quantized_linear": quantized_linear,
     "rope": rope,
 }
 

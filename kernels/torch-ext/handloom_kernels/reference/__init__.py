@@ -27,6 +27,15 @@ from .linear import linear_residual, norm_mlp, norm_qkv
 from .moe import SCORING_FUNCS, Routing, moe_mlp, route
 from .norm import NORM_KINDS, Norm, add_normalize, normalize, normalize_add
 from .pages import copy_pages, quantize_kv, write_pages
+from .quantized_linear import (
+    QuantizedWeight,
+    dequantize_weight,
+    pack_codes,
+    quantize_weight,
+    quantized_linear,
+    quantized_norm_mlp,
+    unpack_codes,
+)
 from .rope import Rotary, qk_norm_rope_write, rotate
 from .sampling import (
     Choice,
@@ -50,6 +59,7 @@ __all__ = [
     "Cuts",
     "Norm",
     "Penalties",
+    "QuantizedWeight",
     "Rotary",
     "Routing",
     "TokenState",
@@ -58,6 +68,7 @@ __all__ = [
     "adjust_logits",
     "copy_pages",
     "count_tokens",
+    "dequantize_weight",
     "draw",
     "embed",
     "find_cuts",
@@ -72,13 +83,18 @@ __all__ = [
     "norm_qkv",
     "normalize",
     "normalize_add",
+    "pack_codes",
     "paged_attention",
     "paged_attention_with_lse",
     "qk_norm_rope_write",
     "quantize_kv",
+    "quantize_weight",
+    "quantized_linear",
+    "quantized_norm_mlp",
     "rotate",
     "route",
     "select",
     "shared_prefix_attention",
+    "unpack_codes",
     "write_pages",
 ]
