@@ -17,10 +17,10 @@ of up to BLOCK_M pairs that chose this expert, and walks the whole of K in one o
 The weight is the left operand, so that its BLOCK_N rows fill the tensor core's 64 whatever the number of pairs: a tile
 of 16 pairs wastes little, and all sizes of tile use the same instruction.
 
-Few pairs (decode): tiles hold 16 pairs and are found inside the product itself. Its grid has one program per pair; the
+Few pairs (decode): the tiles, of 16 pairs, are found inside the product itself. Its grid has one program per pair; the
 first pair of each expert (and every 16th) leads a tile and looks up who else is in it, the others leave. That saves the
 launches of a sort, and each chosen expert's weight is read once. Many pairs (prefill): `moe_routing.sort_pairs` sorts
-them first and tiles hold 64 or 128; programs that run together share weights and tokens in the second-level cache.
+them first, and tiles hold 16, 64 or 128; programs that run together share weights and tokens in the second-level cache.
 
 To move: the weights of the experts that are hit, once; 2 FLOPs a pair for every weight of an expert. Bound by memory
 until an expert sees some 270 pairs. The k parts of a token are written in float32, and summed in the order of its
@@ -181,7 +181,7 @@ def moe_mlp(
     weights [N, k] float32 and expert_ids [N, k] int64 or int32, contiguous; w_up [E, 2 * I or I, H] and w_down
     [E, H, I] contiguous, of x's dtype, E up to 512; b_up [E, 2 * I or I], b_down [E, H] float32, float16 or bfloat16.
     A choice whose id is not among 0 .. E - 1 is dropped. blocks: overrides the block sizes, for both products.
-    Raises KernelError.
+    Takes N * k * (4 * H + itemsize * I) bytes between its launches. Raises KernelError.
     """
     device = check_device("x", x)
     check("x", x, (None, None), FLOATS, device, strided=True)
@@ -206,7 +206,8 @@ def moe_mlp(
     between = torch.empty((pairs, intermediate_size), dtype=x.dtype, device=device)
     parts = torch.empty((pairs, hidden_size), dtype=torch.float32, device=device)
     chosen = blocks_for(x, w_up, pairs, blocks)
-    tiles = None if are_few(pairs, experts) else sort_pairs(expert_ids, experts, chosen["BLOCK_M"])
+    few = pairs <= min(FEW_PAIRS, 8 * experts)
+    tiles = None if few else sort_pairs(expert_ids, experts, chosen["BLOCK_M"])
     _launch_product(x, top_k, w_up, b_up, between, activation, gated, expert_ids, tiles, chosen)
     _launch_product(between, 1, w_down, b_down, parts, None, False, expert_ids, tiles, chosen)
     launch = config("moe_sum", device, {"BLOCK": 512, "num_warps": 4})
@@ -258,14 +259,9 @@ def _launch_product(
     )
 
 
-def are_few(pairs: int, experts: int) -> bool:
-    """Few enough that each program finds its own tile, and that an expert rarely sees more than one tile of 16."""
-    return pairs <= min(FEW_PAIRS, 16 * experts)
-
-
 def rows_per_tile(pairs: int, experts: int) -> int:
-    """BLOCK_M: 16 for few pairs; of many 128 where an expert sees as many on average, else 64."""
-    if are_few(pairs, experts):
+    """BLOCK_M: 16 while an expert rarely sees more than that, 128 where it sees as many on average, between them 64."""
+    if pairs <= 8 * experts:
         return 16
     return 128 if pairs >= 128 * experts else 64
 
