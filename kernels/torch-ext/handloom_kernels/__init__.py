@@ -11,7 +11,7 @@ from types import ModuleType
 
 from . import reference
 
-KERNELS = ("norm", "quantized_linear")
+KERNELS = ("moe", "moe_routing", "norm", "quantized_linear")
 
 __all__ = ["KERNELS", "reference", *KERNELS]
 
