@@ -119,7 +119,7 @@ class LM:
         family, spec = read_config(checkpoint.config, f"{checkpoint.name}: config.json", ignore_config_keys)
         where, what = choose_device(device), choose_dtype(dtype, checkpoint.dtype)
         context = choose_context(spec, max_context)
-        ops = choose_backend(where, backend)
+        ops = choose_backend(where, backend, {layer.mixer.head_dim for layer in spec.layers})
         transformer = load_transformer(checkpoint, family, spec, ops, dtype=what, device=where, progress=progress)
         return cls(
             transformer,

@@ -11,9 +11,8 @@ import torch
 import handloom as hl
 from handloom.decoding import loop
 from handloom.decoding.decoder import TokenEvent
-from handloom.ops import BACKENDS
 from handloom.sampling.params import GenerationParams, resolve_params
-from parity_checks import Pair, assert_tokens_equal, load_pair
+from parity_checks import BACKENDS, Pair, assert_tokens_equal, load_pair
 from tiny_models import TINY, VOCAB_SIZE, ragged_prompts, random_ids, save, tiny_tokenizer
 
 RAGGED = (1, 5, 17, 33, 64, 2, 16, 48)

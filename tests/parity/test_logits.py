@@ -15,8 +15,7 @@ from transformers.models.gemma3 import modeling_gemma3
 
 from handloom.cache.batch import Work
 from handloom.model.families import read_config
-from handloom.ops import BACKENDS
-from parity_checks import Pair, assert_logits_equal, hf_logits, load_pair, our_logits, run
+from parity_checks import BACKENDS, Pair, assert_logits_equal, hf_logits, load_pair, our_logits, run
 from tiny_models import TINY, VOCAB_SIZE, edit_json, random_ids, save
 
 LENGTH = 61

@@ -9,7 +9,9 @@ This module does not know about models, sequences or requests.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol, cast
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from handloom.errors import UnsupportedOption
 from handloom.ops import torch_ops
 from handloom_kernels import reference
+from handloom_kernels.checks import INTERPRETED
 from handloom_kernels.reference import Norm, Rotary
 
 __all__ = ["BACKENDS", "Backend", "Norm", "Ops", "Rotary", "choose_backend"]
@@ -82,17 +85,42 @@ class Backend:
         return f"{self.name} ({self.reason})"
 
 
+MAX_TRITON_HEAD_DIM = 256
 BACKENDS = {
-    "reference": (cast(Ops, reference), "plain formulas in PyTorch, the oracle: slow"),
-    "torch": (cast(Ops, torch_ops), "PyTorch's own fused operators and BLAS"),
+    "reference": "plain formulas in PyTorch, the oracle: slow",
+    "torch": "PyTorch's own fused operators and BLAS",
+    "triton": "the fused Triton kernels of handloom_kernels",
 }
 
 
-def choose_backend(device: torch.device, name: str = "auto") -> Backend:
-    """Pick a backend for a device. Raises UnsupportedOption for a name that is not in BACKENDS."""
+def choose_backend(device: torch.device, name: str = "auto", head_dims: Collection[int] = ()) -> Backend:
+    """Pick a backend for a device and a model with heads of these sizes.
+
+    Raises UnsupportedOption for a name that is not in BACKENDS, or that cannot run there or with that model.
+    """
     if name == "auto":
-        return Backend("torch", BACKENDS["torch"][0], f"{BACKENDS['torch'][1]}; the default on {device.type}")
+        return Backend("torch", cast(Ops, torch_ops), f"{BACKENDS['torch']}; the default on {device.type}")
     if name not in BACKENDS:
         raise UnsupportedOption(f"backend {name!r} does not exist; choose 'auto' or one of {', '.join(BACKENDS)}")
-    ops, what = BACKENDS[name]
-    return Backend(name, ops, f"{what}; asked for by name")
+    plain = {"reference": reference, "torch": torch_ops}
+    ops = plain[name] if name in plain else _triton_ops(device, head_dims)
+    return Backend(name, cast(Ops, ops), f"{BACKENDS[name]}; asked for by name")
+
+
+def _triton_ops(device: torch.device, head_dims: Collection[int]) -> ModuleType:
+    for head_dim in head_dims:
+        if head_dim % 2 or head_dim > MAX_TRITON_HEAD_DIM:
+            raise UnsupportedOption(
+                f"this model has heads of {head_dim} dimensions; 'triton' takes even numbers up to "
+                f"{MAX_TRITON_HEAD_DIM}; choose 'torch'"
+            )
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
+        raise UnsupportedOption(
+            f"backend 'triton' needs a GPU and the model is on {device}; choose 'torch', or set TRITON_INTERPRET=1 "
+            "before Python starts to let Triton's interpreter run the kernels on the CPU, thousands of times slower"
+        )
+    try:
+        from handloom.ops import triton_ops
+    except ImportError as error:
+        raise UnsupportedOption(f"backend 'triton' needs the package triton: {error}; choose 'torch'") from error
+    return triton_ops
