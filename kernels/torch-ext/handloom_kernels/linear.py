@@ -51,16 +51,17 @@ from .reference.norm import NORM_KINDS, Norm
 from .tuning import Problem, config
 
 ROWS = tl.constexpr(16)  # of x in one program: the least that tensor cores multiply
-STRIP = tl.constexpr(4)  # rows whose statistics are computed together
 MAX_CHUNK = 4096  # elements of a row that are read at once for its statistics
 ENOUGH_PROGRAMS = 112  # to keep most of 132 multiprocessors (H100) or 108 (A100) reading
 
 
 @triton.jit
-def row_statistics(x, x_stride, first, num_rows, depth, eps, KIND: tl.constexpr, CHUNK: tl.constexpr):
+def row_statistics(
+    x, x_stride, first, num_rows, depth, eps, KIND: tl.constexpr, STRIP: tl.constexpr, CHUNK: tl.constexpr
+):
     """(mean, 1 / deviation), each [ROWS, 1], of x's rows first, first + 1, ...; the mean is 0 unless KIND is "layer".
 
-    STRIP rows at a time, so that all of a strip's loads are on their way at once.
+    STRIP rows and CHUNK of their elements at a time, all of whose loads are on their way at once.
     """
     strips = tl.arange(0, ROWS // STRIP)[:, None]
     mean = tl.zeros([ROWS // STRIP, STRIP], tl.float32)
@@ -123,6 +124,7 @@ def product(
     NORM: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
+    STRIP: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -132,7 +134,7 @@ def product(
     EVEN: depth is a multiple of BLOCK_K.
     """
     if NORM != "none":
-        mean, scale = row_statistics(x, x_stride, first, num_rows, depth, eps, NORM, CHUNK)
+        mean, scale = row_statistics(x, x_stride, first, num_rows, depth, eps, NORM, STRIP, CHUNK)
     rows = first + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
     x_at = x + rows.to(tl.int64)[:, None] * x_stride + k[None, :]
@@ -172,7 +174,7 @@ def _linear_kernel(
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < width
     y = product(
-        x, x_stride, first, num_rows, x, x, 0.0, weight, columns, inside, depth, "none", False, EVEN, BLOCK_K, BLOCK_K
+        x, x_stride, first, num_rows, x, x, 0.0, weight, columns, inside, depth, "none", False, EVEN, 1, 1, BLOCK_K
     )
     if HAS_BIAS:
         y += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -204,6 +206,7 @@ def _norm_mlp_kernel(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     EVEN: tl.constexpr,
+    STRIP: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -228,6 +231,7 @@ def _norm_mlp_kernel(
         NORM,
         HAS_NORM_BIAS,
         EVEN,
+        STRIP,
         CHUNK,
         BLOCK_K,
     )
@@ -319,7 +323,7 @@ def norm_mlp(
         ACTIVATION=activation,
         GATED=gated,
         EVEN=depth % chosen["BLOCK_K"] == 0,
-        CHUNK=chunk_of(depth),
+        **strips_for(depth, chosen["num_warps"]),
         **chosen,
     )
     return out
@@ -335,7 +339,7 @@ def _launch_linear(
     out = torch.empty((num_rows, width), dtype=x.dtype, device=device)
     if out.numel() == 0:
         return out
-    chosen = blocks_for("linear", x, width, blocks)
+    chosen = blocks_for("linear", x, width, blocks, normed=False)
     _linear_kernel[(triton.cdiv(num_rows, ROWS.value), triton.cdiv(width, chosen["BLOCK_N"]))](
         x,
         weight,
@@ -374,26 +378,34 @@ def check_norm(name: str, norm: Norm, width: int, device: torch.device) -> None:
         check(f"{name}.bias", norm.bias, (width,), FLOATS, device)
 
 
-def chunk_of(depth: int) -> int:
-    """Elements of a row that `row_statistics` reads at once."""
-    return min(MAX_CHUNK, max(16, triton.next_power_of_2(depth)))
+def strips_for(depth: int, num_warps: int) -> dict[str, int]:
+    """STRIP and CHUNK of `row_statistics`: at most 128 elements a thread."""
+    return {"STRIP": min(num_warps, ROWS.value), "CHUNK": min(MAX_CHUNK, max(16, triton.next_power_of_2(depth)))}
 
 
 def blocks_for(
-    kernel: str, x: Tensor, width: int, override: Mapping[str, int] | None = None, *, widest: int = 64
+    kernel: str,
+    x: Tensor,
+    width: int,
+    override: Mapping[str, int] | None = None,
+    *,
+    normed: bool = True,
+    widest: int = 64,
 ) -> dict[str, int]:
     """BLOCK_N (rows of the weight in a program), BLOCK_K (elements of a step), num_warps and num_stages.
 
-    Of a weight [width, depth], never of a number of rows of x. A program is as wide as leaves enough programs.
+    Of a weight [width, depth], never of a number of rows of x. A program is as wide as leaves enough programs. Where
+    each warp normalises all of a step of x, warps are few and steps short, and 32 to 64 KB of the weight on the way.
     """
-    depth, size = x.shape[1], x.element_size()
+    depth = x.shape[1]
     block_n = next((n for n in (64, 32) if n <= widest and width // n >= ENOUGH_PROGRAMS), 16)
-    stages = {16: 6, 32: 4, 64: 3}[block_n]
+    stages = {16: 8, 32: 6, 64: 4} if normed else {16: 6, 32: 4, 64: 3}
+    step = (128 if normed else 256) * 2 // x.element_size()
     default = {
         "BLOCK_N": block_n,
-        "BLOCK_K": max(16, min(512 // size, triton.next_power_of_2(depth))),
-        "num_warps": 4,
-        "num_stages": 2 if tuning.is_hip() else stages,
+        "BLOCK_K": max(16, min(step, triton.next_power_of_2(depth))),
+        "num_warps": 2 if normed and block_n < 64 else 4,
+        "num_stages": 2 if tuning.is_hip() else stages[block_n],
     }
     return config(
         kernel, x.device, default, override, width=width, depth=depth, dtype=str(x.dtype).removeprefix("torch.")

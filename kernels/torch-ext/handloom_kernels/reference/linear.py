@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from .activation import activate, gated_activation
 from .norm import Norm, normalize, normalize_add
-from .rope import Rotary, rotate
+from .rope import Rotary, qk_norm_rope_write
 
 
 def norm_qkv(
@@ -24,28 +24,22 @@ def norm_qkv(
     k_pages: Tensor,
     v_pages: Tensor,
     slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
-    """Norm, QKV projection, per-head q/k norm, rotation, and the write of K and V into their pages.
+    """Norm, QKV projection, and `qk_norm_rope_write`: per-head norm and rotation of q and k, the page write.
 
-    Args: hidden [N, H]; weight [num_heads * D + num_kv_heads * (D + V), H] with q, k, v rows in that order;
-    k_pages [num_pages, page_size, num_kv_heads, D] and v_pages [num_pages, page_size, num_kv_heads, V], written in
-    place; slot_mapping [N] int64, the flat slot (page * page_size + offset) of each token, -1 where neither its K
-    nor its V is written.
+    Args: hidden [N, H]; weight [num_heads * D + num_kv_heads * (D + Dv), H] with q, k, v rows in that order;
+    k_pages [num_pages, page_size, num_kv_heads, D], v_pages [..., Dv], k_scales, v_scales: see there, written in place;
+    slot_mapping [N] int, the flat slot (page * page_size + offset) of each token, -1 for one that is not to be written.
     Returns q [N, num_heads, D].
     """
     num_kv_heads, head_dim = k_pages.shape[-2:]
-    k_rows, v_rows = num_kv_heads * head_dim, num_kv_heads * v_pages.shape[-1]
-    x = F.linear(normalize(hidden, norm), weight, bias)
-    q, k, v = x.split((len(weight) - k_rows - v_rows, k_rows, v_rows), dim=1)
-    q, k, v = q.unflatten(1, (-1, head_dim)), k.unflatten(1, (-1, head_dim)), v.unflatten(1, (num_kv_heads, -1))
-    if q_norm is not None and k_norm is not None:
-        q, k = normalize(q, q_norm), normalize(k, k_norm)
-    if rotary is not None:
-        q, k = rotate(q, rotary), rotate(k, rotary)
-    written = slot_mapping >= 0
-    for pages, values in ((k_pages, k), (v_pages, v)):
-        pages.view(-1, *pages.shape[2:])[slot_mapping[written]] = values[written].to(pages.dtype)
-    return q
+    qkv = F.linear(normalize(hidden, norm), weight, bias)
+    num_heads = (len(weight) - num_kv_heads * (head_dim + v_pages.shape[-1])) // head_dim
+    return qk_norm_rope_write(
+        qkv, num_heads, q_norm, k_norm, rotary, k_pages, v_pages, slot_mapping, k_scales, v_scales
+    )
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Norm | None, residual: Tensor) -> Tensor:
