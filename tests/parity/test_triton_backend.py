@@ -18,7 +18,6 @@ from handloom.ops import choose_backend
 from parity_checks import Pair, assert_logits_equal, assert_tokens_equal, hf_logits, load_pair, our_logits, run
 from tiny_models import TINY, random_ids, save
 
-
 SMALL = {
     "llama": {"num_hidden_layers": 2},
     "gpt2": {"n_layer": 2, "n_embd": 48},  # heads of 12: the kernels want an even number

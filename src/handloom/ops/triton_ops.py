@@ -8,6 +8,8 @@ This module does not know about models, sequences or requests.
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, tanh
 from torch.nn import functional as F  # noqa: N812
 
@@ -62,8 +64,8 @@ def paged_attention(
     """See `handloom_kernels.reference.paged_attention`."""
     arguments = (q, k_pages, v_pages, page_table, cu_seqlens, context_lens, scale, window, softcap)
     if max_query_len is not None and max_query_len <= DECODE_QUERIES:
-        return decode_attention(*arguments, max_query_len=max_query_len)
-    return prefill_attention(*arguments)
+        return cast(Tensor, decode_attention(*arguments, max_query_len=max_query_len))
+    return cast(Tensor, prefill_attention(*arguments))
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Norm | None, residual: Tensor) -> Tensor:
