@@ -65,6 +65,7 @@ def test_ids_may_be_int32_and_storage_may_begin_anywhere() -> None:
     before = whole[0].clone()
     check(whole[1:], ids(2, 0).int(), ids(4, 5).int(), ids(3, 2).int())
     assert torch.equal(whole[0], before)
+    check(storage(3 + 2 * 6 * 3 * 8, dtype=torch.int8)[3:].view(1, 2, 6, 3, 8), ids(2, 0), ids(4, 5))
 
 
 def test_no_copies_are_fine() -> None:

@@ -183,8 +183,9 @@ def test_pages_of_another_dtype(dtype: torch.dtype, pages: torch.dtype) -> None:
 
 @pytest.mark.parametrize("pages", QUANTISED, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_quantised_pages(dtype: torch.dtype, pages: torch.dtype) -> None:
-    step = Step(20, 36, kind="rms", rotary_dim=20, dtype=dtype, pages=pages)
+@pytest.mark.parametrize(("rotary_dim", "interleaved"), [(20, False), (20, True), (8, False), (None, False)])
+def test_quantised_pages(rotary_dim: int | None, interleaved: bool, dtype: torch.dtype, pages: torch.dtype) -> None:
+    step = Step(20, 36, kind="rms", rotary_dim=rotary_dim, interleaved=interleaved, dtype=dtype, pages=pages)
     step.qkv[2, -36:] = 0
     ours, plain = step.ours(), theirs(*step.arguments())
     assert torch.equal(ours[2].float(), plain[2].float()), "codes of v, which nothing was done to"

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from . import reference
 
-KERNELS = ("moe", "moe_routing", "norm", "quantized_linear")
+KERNELS = ("activation", "kv_pages", "moe", "moe_routing", "norm", "quantized_linear", "rope")
 
 __all__ = ["KERNELS", "reference", *KERNELS]
 
