@@ -210,8 +210,8 @@ def _combine_kernel(
 
 
 class Parts(NamedTuple):
-    """What a row's tiles say: values [4, R, tiles] float32 (best score, its logit, highest logit, sum of exp), token_ids
-    [R, tiles] int32 of the best, keys [R, tiles * TOP] int64 of the most likely."""
+    """What a row's tiles say: values [4, R, tiles] float32 (best score, its logit, highest logit, sum of exp),
+    token_ids [R, tiles] int32 of the best, keys [R, tiles * TOP] int64 of the most likely."""
 
     values: Tensor
     token_ids: Tensor
