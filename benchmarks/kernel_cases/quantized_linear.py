@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -34,28 +35,33 @@ def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Ker
 
 
 def peers(x: torch.Tensor, weight: torch.Tensor, q: QuantizedWeight) -> dict[str, Callable[[], object]]:
-    """cuBLAS with the weight as it was, torch with the weight dequantised in each call, and torch's own int8 and int4
-    products where this torch and device have them (int4 is only timed: its codes are other ones)."""
+    """cuBLAS with the weight as it was, torch with the weight dequantised in each call, and torch's own products with
+    int8 and int4 weights where this torch and device have them."""
     found: dict[str, Callable[[], object]] = {
         "cuBLAS": lambda: F.linear(x, weight),
         "torch": lambda: reference.quantized_linear(x, q),
     }
-    if q.kind == "int8" and q.group_size == 0:
-        codes = reference.unpack_codes(q.data, q.kind, q.shape).view(torch.int8)
-        scales = q.scales[0].to(x.dtype)
-        add(found, "torch int8pack", lambda: torch._weight_int8pack_mm(x, codes, scales))
-    if q.kind == "int4" and q.zeros is None and x.is_cuda and x.dtype == torch.bfloat16:
-        codes = reference.unpack_codes(q.data, q.kind, q.shape)
-        pairs = torch.stack((q.scales, torch.zeros_like(q.scales)), dim=-1).to(x.dtype).contiguous()
-        packed = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
-        add(found, "torch int4pack", lambda: torch._weight_int4pack_mm(x, packed, q.group_size, pairs))
+    with suppress(RuntimeError, NotImplementedError):
+        if q.kind == "int8" and q.group_size == 0:
+            run = int8pack(x, q)
+            run()
+            found["torch int8pack"] = run
+        if q.kind == "int4":
+            run = int4pack(x, q)
+            run()
+            found["torch int4pack"] = run
     return found
 
 
-def add(found: dict[str, Callable[[], object]], name: str, run: Callable[[], object]) -> None:
-    """Add a peer that this torch and device can run."""
-    try:
-        run()
-    except (RuntimeError, NotImplementedError):
-        return
-    found[name] = run
+def int8pack(x: torch.Tensor, q: QuantizedWeight) -> Callable[[], object]:
+    codes = reference.unpack_codes(q.data, q.kind, q.shape).view(torch.int8)
+    scales = q.scales[0].to(x.dtype)
+    return lambda: torch._weight_int8pack_mm(x, codes, scales)
+
+
+def int4pack(x: torch.Tensor, q: QuantizedWeight) -> Callable[[], object]:
+    """Its codes count from 8 as well, and its zeros are added after scaling."""
+    codes = reference.unpack_codes(q.data, q.kind, q.shape)
+    packed = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+    scales = torch.stack((q.scales, torch.zeros_like(q.scales)), dim=-1).to(x.dtype)
+    return lambda: torch._weight_int4pack_mm(x, packed, q.group_size, scales)

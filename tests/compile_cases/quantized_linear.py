@@ -10,12 +10,14 @@ from handloom_kernels.reference import Norm
 from handloom_kernels.reference.quantized_linear import BLOCK_K, QuantizedWeight
 
 # the tensor cores multiply; the weight's 16-byte pieces are copied ahead of them, and read from there by the threads
-# that multiply them, 16 bytes at once
+# that multiply them, 16 bytes at once, and never written back as floats; two floats are made at once
 MEANT = {
     "cuda": (
-        r"(?s)(?=.*cp\.async\.c[ag]\.shared\.global[^\n]*0x10)(?=.*ld\.shared\.v4\.b32)"
+        r"(?s)\A(?!.*stmatrix)(?=.*cp\.async\.c[ag]\.shared\.global[^\n]*0x10)(?=.*ld\.shared\.v4\.b32)"
         r"(?=.*mma\.sync\.aligned\.m16n8k16[^\n]*bf16)"
     ),
+    "sm_90": r"(add|sub|mul)\.bf16x2",
+    "sm_100": r"(add|sub|mul)\.bf16x2",
     "gfx942": r"(?s)(?=.*(global|buffer)_load_dwordx4)(?=.*v_mfma_f32_16x16x16_bf16)",
 }
 

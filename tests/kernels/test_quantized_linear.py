@@ -113,7 +113,7 @@ def test_what_cannot_be_quantised_is_named() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=name)
 def test_quantized_linear(form: dict[str, Any], dtype: torch.dtype) -> None:
-    for rows, depth, num_rows in ((70, 200, 3), (16, 64, 1)):
+    for rows, depth, num_rows in ((70, 200, 3), (16, 128, 1)):
         x, q = draw(num_rows, depth, dtype=dtype), quantized(rows, depth, dtype, **form)
         bias, residual = draw(rows), draw(num_rows, rows, dtype=dtype)
         ours = kernels.quantized_linear(x, q, bias.to(dtype), residual, blocks=BLOCKS)

@@ -28,8 +28,9 @@ Two codes of a word are made floats at once:
     fp8    sign and the other bits moved to where bfloat16 (float16) has them, times 2^120 (2^8), exact also for the
            subnormal: 2.3 a weight. No type of 8 bits is needed, so that every GPU has it. Codes of NaN count as 480
 
-Compiled for an H100 a step has, products, copies and addresses included, 3.7 instructions an int4 weight in groups of
-128 (5 with groups of 32 and zeros, which are 15% more bytes), 4.9 an int8 and 4.5 an fp8 weight, of 8.8 that fit there.
+Compiled for an H100 a step has, products, copies and addresses included, 3.6 instructions an int4 weight in groups of
+128 (4.9 in groups of 32 with zeros, which are 15% more bytes), 4.6 an int8 weight and 4.1 an fp8 weight, of 8.8 for
+which there is time.
 
 A group's scale is multiplied in float32, after the products of its K alone (BLOCK_N x 16 numbers a step, not each
 weight); a scale of whole rows after all of K. The scales of the next step are read during this one. A zero other than 8
@@ -139,11 +140,13 @@ def product(
     ONE_APART: tl.constexpr,
     FP8_SHIFT: tl.constexpr,
     FP8_SCALE: tl.constexpr,
+    EVEN: tl.constexpr,
     SLICES: tl.constexpr,
 ):
     """W[weight_rows] @ x[first : first + ROWS].T, float32 [len(weight_rows), ROWS].
 
     tile_rows: which 16 rows of tiles hold the weight rows. Rows not inside are not read. GROUP: 0 for whole rows.
+    EVEN: depth is a multiple of what a step covers.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     DEPTH: tl.constexpr = 64 if KIND == "int4" else 32  # columns of a tile
@@ -169,14 +172,16 @@ def product(
             zero = _of_groups(zeros, base, weight_rows, rows_inside, width, depth, GROUP)
     acc = tl.zeros([BATCH, BLOCK_N, ROWS], tl.float32)
     for tile in range(0, num_tiles, SLICES):
-        inside = tiles_inside[:, None] & (word < (num_tiles - tile) * 128)[None, :]
+        inside = tiles_inside[:, None] & (word < (SLICES if EVEN else num_tiles - tile) * 128)[None, :]
         words = tl.load(data_at + tile * 128, mask=inside, other=0)
         if GROUP > 0:
             after = base + (tile + SLICES) * DEPTH
             next_scale = _of_groups(scales, after, scale_rows, rows_inside, scale_width, depth, GROUP).to(tl.float32)
             if HAS_ZEROS:
                 next_zero = _of_groups(zeros, after, weight_rows, rows_inside, width, depth, GROUP)
-        b = tl.load(x_at + tile * DEPTH, mask=x_inside & (k < depth - tile * DEPTH), other=0.0)
+        b = tl.load(
+            x_at + tile * DEPTH, mask=x_inside & (k < (SLICES * DEPTH if EVEN else depth - tile * DEPTH)), other=0.0
+        )
         if KIND == "int4":
             words = tl.reshape(words, (TILES, SLICES, 8, 4, PARTS, 4 // PARTS, 1, 1, 1))
         else:
@@ -237,6 +242,7 @@ def _quantized_linear_kernel(
     ONE_APART: tl.constexpr,
     FP8_SHIFT: tl.constexpr,
     FP8_SCALE: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLICES: tl.constexpr,
 ):
@@ -272,6 +278,7 @@ def _quantized_linear_kernel(
         ONE_APART,
         FP8_SHIFT,
         FP8_SCALE,
+        EVEN,
         SLICES,
     )
     dtype: tl.constexpr = out.dtype.element_ty
@@ -386,6 +393,7 @@ def _launch(
         ONE_APART=ONE_APART[x.dtype],
         FP8_SHIFT=FP8_SHIFT[x.dtype],
         FP8_SCALE=FP8_SCALE[x.dtype],
+        EVEN=depth % (chosen["SLICES"] * BLOCK_K[q.kind]) == 0,
         **chosen,
     )
     return out
@@ -413,15 +421,15 @@ def blocks_for(x: Tensor, q: QuantizedWeight, gated: bool, override: Mapping[str
     """BLOCK_N (rows of the weight in a program), SLICES (tiles side by side along K, one for each warp), num_warps,
     num_stages. Of the weight's shape and kind, never of a number of rows of x."""
     width, depth = q.shape
-    slices = min(8, triton.next_power_of_2(q.data.shape[1]))
+    slices = min(16 // x.element_size(), triton.next_power_of_2(q.data.shape[1]))
     block_n = 32 if gated or width >= 4096 else 16
     step = slices * (block_n // TILE_ROWS * 4 * TILE_WORDS + 16 * BLOCK_K[q.kind] * x.element_size())
     default = {
         "BLOCK_N": block_n,
         "SLICES": slices,
         "num_warps": slices,
-        # each stage but one has a place in shared memory
-        "num_stages": 2 if tuning.is_hip() else max(2, min(6, 1 + SHARED_MEMORY // step)),
+        # each stage but one has a place in shared memory, through which a weight of float32 must go too
+        "num_stages": 2 if tuning.is_hip() else max(2, min(12 // x.element_size(), 1 + SHARED_MEMORY // step)),
     }
     return config(
         "quantized_linear",
