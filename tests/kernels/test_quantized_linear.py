@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from handloom_kernels import quantized_linear as kernels
@@ -145,18 +146,18 @@ def test_every_code_is_decoded_exactly(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(ours[0], dequantize_weight(q, dtype)[:, 0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_bits_of_which_floats_are_made(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype, name", [(torch.float16, tl.float16), (torch.bfloat16, tl.bfloat16)], ids=str)
+def test_the_bits_of_which_floats_are_made(dtype: torch.dtype, name: tl.dtype) -> None:
     """The arithmetic of `decode` in plain torch, since the interpreter has no bfloat16."""
 
     def floats(bits: Tensor) -> Tensor:
         return bits.to(torch.int16).view(dtype)
 
-    one_apart, code = kernels.ONE_APART[dtype], torch.arange(256, dtype=torch.int32)
+    one_apart, code = kernels.one_apart(name), torch.arange(256, dtype=torch.int32)
     assert torch.equal(floats(one_apart | code[:16]) - floats(one_apart | code[8]), (code[:16] - 8).to(dtype))
     signed = floats(one_apart | code & 0x7F) - floats(one_apart | code & 0x80)
     assert torch.equal(signed, code.to(torch.int8).to(dtype))
-    moved = floats((code & 0x80) << 8 | (code & 0x7F) << kernels.FP8_SHIFT[dtype]) * kernels.FP8_SCALE[dtype]
+    moved = floats((code & 0x80) << 8 | (code & 0x7F) << kernels.fp8_shift(name)) * kernels.fp8_scale(name)
     numbers = code & 0x7F != 0x7F
     assert torch.equal(moved[numbers], code.to(torch.uint8).view(torch.float8_e4m3fn).to(dtype)[numbers])
 
@@ -198,6 +199,7 @@ def test_what_does_not_fit_is_named() -> None:
         (q._replace(kind="int2"), "q.kind is 'int2'"),
         (q._replace(group_size=16), "q.group_size is 16"),
         (q._replace(scale_rows=0), "q.scale_rows is 0"),
+        (q._replace(shape=(0, 64)), r"q.shape is \(0, 64\)"),
         (q._replace(data=q.data[:, :, :64]), r"q.data has shape \[1, 1, 64\]; expected \[1, 1, 128\]"),
         (q._replace(data=q.data.float()), "q.data has dtype torch.float32"),
         (q._replace(scales=q.scales[:1]), r"q.scales has shape \[1, 16\]; expected \[2, 16\]"),

@@ -65,28 +65,32 @@ ROWS = tl.constexpr(16)  # of x in one program: the least that tensor cores mult
 SHARED_MEMORY = 98_304  # bytes of steps on the way in a program: one program on a consumer card, two on an H100
 
 
-# How a 16-bit float is made of a code's bits, by dtype of x: the bits of the power of two whose neighbours are 1 apart;
-# how far e4m3's exponent lies from this float's; and 2 to the difference of their biases
-ONE_APART = {torch.float16: 0x6400, torch.bfloat16: 0x4300, torch.float32: 0}
-FP8_SHIFT = {torch.float16: 7, torch.bfloat16: 4, torch.float32: 20}
-FP8_SCALE = {torch.float16: 2.0**8, torch.bfloat16: 2.0**120, torch.float32: 2.0**120}
+@triton.constexpr_function
+def one_apart(dtype):
+    """The bits of the power of two whose neighbours in `dtype` are 1 apart."""
+    return {"fp16": 0x6400, "bf16": 0x4300}.get(dtype.name, 0)
+
+
+@triton.constexpr_function
+def fp8_shift(dtype):
+    """How far e4m3's exponent is from that of `dtype`, in bits."""
+    return {"fp16": 7, "bf16": 4}.get(dtype.name, 20)
+
+
+@triton.constexpr_function
+def fp8_scale(dtype):
+    """2 to the difference between the biases of e4m3's exponent and that of `dtype`."""
+    return 2.0**8 if dtype.name == "fp16" else 2.0**120
 
 
 @triton.jit
-def _both(bits, second, dtype: tl.constexpr):
+def _floats(bits, second, dtype: tl.constexpr):
     """The 16-bit float in the lower half of each word, and in its upper half where `second` is 1."""
     return ((bits >> (16 * second)) & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
 
 
 @triton.jit
-def decode(
-    words,
-    KIND: tl.constexpr,
-    ONE_APART: tl.constexpr,
-    FP8_SHIFT: tl.constexpr,
-    FP8_SCALE: tl.constexpr,
-    dtype: tl.constexpr,
-):
+def decode(words, KIND: tl.constexpr, dtype: tl.constexpr):
     """The words' codes as exact numbers of `dtype`, int4 codes less 8.
 
     words [.., 1, 1 or 2, 1] of nine axes gain the last three: row / 8, column / 8 % 2 (8 bits have it), column % 2.
@@ -98,7 +102,9 @@ def decode(
     else:
         words = words >> (8 * half)
 
-    STEP: tl.constexpr = ONE_APART << 16 | ONE_APART
+    ONE: tl.constexpr = one_apart(dtype) << 16 | one_apart(dtype)
+    SHIFT: tl.constexpr = fp8_shift(dtype)
+    SCALE: tl.constexpr = fp8_scale(dtype)
     code = words >> (16 * second)
     if dtype == tl.float32:
         if KIND == "int4":
@@ -106,14 +112,16 @@ def decode(
         elif KIND == "int8":
             value = ((code & 0x7F) - (code & 0x80)).to(tl.float32)
         else:
-            value = ((code & 0x80) << 24 | (code & 0x7F) << FP8_SHIFT).to(tl.float32, bitcast=True) * FP8_SCALE
+            value = ((code & 0x80) << 24 | (code & 0x7F) << SHIFT).to(tl.float32, bitcast=True) * SCALE
     elif KIND == "int4":
-        value = _both(words & 0x000F000F | STEP, second, dtype) - _both(tl.full((), STEP | 8, tl.int32), 0, dtype)
+        zero = _floats(tl.full((), ONE | 8, tl.int32), 0, dtype)
+        value = _floats(words & 0x000F000F | ONE, second, dtype) - zero
     elif KIND == "int8":
-        value = _both(words & 0x007F007F | STEP, second, dtype) - _both(words & 0x00800080 | STEP, second, dtype)
+        sign = _floats(words & 0x00800080 | ONE, second, dtype)
+        value = _floats(words & 0x007F007F | ONE, second, dtype) - sign
     else:
-        bits = (words & 0x00800080) << 8 | (words & 0x007F007F) << FP8_SHIFT
-        value = _both(bits, second, dtype) * tl.full((), FP8_SCALE, dtype)
+        bits = (words & 0x00800080) << 8 | (words & 0x007F007F) << SHIFT
+        value = _floats(bits, second, dtype) * tl.full((), SCALE, dtype)
     return value
 
 
@@ -137,9 +145,6 @@ def product(
     GROUP: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
-    ONE_APART: tl.constexpr,
-    FP8_SHIFT: tl.constexpr,
-    FP8_SCALE: tl.constexpr,
     EVEN: tl.constexpr,
     SLICES: tl.constexpr,
 ):
@@ -186,7 +191,7 @@ def product(
             words = tl.reshape(words, (TILES, SLICES, 8, 4, PARTS, 4 // PARTS, 1, 1, 1))
         else:
             words = tl.reshape(words, (TILES, SLICES, 8, 4, 1, 2, 1, 2, 1))
-        a = decode(words, KIND, ONE_APART, FP8_SHIFT, FP8_SCALE, dtype)
+        a = decode(words, KIND, dtype)
         a = tl.permute(a, (4, 1, 0, 6, 2, 5, 7, 3, 8))
         a = tl.reshape(a, (BATCH, BLOCK_N, DEPTH // PARTS))
         if GROUP > 0:
@@ -239,9 +244,6 @@ def _quantized_linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
-    ONE_APART: tl.constexpr,
-    FP8_SHIFT: tl.constexpr,
-    FP8_SCALE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLICES: tl.constexpr,
@@ -275,9 +277,6 @@ def _quantized_linear_kernel(
         GROUP,
         SCALE_ROWS,
         HAS_ZEROS,
-        ONE_APART,
-        FP8_SHIFT,
-        FP8_SCALE,
         EVEN,
         SLICES,
     )
@@ -390,9 +389,6 @@ def _launch(
         HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,
         GATED=gated,
-        ONE_APART=ONE_APART[x.dtype],
-        FP8_SHIFT=FP8_SHIFT[x.dtype],
-        FP8_SCALE=FP8_SCALE[x.dtype],
         EVEN=depth % (chosen["SLICES"] * BLOCK_K[q.kind]) == 0,
         **chosen,
     )
@@ -406,6 +402,7 @@ def check_quantized(name: str, q: QuantizedWeight, device: torch.device) -> None
         q.group_size in GROUP_SIZES,
         f"{name}.group_size is {q.group_size}; there are {', '.join(map(str, GROUP_SIZES))}",
     )
+    require(min(q.shape) > 0, f"{name}.shape is {q.shape}; both must be positive")
     require(q.scale_rows > 0, f"{name}.scale_rows is {q.scale_rows}; it must be positive")
     width, depth = q.shape
     tiles = (triton.cdiv(width, TILE_ROWS), triton.cdiv(depth, BLOCK_K[q.kind]), TILE_WORDS)
