@@ -25,7 +25,9 @@ def cases() -> Iterator[Case]:
         layer = kind == "layer"
         hidden, weight = torch.empty(4, depth, dtype=dtype), torch.empty(width * (1 + gated), depth, dtype=dtype)
         norm = Norm(kind, torch.empty(depth, dtype=dtype), torch.empty(depth, dtype=dtype) if layer else None, 1e-6)
-        kernels.norm_mlp(hidden, norm, weight, torch.empty(len(weight), dtype=dtype) if layer else None, activation, gated)
+        kernels.norm_mlp(
+            hidden, norm, weight, torch.empty(len(weight), dtype=dtype) if layer else None, activation, gated
+        )
 
     bf16 = torch.bfloat16
     yield Case("Llama-3.2-1B down", lambda: residual(2048, 8192, bf16), MEANT)

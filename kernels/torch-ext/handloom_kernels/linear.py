@@ -217,24 +217,9 @@ def _norm_mlp_kernel(
     weight_rows = n // PARTS + n % PARTS * width
     inside = n // PARTS < width
     y = product(
-        x,
-        x_stride,
-        first,
-        num_rows,
-        norm_weight,
-        norm_bias,
-        eps,
-        weight,
-        weight_rows,
-        inside,
-        depth,
-        NORM,
-        HAS_NORM_BIAS,
-        EVEN,
-        STRIP,
-        CHUNK,
-        BLOCK_K,
-    )
+        x, x_stride, first, num_rows, norm_weight, norm_bias, eps, weight, weight_rows, inside, depth,
+        NORM, HAS_NORM_BIAS, EVEN, STRIP, CHUNK, BLOCK_K,
+    )  # fmt: skip
     if HAS_BIAS:
         y += tl.load(bias + weight_rows, mask=inside, other=0.0).to(tl.float32)[None, :]
     y = y.to(out.dtype.element_ty).to(tl.float32)
@@ -273,7 +258,9 @@ def linear_residual(
     """
     if post_norm is None:
         return _launch_linear(x, weight, bias, residual, blocks)
-    check("residual", residual, (len(x), len(weight)), x.dtype, check_device("x", x), strided=True)
+    device = check_linear(x, weight, bias, "x")
+    check("residual", residual, (len(x), len(weight)), x.dtype, device, strided=True)
+    check_norm("post_norm", post_norm, len(weight), device)
     return normalize_add(_launch_linear(x, weight, bias, None, blocks), residual, post_norm)
 
 
@@ -293,8 +280,8 @@ def norm_mlp(
     these dtypes. The activation is computed in float32 and rounded once. blocks: as in `linear`. Raises KernelError.
     """
     names = GATED_ACTIVATIONS if gated else ACTIVATIONS
-    kind = "a gate" if gated else "alone"
-    require(activation in names, f"activation is {activation!r}; as {kind} there are {', '.join(names)}")
+    kind = "as a gate" if gated else "alone"
+    require(activation in names, f"activation is {activation!r}; {kind} there are {', '.join(names)}")
     device = check_linear(hidden, weight, bias, "hidden")
     depth = hidden.shape[1]
     check_norm("norm", norm, depth, device)
@@ -303,7 +290,7 @@ def norm_mlp(
     out = torch.empty((len(hidden), width), dtype=hidden.dtype, device=device)
     if out.numel() == 0:
         return out
-    chosen = blocks_for("norm_mlp", hidden, len(weight), blocks)
+    chosen = blocks_for("linear", hidden, len(weight), blocks)
     grid = (triton.cdiv(len(hidden), ROWS.value), triton.cdiv(len(weight), chosen["BLOCK_N"]))
     _norm_mlp_kernel[grid](
         hidden,
@@ -390,12 +377,14 @@ def blocks_for(
     override: Mapping[str, int] | None = None,
     *,
     normed: bool = True,
+    meet: bool = False,
     widest: int = 64,
 ) -> dict[str, int]:
     """BLOCK_N (rows of the weight in a program), BLOCK_K (elements of a step), num_warps and num_stages.
 
-    Of a weight [width, depth], never of a number of rows of x. A program is as wide as leaves enough programs. Where
-    each warp normalises all of a step of x, warps are few and steps short, and 32 to 64 KB of the weight on the way.
+    Of a weight [width, depth], never of a number of rows of x. A program is as wide as leaves enough programs. Where x
+    is normed, each warp does it for all of a step: steps are short, so that it fits in registers, and beside 16 rows of
+    the weight there are 2 warps, if no wide head has to meet in one program. 28 to 48 KB of the weight are on the way.
     """
     depth = x.shape[1]
     block_n = next((n for n in (64, 32) if n <= widest and width // n >= ENOUGH_PROGRAMS), 16)
@@ -404,31 +393,40 @@ def blocks_for(
     default = {
         "BLOCK_N": block_n,
         "BLOCK_K": max(16, min(step, triton.next_power_of_2(depth))),
-        "num_warps": 2 if normed and block_n < 64 else 4,
+        "num_warps": 2 if normed and block_n == 16 and not meet else 4,
         "num_stages": 2 if tuning.is_hip() else stages[block_n],
     }
-    return config(
-        kernel, x.device, default, override, width=width, depth=depth, dtype=str(x.dtype).removeprefix("torch.")
-    )
+    dtype = str(x.dtype).removeprefix("torch.")
+    return config(kernel, x.device, default, override, width=width, depth=depth, dtype=dtype, normed=normed)
 
 
 def tuning_problems(device: torch.device) -> Iterator[Problem]:
-    """What `python -m handloom_kernels.tune linear` tries."""
+    """What `python -m handloom_kernels.tune linear` tries: Llama-3.2-1B, Llama-3.1-8B and Qwen3-0.6B."""
     for width, depth in ((2048, 2048), (2048, 8192), (4096, 4096), (4096, 14336), (1024, 2048), (1024, 3072)):
-        x = torch.randn(16, depth, dtype=torch.bfloat16, device=device)
-        weight = torch.randn(width, depth, dtype=torch.bfloat16, device=device)
+        x, residual, weight = _random(device, (1, depth), (1, width), (width, depth))
         yield Problem(
-            when={"width": width, "depth": depth, "dtype": "bfloat16"},
+            when={"width": width, "depth": depth, "dtype": "bfloat16", "normed": False},
             candidates=CANDIDATES,
-            run=partial(linear_residual, x, weight, None, None, torch.randn_like(x[:, :1]).expand(-1, width)),
+            run=partial(linear_residual, x, weight, None, None, residual),
         )
+    for width, depth in ((16384, 2048), (28672, 4096), (6144, 1024)):
+        x, weight = _random(device, (1, depth), (width, depth))
+        yield Problem(
+            when={"width": width, "depth": depth, "dtype": "bfloat16", "normed": True},
+            candidates=CANDIDATES,
+            run=partial(norm_mlp, x, Norm("rms", weight[0], None, 1e-6), weight, None, "silu", True),
+        )
+
+
+def _random(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in shapes]
 
 
 CANDIDATES = [
     {"BLOCK_N": n, "BLOCK_K": k, "num_warps": w, "num_stages": s}
     for n in (16, 32, 64, 128)
-    for k in (64, 128, 256, 512)
+    for k in (128, 256, 512)
     for w in (2, 4, 8)
-    for s in (3, 4, 5, 6)
-    if 16384 <= (s - 1) * n * k * 2 <= 131072
+    for s in (3, 4, 6, 8)
+    if (s - 1) * n * k * 2 >= 16384 and (s - 1) * (16 + n) * k * 2 <= 163840
 ]

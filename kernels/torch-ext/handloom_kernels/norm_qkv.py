@@ -55,31 +55,64 @@ def _column(n, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def _rotated(value, n, rows, row_inside, cos, sin, ROTARY_DIM: tl.constexpr):
-    """Rotate a tile [ROWS, len(n)] whose neighbours are pairs; the places n are those of its columns."""
-    WIDTH: tl.constexpr = value.shape[1]
+def _rotated(value, place, rows, row_inside, cos, sin, ROTARY_DIM: tl.constexpr):
+    """Rotate a tile [ROWS, WIDTH] of a head's places place, place + 1, ..., whose neighbours are pairs."""
+    PAIRS: tl.constexpr = value.shape[1] // 2
     HALF: tl.constexpr = ROTARY_DIM // 2
-    pair, _ = tl.split(tl.reshape(n // 2, [WIDTH // 2, 2]))
+    pair = place // 2 + tl.arange(0, PAIRS)
     at = rows[:, None] * HALF + pair[None, :]
     turned = row_inside[:, None] & (pair < HALF)[None, :]
     c = tl.load(cos + at, mask=turned, other=1.0)
     s = tl.load(sin + at, mask=turned, other=0.0)
-    first, second = tl.split(tl.reshape(value, [ROWS, WIDTH // 2, 2]))
-    return tl.reshape(tl.join(first * c - second * s, second * c + first * s), [ROWS, WIDTH])
+    first, second = tl.split(tl.reshape(value, [ROWS, PAIRS, 2]))
+    return tl.reshape(tl.join(first * c - second * s, second * c + first * s), [ROWS, 2 * PAIRS])
+
+
+@triton.jit
+def _store_head(
+    value,
+    place,
+    out,
+    at,
+    row_inside,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Store a tile [ROWS, WIDTH] of a head's places place, place + 1, ...; the head of each row begins at out + at."""
+    WIDTH: tl.constexpr = value.shape[1]
+    value = value.to(out.dtype.element_ty)
+    if ROTARY_DIM == 0 or INTERLEAVED:
+        n = place + tl.arange(0, WIDTH)
+        tl.store(out + at[:, None] + n[None, :], value, mask=row_inside[:, None] & (n < HEAD_DIM)[None, :])
+    else:
+        HALF: tl.constexpr = ROTARY_DIM // 2
+        pair = place // 2 + tl.arange(0, WIDTH // 2)
+        first, second = tl.split(tl.reshape(value, [ROWS, WIDTH // 2, 2]))
+        left = pair
+        right = pair + HALF
+        if ROTARY_DIM < HEAD_DIM:
+            left = tl.where(pair < HALF, left, 2 * pair)
+            right = tl.where(pair < HALF, right, 2 * pair + 1)
+        tl.store(out + at[:, None] + left[None, :], first, mask=row_inside[:, None] & (2 * pair < HEAD_DIM)[None, :])
+        tl.store(
+            out + at[:, None] + right[None, :], second, mask=row_inside[:, None] & (2 * pair + 1 < HEAD_DIM)[None, :]
+        )
 
 
 @triton.jit
 def _write_head(
     value,
+    place,
     slots,
     head,
-    column,
-    inside,
     pages,
     scales,
     limit,
     num_kv_heads,
     HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
     """A KV head of several tokens (or a piece of it), in float32, to their slots; a slot of -1 is none."""
@@ -89,14 +122,31 @@ def _write_head(
         scale = tl.div_rn(largest_bits(value).to(tl.float32, bitcast=True), limit)
         tl.store(scales + at, scale, mask=written)
         value = codes_of(value, scale, limit, pages.dtype.element_ty)
-    mask = written[:, None] & inside[None, :]
-    tl.store(pages + at[:, None] * HEAD_DIM + column[None, :], value.to(pages.dtype.element_ty), mask=mask)
+    _store_head(value, place, pages, at * HEAD_DIM, written, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
+
+
+@triton.jit
+def _normed_head(
+    value, place, weight, eps, KIND: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """A whole head of several tokens, normalised, in float32."""
+    n = place + tl.arange(0, value.shape[1])
+    inside = n < HEAD_DIM
+    mean = tl.zeros([ROWS, 1], tl.float32)
+    centred = value
+    if KIND == "layer":
+        mean = tl.sum(value, axis=1)[:, None] / HEAD_DIM
+        centred = tl.where(inside[None, :], value - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, axis=1)[:, None] / HEAD_DIM + eps)
+    column = _column(n, ROTARY_DIM, INTERLEAVED)
+    return normed_tile(value, mean, scale, weight, weight, column, inside, KIND, False, dtype).to(tl.float32)
 
 
 @triton.jit
 def _finish(
     value,
-    n,
+    place,
     head,
     rows,
     num_rows,
@@ -122,43 +172,36 @@ def _finish(
     INTERLEAVED: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
-    """What follows the product for one head, or, without a norm, a piece of one: value [ROWS, len(n)] float32 that fit
-    q_out's dtype, at places n of the head; heads of q, then of k, then of v."""
+    """What follows the product for a head (of q, then k, then v) or, where it need not be seen whole, a piece of one:
+    value [ROWS, WIDTH] float32 that fit q_out's dtype, of the head's places place, place + 1, ..."""
     dtype: tl.constexpr = q_out.dtype.element_ty
     row_inside = rows < num_rows
-    slots = tl.load(slot_mapping + rows, mask=row_inside, other=-1).to(tl.int64)
     if head < num_heads + num_kv_heads:
-        inside = n < HEAD_DIM
-        column = _column(n, ROTARY_DIM, INTERLEAVED)
         if HEAD_NORM != "none":
             weight = q_weight
             eps = q_eps
             if head >= num_heads:
                 weight = k_weight
                 eps = k_eps
-            mean = tl.zeros([ROWS, 1], tl.float32)
-            centred = value
-            if HEAD_NORM == "layer":
-                mean = tl.sum(value, axis=1)[:, None] / HEAD_DIM
-                centred = tl.where(inside[None, :], value - mean, 0.0)
-            scale = tl.rsqrt(tl.sum(centred * centred, axis=1)[:, None] / HEAD_DIM + eps)
-            value = normed_tile(value, mean, scale, weight, weight, column, inside, HEAD_NORM, False, dtype)
-            value = value.to(tl.float32)
+            value = _normed_head(value, place, weight, eps, HEAD_NORM, HEAD_DIM, ROTARY_DIM, INTERLEAVED, dtype)
         if ROTARY_DIM > 0:
-            value = _rotated(value, n, rows, row_inside, cos, sin, ROTARY_DIM).to(dtype).to(tl.float32)
-        if head < num_heads:
-            at = (rows * num_heads + head)[:, None] * HEAD_DIM + column[None, :]
-            tl.store(q_out + at, value.to(dtype), mask=row_inside[:, None] & inside[None, :])
+            value = _rotated(value, place, rows, row_inside, cos, sin, ROTARY_DIM).to(dtype).to(tl.float32)
+    if head < num_heads:
+        at = (rows * num_heads + head) * HEAD_DIM
+        _store_head(value, place, q_out, at, row_inside, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
+    else:
+        slots = tl.load(slot_mapping + rows, mask=row_inside, other=-1).to(tl.int64)
+        head -= num_heads
+        if head < num_kv_heads:
+            _write_head(
+                value, place, slots, head, k_pages, k_scales, limit, num_kv_heads,
+                HEAD_DIM, ROTARY_DIM, INTERLEAVED, QUANTISED,
+            )  # fmt: skip
         else:
             _write_head(
-                value, slots, head - num_heads, column, inside, k_pages, k_scales, limit, num_kv_heads,
-                HEAD_DIM, QUANTISED,
+                value, place, slots, head - num_kv_heads, v_pages, v_scales, limit, num_kv_heads,
+                V_HEAD_DIM, 0, False, QUANTISED,
             )  # fmt: skip
-    else:
-        _write_head(
-            value, slots, head - num_heads - num_kv_heads, n, n < V_HEAD_DIM, v_pages, v_scales, limit, num_kv_heads,
-            V_HEAD_DIM, QUANTISED,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -219,7 +262,8 @@ def _norm_qkv_kernel(
     head_start = tl.where(is_v, qk_heads * HEAD_DIM, 0) + head * head_dim
     head = tl.where(is_v, qk_heads + head, head)
 
-    n = part % pieces * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = part % pieces * BLOCK_N
+    n = place + tl.arange(0, BLOCK_N)
     inside = n < head_dim
     weight_rows = head_start + tl.where(is_v, n, _column(n, ROTARY_DIM, INTERLEAVED))
     y = product(
@@ -240,13 +284,13 @@ def _norm_qkv_kernel(
             whole = tl.arange(0, HEAD_BLOCK)
             value = tl.load(at + whole[None, :], mask=there & (whole < head_dim)[None, :], other=0.0).to(tl.float32)
             _finish(
-                value, whole, head, rows, num_rows, q_weight, k_weight, q_eps, k_eps, cos, sin, slot_mapping,
+                value, 0, head, rows, num_rows, q_weight, k_weight, q_eps, k_eps, cos, sin, slot_mapping,
                 q_out, k_pages, v_pages, k_scales, v_scales, limit, num_heads, num_kv_heads,
                 HEAD_NORM, HEAD_DIM, V_HEAD_DIM, ROTARY_DIM, INTERLEAVED, QUANTISED,
             )  # fmt: skip
     else:
         _finish(
-            y.to(tl.float32), n, head, rows, num_rows, q_weight, k_weight, q_eps, k_eps, cos, sin, slot_mapping,
+            y.to(tl.float32), place, head, rows, num_rows, q_weight, k_weight, q_eps, k_eps, cos, sin, slot_mapping,
             q_out, k_pages, v_pages, k_scales, v_scales, limit, num_heads, num_kv_heads,
             HEAD_NORM, HEAD_DIM, V_HEAD_DIM, ROTARY_DIM, INTERLEAVED, QUANTISED,
         )  # fmt: skip
@@ -293,9 +337,11 @@ def norm_qkv(
     q = torch.empty((num_rows, num_heads, head_dim), dtype=hidden.dtype, device=device)
     if num_rows == 0:
         return q
-    chosen = blocks_for("norm_qkv", hidden, len(weight), blocks, widest=triton.next_power_of_2(head_dim))
+    whole = quantised or head_norm != "none"
+    widest = triton.next_power_of_2(head_dim)
+    chosen = blocks_for("norm_qkv", hidden, len(weight), blocks, meet=whole, widest=widest)
     pieces, v_pieces = (triton.cdiv(size, chosen["BLOCK_N"]) for size in (head_dim, v_head_dim))
-    meet = (head_norm != "none" and pieces > 1) or (quantised and max(pieces, v_pieces) > 1)
+    meet = whole and max(pieces, v_pieces if quantised else 1) > 1
     workspace = q
     if meet:
         workspace = torch.empty((num_rows, len(weight)), dtype=hidden.dtype, device=device)

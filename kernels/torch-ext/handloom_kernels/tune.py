@@ -21,16 +21,18 @@ import torch
 import triton
 from torch import Tensor
 
-from . import activation, kv_pages, moe, moe_routing, norm, quantized_linear, rope
+from . import activation, kv_pages, linear, moe, moe_routing, norm, norm_qkv, quantized_linear, rope
 from .checks import require
 from .tuning import FOLDER, Problem, device_file, device_name
 
 KERNELS: Mapping[str, Any] = {
     "activation": activation,
     "kv_pages": kv_pages,
+    "linear": linear,
     "moe": moe,
     "moe_routing": moe_routing,
     "norm": norm,
+    "norm_qkv": norm_qkv,
     "quantized_linear": quantized_linear,
     "rope": rope,
 }
