@@ -1,6 +1,6 @@
 """Rotary positions, alone or with the norm of q and k and the write of K and V into their pages.
 
-    y_i = x_i cos - x_j sin     y_j = x_j cos + x_i sin        for each pair (i, j) of dimensions: (Su et al. 2021)
+    y_i = x_i cos - x_j sin     y_j = x_j cos + x_i sin        for the pairs of dimensions (i, j) (Su et al. 2021)
     halves       (0, r/2) (1, r/2 + 1) ...                     of the first r = rotary_dim, as Llama
     interleaved  (0, 1) (2, 3) ...                             as GPT-J and Cohere
 
@@ -16,10 +16,9 @@ One program owns a few heads of one token, all of them of q, of k or of v:
                           v             v          v       v (copied)
                        q [N, num_heads, D]      k_pages, v_pages [slot of the token]
 
-Within a head the pairs lie apart, so that both of a pair are in the same thread: two tiles [heads, pairs] and, where
-rotary_dim is less than head_dim, the rest as a third. Interleaved pairs are loaded as one tile and split. A head's sum
-over its dimensions lies within one program, whose size depends on the model alone. Quantised pages (int8, float8) get
-one scale per token and KV head, the largest absolute value / the largest code, written with the codes.
+A head is two tiles [heads, pairs], the first and the second of each pair, so that both are in one thread; dimensions
+that are not rotated are paired too, half with half. A head's sum lies within one program, whose size depends on the
+model alone. Quantised pages (int8, float8) get one scale per token and KV head, written with the codes.
 
 To move: the row of qkv in, q and the K and V of the page's dtype out, rotary_dim cosines and sines a token. About 10
 FLOPs an element. Bound by memory, and with few tokens by the launch.
@@ -50,32 +49,47 @@ TILE = 1024  # elements of a program
 
 
 @triton.jit
-def _load_pairs(x, at, inside, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The first and the second of each pair of the heads that begin at `at` [HEADS, 1]: [HEADS, PAIRS] float32 each."""
-    if INTERLEAVED:
-        column = tl.arange(0, 2 * PAIRS)[None, :]
-        both = tl.load(x + (at + column), mask=inside & (column < 2 * HALF), other=0.0).to(tl.float32)
-        first, second = tl.split(tl.reshape(both, (both.shape[0], PAIRS, 2)))
-    else:
-        pair = tl.arange(0, PAIRS)[None, :]
-        mask = inside & (pair < HALF)
-        first = tl.load(x + (at + pair), mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(x + (at + HALF + pair), mask=mask, other=0.0).to(tl.float32)
+def _places(HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, PAIRS: tl.constexpr):
+    """Where in a head the first and the second of each pair are, unless interleaved: [1, PAIRS] each."""
+    pair = tl.arange(0, PAIRS)[None, :]
+    turned = pair < ROTARY_DIM // 2
+    first = tl.where(turned, pair, pair + ROTARY_DIM // 2)
+    second = tl.where(turned, pair + ROTARY_DIM // 2, pair + HEAD_DIM // 2)
     return first, second
 
 
 @triton.jit
-def _store_pairs(first, second, out, at, inside, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _load_pairs(
+    x, at, inside, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """The first and the second of each pair of the heads that begin at `at` [HEADS, 1]: [HEADS, PAIRS] float32 each."""
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * PAIRS)[None, :]
+        both = tl.load(x + (at + column), mask=inside & (column < HEAD_DIM), other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(both, (both.shape[0], PAIRS, 2)))
+    else:
+        first_at, second_at = _places(HEAD_DIM, ROTARY_DIM, PAIRS)
+        mask = inside & (tl.arange(0, PAIRS)[None, :] < HEAD_DIM // 2)
+        first = tl.load(x + (at + first_at), mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(x + (at + second_at), mask=mask, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _store_pairs(
+    first, second, out, at, inside,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
     dtype: tl.constexpr = out.dtype.element_ty
     if INTERLEAVED:
         column = tl.arange(0, 2 * PAIRS)[None, :]
         both = tl.reshape(tl.join(first, second), (first.shape[0], 2 * PAIRS))
-        tl.store(out + (at + column), both.to(dtype), mask=inside & (column < 2 * HALF))
+        tl.store(out + (at + column), both.to(dtype), mask=inside & (column < HEAD_DIM))
     else:
-        pair = tl.arange(0, PAIRS)[None, :]
-        mask = inside & (pair < HALF)
-        tl.store(out + (at + pair), first.to(dtype), mask=mask)
-        tl.store(out + (at + HALF + pair), second.to(dtype), mask=mask)
+        first_at, second_at = _places(HEAD_DIM, ROTARY_DIM, PAIRS)
+        mask = inside & (tl.arange(0, PAIRS)[None, :] < HEAD_DIM // 2)
+        tl.store(out + (at + first_at), first.to(dtype), mask=mask)
+        tl.store(out + (at + second_at), second.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -92,91 +106,49 @@ def _weighted(x, w, KIND: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _heads(
-    x,
-    head_stride,
-    begin,
-    weight,
-    cos,
-    sin,
-    eps,
-    out,
-    scales,
-    row,
-    limit,
-    num_heads,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    PAIRS: tl.constexpr,
-    REST_BLOCK: tl.constexpr,
-    ROTATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    KIND: tl.constexpr,
-    QUANTISED: tl.constexpr,
-):
-    """Heads begin .. begin + HEADS of one token, x, normalised unless KIND is "none", rotated if ROTATED, into row
-    `row` of out [rows, num_heads, HEAD_DIM] and its scale."""
+    x, head_stride, begin, weight, cos, sin, eps, out, scales, row, limit, num_heads,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, KIND: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
+    """Heads begin .. begin + HEADS of one token, x, normalised unless KIND is "none" and rotated, into row `row` of
+    out [rows, num_heads, HEAD_DIM], and their scales."""
     dtype: tl.constexpr = x.dtype.element_ty
-    REST: tl.constexpr = HEAD_DIM - 2 * HALF
     heads = begin + tl.arange(0, HEADS)
     inside = (heads < num_heads)[:, None]
-    at = heads[:, None] * head_stride
-    everywhere = heads[:, None] >= 0
+    nowhere = heads[:, None] * 0
     pair = tl.arange(0, PAIRS)[None, :]
-    rest_at = 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
-    rest_inside = inside & (rest_at < HEAD_DIM)
+    turned = pair < ROTARY_DIM // 2
 
     # every load before the first sum, so that they wait together; tables as tiles, in the layout of x
-    first, second = _load_pairs(x, at, inside, HALF, PAIRS, INTERLEAVED)
-    if REST > 0:
-        rest = tl.load(x + (at + rest_at), mask=rest_inside, other=0.0).to(tl.float32)
+    at = heads[:, None] * head_stride
+    first, second = _load_pairs(x, at, inside, HEAD_DIM, ROTARY_DIM, PAIRS, INTERLEAVED)
     if KIND != "none":
-        first_w, second_w = _load_pairs(weight, heads[:, None] * 0, everywhere, HALF, PAIRS, INTERLEAVED)
-        if REST > 0:
-            rest_w = tl.load(weight + rest_at, mask=rest_at < HEAD_DIM, other=0.0).to(tl.float32)
-    if ROTATED:
-        angle = heads[:, None] * 0 + pair
-        c = tl.load(cos + angle, mask=everywhere & (pair < HALF), other=0.0)
-        s = tl.load(sin + angle, mask=everywhere & (pair < HALF), other=0.0)
+        w1, w2 = _load_pairs(weight, nowhere, nowhere == 0, HEAD_DIM, ROTARY_DIM, PAIRS, INTERLEAVED)
+    if ROTARY_DIM > 0:
+        c = tl.load(cos + (nowhere + pair), mask=turned, other=0.0)
+        s = tl.load(sin + (nowhere + pair), mask=turned, other=0.0)
 
     if KIND != "none":
         if KIND == "layer":
-            total = tl.sum(first + second, axis=1)
-            if REST > 0:
-                total += tl.sum(rest, axis=1)
-            mean = total[:, None] / HEAD_DIM
-            first = tl.where(pair < HALF, first - mean, 0.0)
-            second = tl.where(pair < HALF, second - mean, 0.0)
-            if REST > 0:
-                rest = tl.where(rest_at < HEAD_DIM, rest - mean, 0.0)
-        squares = tl.sum(first * first + second * second, axis=1)
-        if REST > 0:
-            squares += tl.sum(rest * rest, axis=1)
-        scale = tl.rsqrt(squares[:, None] / HEAD_DIM + eps)
-        first, second = _weighted(first * scale, first_w, KIND, dtype), _weighted(second * scale, second_w, KIND, dtype)
-        if REST > 0:
-            rest = _weighted(rest * scale, rest_w, KIND, dtype)
+            mean = tl.sum(first + second, axis=1)[:, None] / HEAD_DIM
+            first = tl.where(pair < HEAD_DIM // 2, first - mean, 0.0)
+            second = tl.where(pair < HEAD_DIM // 2, second - mean, 0.0)
+        scale = tl.rsqrt(tl.sum(first * first + second * second, axis=1)[:, None] / HEAD_DIM + eps)
+        first, second = _weighted(first * scale, w1, KIND, dtype), _weighted(second * scale, w2, KIND, dtype)
 
-    if ROTATED:
-        turned = first * c - second * s
-        second = (second * c + first * s).to(dtype).to(tl.float32)
-        first = turned.to(dtype).to(tl.float32)
+    if ROTARY_DIM > 0:
+        rotated = (first * c - second * s).to(dtype).to(tl.float32)
+        second = tl.where(turned, (second * c + first * s).to(dtype).to(tl.float32), second)
+        first = tl.where(turned, rotated, first)
 
     if QUANTISED:
         largest = tl.maximum(largest_bits(first), largest_bits(second))
-        if REST > 0:
-            largest = tl.maximum(largest, largest_bits(rest))
         kv_scale = tl.div_rn(largest.to(tl.float32, bitcast=True), limit)
         tl.store(scales + row * num_heads + heads, kv_scale, mask=heads < num_heads)
         codes: tl.constexpr = out.dtype.element_ty
         first, second = codes_of(first, kv_scale, limit, codes), codes_of(second, kv_scale, limit, codes)
-        if REST > 0:
-            rest = codes_of(rest, kv_scale, limit, codes)
     out += row * num_heads * HEAD_DIM
-    at = heads[:, None] * HEAD_DIM
-    _store_pairs(first, second, out, at, inside, HALF, PAIRS, INTERLEAVED)
-    if REST > 0:
-        tl.store(out + (at + rest_at), rest.to(out.dtype.element_ty), mask=rest_inside)
+    _store_pairs(first, second, out, heads[:, None] * HEAD_DIM, inside, HEAD_DIM, ROTARY_DIM, PAIRS, INTERLEAVED)
 
 
 @triton.jit
@@ -200,11 +172,9 @@ def _qk_norm_rope_write_kernel(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     V_PAIRS: tl.constexpr,
-    REST_BLOCK: tl.constexpr,
-    ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     Q_KIND: tl.constexpr,
     K_KIND: tl.constexpr,
@@ -215,14 +185,14 @@ def _qk_norm_rope_write_kernel(
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     qkv += token * qkv_stride
-    cos += token * HALF
-    sin += token * HALF
+    cos += token * (ROTARY_DIM // 2)
+    sin += token * (ROTARY_DIM // 2)
     Q_PARTS: tl.constexpr = (NUM_HEADS + Q_HEADS - 1) // Q_HEADS
     KV_PARTS: tl.constexpr = (NUM_KV_HEADS + KV_HEADS - 1) // KV_HEADS
     if part < Q_PARTS:
         _heads(
             qkv, HEAD_DIM, part * Q_HEADS, q_weight, cos, sin, q_eps, q_out, k_scales, token, limit, NUM_HEADS,
-            Q_HEADS, HEAD_DIM, HALF, PAIRS, REST_BLOCK, ROTATED, INTERLEAVED, Q_KIND, False,
+            Q_HEADS, HEAD_DIM, ROTARY_DIM, PAIRS, INTERLEAVED, Q_KIND, False,
         )  # fmt: skip
     else:
         slot = tl.load(slot_mapping + token).to(tl.int64)
@@ -232,13 +202,13 @@ def _qk_norm_rope_write_kernel(
             if part < Q_PARTS + KV_PARTS:
                 _heads(
                     k, HEAD_DIM, begin, k_weight, cos, sin, k_eps, k_pages, k_scales, slot, limit, NUM_KV_HEADS,
-                    KV_HEADS, HEAD_DIM, HALF, PAIRS, REST_BLOCK, ROTATED, INTERLEAVED, K_KIND, QUANTISED,
+                    KV_HEADS, HEAD_DIM, ROTARY_DIM, PAIRS, INTERLEAVED, K_KIND, QUANTISED,
                 )  # fmt: skip
             else:
                 v = k + NUM_KV_HEADS * HEAD_DIM
                 _heads(
                     v, V_HEAD_DIM, begin, k_weight, cos, sin, k_eps, v_pages, v_scales, slot, limit, NUM_KV_HEADS,
-                    KV_HEADS, V_HEAD_DIM, V_HEAD_DIM // 2, V_PAIRS, 1, False, False, "none", QUANTISED,
+                    KV_HEADS, V_HEAD_DIM, 0, V_PAIRS, False, "none", QUANTISED,
                 )  # fmt: skip
 
 
@@ -252,19 +222,18 @@ def _rotate_kernel(
     head_stride,
     num_heads,
     HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
-    REST_BLOCK: tl.constexpr,
-    ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1).to(tl.int64) * HEADS
+    angles = token * (ROTARY_DIM // 2)
     _heads(
-        x + token * token_stride, head_stride, begin, x, cos + token * HALF, sin + token * HALF, 0.0,
+        x + token * token_stride, head_stride, begin, x, cos + angles, sin + angles, 0.0,
         out, cos, token, 0.0, num_heads,
-        HEADS, HEAD_DIM, HALF, PAIRS, REST_BLOCK, ROTATED, INTERLEAVED, "none", False,
+        HEADS, HEAD_DIM, ROTARY_DIM, PAIRS, INTERLEAVED, "none", False,
     )  # fmt: skip
 
 
@@ -287,17 +256,7 @@ def rotate(x: Tensor, rotary: Rotary, *, blocks: Mapping[str, int] | None = None
     heads = chosen.pop("Q_HEADS")
     del chosen["KV_HEADS"]
     _rotate_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
-        x,
-        rotary.cos,
-        rotary.sin,
-        out,
-        x.stride(0),
-        x.stride(1),
-        num_heads,
-        HEAD_DIM=head_dim,
-        HEADS=heads,
-        **shape,
-        **chosen,
+        x, rotary.cos, rotary.sin, out, *x.stride()[:2], num_heads, HEAD_DIM=head_dim, HEADS=heads, **shape, **chosen
     )
     return out
 
@@ -379,21 +338,16 @@ def _check_head_dim(head_dim: int) -> None:
 
 
 def _rotation(rotary: Rotary | None, num_tokens: int, head_dim: int, device: torch.device) -> dict[str, int]:
-    """How a head is cut: HALF pairs in tiles of PAIRS, the rest in tiles of REST_BLOCK; ROTATED, INTERLEAVED."""
+    """How a head is cut: ROTARY_DIM, PAIRS of a tile, INTERLEAVED."""
     rotary_dim = 0
     if rotary is not None:
         check("rotary.cos", rotary.cos, (num_tokens, None), torch.float32, device)
         check("rotary.sin", rotary.sin, tuple(rotary.cos.shape), torch.float32, device)
         rotary_dim = 2 * rotary.cos.shape[1]
         require(rotary_dim <= head_dim, f"rotary.cos is for {rotary_dim} dimensions and heads have {head_dim}")
-    half = (rotary_dim or head_dim) // 2
-    return {
-        "HALF": half,
-        "PAIRS": triton.next_power_of_2(half),
-        "REST_BLOCK": triton.next_power_of_2(max(1, head_dim - 2 * half)),
-        "ROTATED": rotary_dim > 0,
-        "INTERLEAVED": rotary_dim > 0 and rotary is not None and rotary.interleaved,
-    }
+    interleaved = rotary_dim > 0 and rotary is not None and rotary.interleaved
+    pairs = triton.next_power_of_2(head_dim // 2)
+    return {"ROTARY_DIM": rotary_dim, "PAIRS": pairs, "INTERLEAVED": interleaved}
 
 
 def _norm_kind(name: str, norm: Norm | None, head_dim: int, device: torch.device) -> str:
@@ -406,12 +360,7 @@ def _norm_kind(name: str, norm: Norm | None, head_dim: int, device: torch.device
 
 
 def blocks_for(
-    x: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    v_head_dim: int,
-    override: Mapping[str, int] | None = None,
+    x: Tensor, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int, override: Mapping[str, int] | None
 ) -> dict[str, int]:
     """Q_HEADS and KV_HEADS (heads of a program) and num_warps for this model and dtype."""
     block = triton.next_power_of_2(max(head_dim, v_head_dim))
