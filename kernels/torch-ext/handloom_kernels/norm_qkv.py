@@ -70,14 +70,7 @@ def _rotated(value, place, rows, row_inside, cos, sin, ROTARY_DIM: tl.constexpr)
 
 @triton.jit
 def _store_head(
-    value,
-    place,
-    out,
-    at,
-    row_inside,
-    HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    value, place, out, at, row_inside, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
     """Store a tile [ROWS, WIDTH] of a head's places place, place + 1, ...; the head of each row begins at out + at."""
     WIDTH: tl.constexpr = value.shape[1]
@@ -102,19 +95,9 @@ def _store_head(
 
 @triton.jit
 def _write_head(
-    value,
-    place,
-    slots,
-    head,
-    pages,
-    scales,
-    limit,
-    num_kv_heads,
-    HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    QUANTISED: tl.constexpr,
-):
+    value, place, slots, head, pages, scales, limit, num_kv_heads,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
     """A KV head of several tokens (or a piece of it), in float32, to their slots; a slot of -1 is none."""
     written = slots >= 0
     at = slots * num_kv_heads + head
@@ -145,33 +128,11 @@ def _normed_head(
 
 @triton.jit
 def _finish(
-    value,
-    place,
-    head,
-    rows,
-    num_rows,
-    q_weight,
-    k_weight,
-    q_eps,
-    k_eps,
-    cos,
-    sin,
-    slot_mapping,
-    q_out,
-    k_pages,
-    v_pages,
-    k_scales,
-    v_scales,
-    limit,
-    num_heads,
-    num_kv_heads,
-    HEAD_NORM: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    QUANTISED: tl.constexpr,
-):
+    value, place, head, rows, num_rows, q_weight, k_weight, q_eps, k_eps, cos, sin, slot_mapping,
+    q_out, k_pages, v_pages, k_scales, v_scales, limit, num_heads, num_kv_heads,
+    HEAD_NORM: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
     """What follows the product for a head (of q, then k, then v) or, where it need not be seen whole, a piece of one:
     value [ROWS, WIDTH] float32 that fit q_out's dtype, of the head's places place, place + 1, ..."""
     dtype: tl.constexpr = q_out.dtype.element_ty
@@ -399,7 +360,8 @@ def norm_qkv(
 
 def tickets_needed(num_rows: int, num_heads: int, num_kv_heads: int) -> int:
     """The length of `tickets` for up to num_rows tokens: one for each head of each ROWS of them."""
-    return triton.cdiv(num_rows, ROWS.value) * (num_heads + 2 * num_kv_heads)
+    tiles: int = triton.cdiv(num_rows, ROWS.value)
+    return tiles * (num_heads + 2 * num_kv_heads)
 
 
 def _check_heads(
