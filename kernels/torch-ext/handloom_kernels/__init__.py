@@ -11,7 +11,19 @@ from types import ModuleType
 
 from . import reference
 
-KERNELS = ("activation", "kv_pages", "moe", "moe_routing", "norm", "quantized_linear", "rope")
+KERNELS = (
+    "activation",
+    "draw",
+    "kv_pages",
+    "lm_head",
+    "moe",
+    "moe_routing",
+    "norm",
+    "quantized_linear",
+    "rope",
+    "sampling",
+    "selection",
+)
 
 __all__ = ["KERNELS", "reference", *KERNELS]
 

@@ -410,8 +410,8 @@ def apply_cuts(
             vocab_size,
             tiles,
             HAS_TEMPERATURE=temperature is not None,
-            BLOCK=chosen["BLOCK"],
-            num_warps=chosen["num_warps"],
+            BLOCK=chosen.pop("BLOCK"),
+            **{name: value for name, value in chosen.items() if name not in ("BINS", "LIST")},
         )
     return out
 

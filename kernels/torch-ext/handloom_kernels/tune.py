@@ -21,20 +21,38 @@ import torch
 import triton
 from torch import Tensor
 
-from . import activation, kv_pages, linear, moe, moe_routing, norm, norm_qkv, quantized_linear, rope
+from . import (
+    activation,
+    draw,
+    kv_pages,
+    linear,
+    lm_head,
+    moe,
+    moe_routing,
+    norm,
+    norm_qkv,
+    quantized_linear,
+    rope,
+    sampling,
+    selection,
+)
 from .checks import require
 from .tuning import FOLDER, Problem, device_file, device_name
 
 KERNELS: Mapping[str, Any] = {
     "activation": activation,
+    "draw": draw,
     "kv_pages": kv_pages,
     "linear": linear,
+    "lm_head": lm_head,
     "moe": moe,
     "moe_routing": moe_routing,
     "norm": norm,
     "norm_qkv": norm_qkv,
     "quantized_linear": quantized_linear,
     "rope": rope,
+    "sampling": sampling,
+    "selection": selection,
 }
 
 Timer = Callable[[Callable[[], object]], float]

@@ -22,7 +22,7 @@ from .attention import (
     paged_attention_with_lse,
     shared_prefix_attention,
 )
-from .head import embed, lm_head
+from .head import embed, lm_head, lm_head_choose
 from .linear import linear_residual, norm_mlp, norm_qkv
 from .moe import SCORING_FUNCS, Routing, moe_mlp, route
 from .norm import NORM_KINDS, Norm, add_normalize, normalize, normalize_add
@@ -77,6 +77,7 @@ __all__ = [
     "gumbel_noise",
     "linear_residual",
     "lm_head",
+    "lm_head_choose",
     "merge_attention",
     "moe_mlp",
     "norm_mlp",

@@ -1,6 +1,6 @@
-"""The two ends of the model: token embeddings in, logits out.
+"""The two ends of the model: token embeddings in, logits or tokens out.
 
-This module does not know how a token is chosen.
+This module does not know which rules reshape logits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from .norm import Norm, normalize
+from .sampling import draw
 
 
 def embed(input_ids: Tensor, weight: Tensor, scale: float, positions: Tensor, position_weight: Tensor | None) -> Tensor:
@@ -30,3 +31,21 @@ def lm_head(hidden: Tensor, norm: Norm, weight: Tensor, softcap: float | None) -
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return logits.float()
+
+
+def lm_head_choose(
+    hidden: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    softcap: float | None,
+    temperature: Tensor | None,
+    greedy: Tensor | None,
+    seeds: Tensor | None,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One token per row of `lm_head`'s logits: (token_ids [R] int64, -1 where there is none; logprobs [R] float32).
+
+    temperature, greedy, seeds and positions as in `draw`.
+    """
+    choice = draw(lm_head(hidden, norm, weight, softcap), seeds, positions, temperature, greedy)
+    return choice.token_ids, choice.logprobs
