@@ -103,7 +103,7 @@ def _prefill_kernel(
     GROUP: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     PACK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
+    PAGE_BITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
@@ -114,18 +114,19 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    PAGE_SIZE: tl.constexpr = 1 << PAGE_BITS
     BLOCK_Q: tl.constexpr = BLOCK_M // PACK
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     sequence, first_tile = _sequence_of(tile, cu_seqlens, num_sequences, BLOCK_Q)
-    first_token = tl.load(cu_seqlens + sequence).to(tl.int64)
-    count = (tl.load(cu_seqlens + sequence + 1) - first_token).to(tl.int32)
+    first_token = tl.load(cu_seqlens + sequence).to(tl.int32)
+    count = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - first_token
     first_query = (tile - first_tile) * BLOCK_Q
     if first_query >= count:
         return
 
     # the rows of the tile: which query of which head, at which position; rows too many repeat the last
-    kv_head = (tl.program_id(1) // PACKS).to(tl.int64)
+    kv_head = tl.program_id(1) // PACKS
     first_in_group = tl.program_id(1) % PACKS * PACK
     queries = tl.minimum(count - first_query, BLOCK_Q)
     heads = tl.minimum(GROUP - first_in_group, PACK)
@@ -136,7 +137,7 @@ def _prefill_kernel(
     head = tl.minimum(row % PACK, heads - 1)
     first_at = tl.load(context_lens + sequence).to(tl.int32) - count + first_query
     query_at = first_at + query
-    q += first_token * q_stride + first_head * q_head_stride
+    q += first_token.to(tl.int64) * q_stride + first_head.to(tl.int64) * q_head_stride
     rows = query.to(tl.int64) * q_stride + head.to(tl.int64) * q_head_stride
     q_tile = load_columns(q, rows, None, 0, D, HEAD_DIM)
     if D_REST > 0:
@@ -161,8 +162,8 @@ def _prefill_kernel(
         low = tl.maximum(first_at + 1 - window, 0)
         full = tl.minimum(tl.cdiv(tl.maximum(high - window, 0), BLOCK_N) * BLOCK_N, high)
     page_table += sequence.to(tl.int64) * table_stride
-    k_pages += kv_head * k_head_stride
-    v_pages += kv_head * v_head_stride
+    k_pages += kv_head.to(tl.int64) * k_head_stride
+    v_pages += kv_head.to(tl.int64) * v_head_stride
 
     for part in tl.static_range(1 if window is None else 0, 3):
         if part == 0:
@@ -175,10 +176,10 @@ def _prefill_kernel(
             keys = start + tl.arange(0, BLOCK_N)
             inside = None if part == 1 else (keys >= low) & (keys < high)
             if PAGE_SIZE >= BLOCK_N:
-                page = tl.load(page_table + start // PAGE_SIZE).to(tl.int64)
+                page = tl.load(page_table + (start >> PAGE_BITS)).to(tl.int64)
             else:
-                page = _load_each(page_table + keys // PAGE_SIZE, inside).to(tl.int64)
-            slot = (keys % PAGE_SIZE).to(tl.int64)
+                page = _load_each(page_table + (keys >> PAGE_BITS), inside).to(tl.int64)
+            slot = (keys & (PAGE_SIZE - 1)).to(tl.int64)
             scales_at = (page * PAGE_SIZE + slot) * NUM_KV_HEADS + kv_head
 
             k_rows = page * k_page_stride + slot * k_slot_stride
@@ -217,7 +218,7 @@ def _prefill_kernel(
                 v = v.to(tl.float32) * _load_each(v_scales + scales_at, inside)[:, None]
             acc = tl.dot(weights.to(q_tile.dtype), v.to(q_tile.dtype), acc * fade[:, None], input_precision="ieee")
 
-    first_row = first_token * (NUM_KV_HEADS * GROUP) + first_head
+    first_row = first_token.to(tl.int64) * (NUM_KV_HEADS * GROUP) + first_head
     row = tl.arange(0, BLOCK_M)
     rows = row // PACK * (NUM_KV_HEADS * GROUP) + row % PACK
     present = (row < queries * PACK) & (row % PACK < heads)
@@ -306,7 +307,7 @@ def prefill_attention(
         GROUP=group,
         NUM_KV_HEADS=num_kv_heads,
         PACK=pack,
-        PAGE_SIZE=page_size,
+        PAGE_BITS=page_size.bit_length() - 1,
         **tile_widths(k_pages, v_pages),
         **chosen,
     )
@@ -327,7 +328,7 @@ def blocks_for(
     elif q.dtype == torch.float32:
         default = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     elif widest > 128:
-        default = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        default = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     else:
         keys = 32 if codes or tuning.is_hip() else 64
         default = {"BLOCK_M": 128, "BLOCK_N": keys, "num_warps": 8, "num_stages": 2}
