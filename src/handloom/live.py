@@ -1,4 +1,4 @@
-"""A sequence as an object: read its logits, append, rewind, fork, continue.
+"""A sequence as an object: read its logits, append, rewind, fork, continue; and several of them in one step.
 
 This module does not know requests or decoding modes.
 """
@@ -6,16 +6,21 @@ This module does not know requests or decoding modes.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from handloom.cache.batch import Work, build_batch
-from handloom.cache.sequence import Sequence
-from handloom.engine.engine import MAX_STEP_TOKENS
-from handloom.errors import ContextOverflow, InvalidPrompt
-from handloom.prompts import check_token_ids
+from handloom.cache.batch import Work
+from handloom.cache.sequence import PLACEHOLDER, Sequence
+from handloom.engine.engine import MAX_LOGITS_BYTES, MAX_STEP_TOKENS
+from handloom.engine.runner import Runner
+from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt, UnsupportedOption
+from handloom.prompts import check_embeddings, check_token_ids
+from handloom.sampling.sampler import token_logprobs
+
+MAX_FORKS = 65536
 
 if TYPE_CHECKING:
     from handloom.lm import LM
@@ -39,19 +44,31 @@ class LiveSequence(Sequence):
 
         Raises InvalidPrompt for an empty sequence, OutOfPages.
         """
-        if not len(self):
-            raise InvalidPrompt("the sequence is empty, so it has no logits; append a token to it first")
-        if self._logits is None or self.num_pending:
-            if self.num_pending == 0:
-                self.forget(len(self) - 1)
-            while self.num_pending:
-                num_tokens = min(self.num_pending, MAX_STEP_TOKENS)
-                last = num_tokens == self.num_pending
-                batch = build_batch([Work(self, num_tokens, "last" if last else "none")], self.pool)
-                logits = self.lm.transformer.forward(batch, self.pool.layers)
-                self.num_computed += num_tokens
-            self._logits = logits[0]
-        return self._logits.clone()
+        return step(self.lm, [self])[0]
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Log-probability of every token but the first, given those before it; computed anew at each reading.
+
+        Costs a forward pass over the whole sequence on pages of its own: K and V held now are neither read nor changed.
+        Raises UnsupportedOption where it begins with embeddings, OutOfPages.
+        """
+        if self.num_embeddings:
+            raise UnsupportedOption("the sequence begins with embeddings, which have no probability")
+        runner, anew = Runner(self.lm.transformer, self.pool), Sequence(self.pool, self.token_ids)
+        at_once = max(1, min(MAX_STEP_TOKENS, MAX_LOGITS_BYTES // (4 * self.lm.spec.vocab_size)))
+        logprobs: list[float] = []
+        try:
+            while anew.num_pending:
+                count = min(anew.num_pending, at_once)
+                logits = runner.forward([Work(anew, count, "all")])
+                anew.num_computed += count
+                targets = torch.tensor(anew.token_ids[anew.num_computed - count + 1 :][:count], device=logits.device)
+                if len(targets):
+                    logprobs += token_logprobs(logits[: len(targets)], targets, 0)[0]
+        finally:
+            anew.free()
+        return logprobs
 
     @property
     def text(self) -> str:
@@ -64,23 +81,73 @@ class LiveSequence(Sequence):
             token_ids = token_ids.unsqueeze(0)
         many = [token_ids] if isinstance(token_ids, int | np.integer) else token_ids
         ids = check_token_ids(many, self.lm.spec.vocab_size)
-        if len(self) + len(ids) > self.lm.max_context:
-            raise ContextOverflow(
-                f"{len(self)} + {len(ids)} tokens exceed the context of {self.lm.max_context}; rewind, or start anew"
-            )
+        self._check_room(len(ids))
         self.token_ids += ids
         self._logits = None
+
+    def append_embeddings(self, values: Tensor) -> None:
+        """Add embeddings [n, hidden_size] as the next n tokens; they can only stand before the first token id.
+
+        Raises InvalidPrompt, ContextOverflow, UnsupportedOption after a token id.
+        """
+        if len(self) > self.num_embeddings:
+            raise UnsupportedOption(
+                "embeddings can only come before the first token id, and this sequence has token ids; start a new one "
+                "with lm.sequence(embeddings), where the embeddings of ids may be among them"
+            )
+        values = check_embeddings(values, self.lm.spec.hidden_size).to(self.pool.device)
+        self._check_room(len(values))
+        self.embeddings = (
+            values if self.embeddings is None else torch.cat((self.embeddings, values.to(self.embeddings)))
+        )
+        self.token_ids += [PLACEHOLDER] * len(values)
+        self._logits = None
+
+    def _check_room(self, num_tokens: int) -> None:
+        if len(self) + num_tokens > self.lm.max_context:
+            raise ContextOverflow(
+                f"{len(self)} + {num_tokens} tokens exceed the context of {self.lm.max_context}; rewind, or start anew"
+            )
 
     def rewind(self, num_tokens: int) -> None:
         """Take the last num_tokens tokens back. Raises InvalidParam."""
         super().rewind(num_tokens)
         self._logits = None
 
-    def fork(self) -> LiveSequence:
-        """A second sequence with the same past; pages are shared until one of the two writes to them."""
-        child = LiveSequence(self.lm, super().fork())
-        child._logits = self._logits
-        return child
+    def truncate_left(self, num_tokens: int) -> None:
+        """Drop the first num_tokens tokens. What is left is a new sequence that begins at position 0.
+
+        Its K and V held both the positions and the dropped tokens in them, so all of them are computed again when next
+        needed: it costs a forward pass over what is left. Raises InvalidParam.
+        """
+        if not 0 <= num_tokens <= len(self):
+            raise InvalidParam(f"cannot drop the first {num_tokens} tokens: the sequence has {len(self)}")
+        if not num_tokens:
+            return
+        self.free()
+        del self.token_ids[:num_tokens]
+        if self.embeddings is not None:
+            self.embeddings = self.embeddings[num_tokens:] if num_tokens < len(self.embeddings) else None
+        self._logits = None
+
+    @overload
+    def fork(self) -> LiveSequence: ...
+
+    @overload
+    def fork(self, count: int) -> list[LiveSequence]: ...
+
+    def fork(self, count: int | None = None) -> LiveSequence | list[LiveSequence]:
+        """A second sequence with the same past, or a list of `count`; pages are shared until one of them writes there.
+
+        Raises InvalidParam.
+        """
+        if count is None:
+            child = LiveSequence(self.lm, super().fork())
+            child._logits = self._logits
+            return child
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_FORKS:
+            raise InvalidParam(f"cannot fork {count!r} times; expected an integer from 0 to {MAX_FORKS}")
+        return [self.fork() for _ in range(count)]
 
     def __repr__(self) -> str:
         return f"LiveSequence({len(self)} tokens, {self.num_computed} computed, of {self.lm!r})"
@@ -94,3 +161,43 @@ class LiveSequence(Sequence):
     def __del__(self) -> None:
         if hasattr(self, "page_table"):
             self.free()
+
+
+def step(lm: LM, sequences: Seq[LiveSequence]) -> Tensor:
+    """Compute what is pending in all of them and return their next-token logits [n, vocab_size] float32.
+
+    One forward pass, or several of at most MAX_STEP_TOKENS tokens. Raises InvalidPrompt, OutOfPages.
+    """
+    _check(lm, sequences)
+    for sequence in sequences:
+        if sequence._logits is None and not sequence.num_pending:
+            sequence.forget(len(sequence) - 1)
+    runner = Runner(lm.transformer, lm.pool)
+    while pending := [sequence for sequence in sequences if sequence.num_pending]:
+        works: list[Work] = []
+        budget = MAX_STEP_TOKENS
+        for sequence in pending:
+            count = min(sequence.num_pending, budget)
+            works.append(Work(sequence, count, "last" if count == sequence.num_pending else "none"))
+            budget -= count
+            if not budget:
+                break
+        rows = iter(runner.forward(works))
+        for sequence, work in zip(pending, works, strict=False):
+            sequence.num_computed += work.num_tokens
+            if work.num_rows:
+                sequence._logits = next(rows).clone()
+    return torch.stack(cast(list[Tensor], [sequence._logits for sequence in sequences]))
+
+
+def _check(lm: LM, sequences: Seq[LiveSequence]) -> None:
+    """Raises InvalidPrompt for what cannot step together."""
+    if isinstance(sequences, LiveSequence) or not sequences:
+        raise InvalidPrompt("step takes a list of one or more sequences of this model")
+    for i, sequence in enumerate(sequences):
+        if not isinstance(sequence, LiveSequence) or sequence.pool is not lm.pool:
+            raise InvalidPrompt(f"item {i} is not a sequence of this model; make one with lm.sequence(...)")
+        if not len(sequence):
+            raise InvalidPrompt(f"sequence {i} is empty, so it has no logits; append a token to it first")
+    if len({id(sequence) for sequence in sequences}) < len(sequences):
+        raise InvalidPrompt("the same sequence is there twice; fork it")

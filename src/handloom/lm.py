@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
@@ -21,7 +22,7 @@ from handloom.decoding.decoder import FinishedEvent, PromptLogprobsEvent, TopLog
 from handloom.decoding.score import ScoreDecoder
 from handloom.engine import Engine
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt, UnsupportedOption
-from handloom.live import LiveSequence
+from handloom.live import LiveSequence, step
 from handloom.loading import choose_context, choose_device, choose_dtype, make_pool
 from handloom.model.families import read_config
 from handloom.model.loading import Progress, load_transformer
@@ -293,6 +294,13 @@ class LM:
     def sequence(self, prompt: Prompt) -> LiveSequence:
         """A sequence to read, append to, rewind and fork. Raises InvalidPrompt, ContextOverflow."""
         return LiveSequence(self, self.encode(prompt))
+
+    def step(self, sequences: Seq[LiveSequence]) -> Tensor:
+        """Next-token logits [n, vocab_size] float32 of n sequences, what is pending in them computed together.
+
+        All in one forward pass (longer prompts in several). Raises InvalidPrompt, OutOfPages.
+        """
+        return step(self, sequences)
 
 
 def _as_list(prompts: Any) -> tuple[list[Any], bool]:
