@@ -20,7 +20,8 @@ The norm is a launch of its own before: a tile would have to read all hidden sta
 
 To move: the weight, once (H * V elements); 2 * R * H * V FLOPs. Bound by memory to some hundred rows. The choice adds
 about 150 operations a logit, hidden behind the weight's loads, and saves 8 bytes a logit and row.
-Source: FlashSampling (arXiv 2603.15854). Logits are float32 sums that are never rounded to the weight's dtype.
+Source: FlashSampling (arXiv 2603.15854). Logits are rounded to the weight's dtype, as a linear layer of PyTorch rounds
+them: in bfloat16 the two best of 128k logits are often equal then, and the choice between equals is part of the tokens.
 
 This module does not know where hidden states come from. Meaning: `reference.lm_head`, `reference.lm_head_choose`.
 """
@@ -85,8 +86,10 @@ def _tile_logits(
         total = tl.dot(w, h, total, input_precision="ieee")
         weights += BLOCK_K
         states += BLOCK_K
+    dtype: tl.constexpr = weight.dtype.element_ty
+    total = total.to(dtype).to(tl.float32)
     if HAS_SOFTCAP:
-        total = softcap * _tanh(total / softcap)
+        total = (softcap * _tanh(total / softcap)).to(dtype).to(tl.float32)
     return total
 
 
@@ -171,7 +174,7 @@ def lm_head(
     hidden: Tensor, norm: Norm, weight: Tensor, softcap: float | None, *, blocks: Mapping[str, int] | None = None
 ) -> Tensor:
     """`reference.lm_head`: hidden [R, H] and weight [V, H], contiguous, of one dtype (float32, float16 or bfloat16),
-    softcap > 0, to new logits [R, V] float32, which the weight's dtype has not rounded.
+    softcap > 0, to new logits [R, V] float32, rounded to that dtype.
 
     blocks: overrides the block sizes of the tuning table. Raises KernelError.
     """

@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from handloom_kernels import activation as activation_kernels
 from handloom_kernels import linear, rope
+from handloom_kernels import lm_head as head
 from handloom_kernels import norm as norms
 from handloom_kernels import norm_qkv as qkv_kernel
 from handloom_kernels.decode_attention import decode_attention
@@ -87,7 +88,6 @@ def norm_mlp(hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, ac
 def lm_head(hidden: Tensor, norm: Norm, weight: Tensor, softcap: float | None) -> Tensor:
     """See `handloom_kernels.reference.lm_head`."""
     if len(hidden) <= FEW:
-        logits = linear.linear(norms.normalize(hidden, norm), weight)
-        return (logits if softcap is None else softcap * tanh(logits / softcap)).float()
+        return head.lm_head(hidden, norm, weight, softcap)
     logits = F.linear(norms.normalize(hidden, norm), weight)
     return (logits if softcap is None else softcap * tanh(logits / softcap)).float()
