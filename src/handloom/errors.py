@@ -45,7 +45,7 @@ class DownloadCorrupted(HubError):
 
 
 class CheckpointError(HandloomError, ValueError):
-    """A weight file, its index or a tensor in it is damaged, hostile or not what the config says."""
+    """A weight file, its index, a tensor in it or a saved sequence is damaged, hostile or not what the config says."""
 
 
 class UnsafeCheckpoint(CheckpointError):

@@ -5,6 +5,7 @@ This module does not know requests or decoding modes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from handloom.cache.batch import Work
 from handloom.cache.sequence import PLACEHOLDER, Sequence
+from handloom.cache.snapshot import restore_sequence, save_sequence
 from handloom.engine.engine import MAX_LOGITS_BYTES, MAX_STEP_TOKENS
 from handloom.engine.runner import Runner
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt, UnsupportedOption
@@ -97,9 +99,7 @@ class LiveSequence(Sequence):
             )
         values = check_embeddings(values, self.lm.spec.hidden_size).to(self.pool.device)
         self._check_room(len(values))
-        self.embeddings = (
-            values if self.embeddings is None else torch.cat((self.embeddings, values.to(self.embeddings)))
-        )
+        self.embeddings = values if self.embeddings is None else torch.cat((self.embeddings, values))
         self.token_ids += [PLACEHOLDER] * len(values)
         self._logits = None
 
@@ -149,6 +149,11 @@ class LiveSequence(Sequence):
             raise InvalidParam(f"cannot fork {count!r} times; expected an integer from 0 to {MAX_FORKS}")
         return [self.fork() for _ in range(count)]
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write tokens, K and V to a safetensors file for `lm.restore(path)` of the same model. Raises OSError."""
+        logits = None if self.num_pending else self._logits
+        save_sequence(path, self, self.lm.transformer, name=self.lm.name, logits=logits)
+
     def __repr__(self) -> str:
         return f"LiveSequence({len(self)} tokens, {self.num_computed} computed, of {self.lm!r})"
 
@@ -161,6 +166,14 @@ class LiveSequence(Sequence):
     def __del__(self) -> None:
         if hasattr(self, "page_table"):
             self.free()
+
+
+def restore(lm: LM, path: str | os.PathLike[str]) -> LiveSequence:
+    """The sequence that was saved there; errors are those of `restore_sequence`."""
+    source, logits = restore_sequence(path, lm.pool, lm.transformer, lm.max_context)
+    sequence = LiveSequence(lm, source)
+    sequence._logits = logits
+    return sequence
 
 
 def step(lm: LM, sequences: Seq[LiveSequence]) -> Tensor:

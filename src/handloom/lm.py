@@ -22,7 +22,7 @@ from handloom.decoding.decoder import FinishedEvent, PromptLogprobsEvent, TopLog
 from handloom.decoding.score import ScoreDecoder
 from handloom.engine import Engine
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt, UnsupportedOption
-from handloom.live import LiveSequence, step
+from handloom.live import LiveSequence, restore, step
 from handloom.loading import choose_context, choose_device, choose_dtype, make_pool
 from handloom.model.families import read_config
 from handloom.model.loading import Progress, load_transformer
@@ -294,6 +294,13 @@ class LM:
     def sequence(self, prompt: Prompt) -> LiveSequence:
         """A sequence to read, append to, rewind and fork. Raises InvalidPrompt, ContextOverflow."""
         return LiveSequence(self, self.encode(prompt))
+
+    def restore(self, path: str | os.PathLike[str]) -> LiveSequence:
+        """A sequence that `sequence.save(path)` wrote; it goes on bitwise as it would have.
+
+        Raises CheckpointError (not such a file, damaged, another model's), ContextOverflow, OutOfPages.
+        """
+        return restore(self, path)
 
     def step(self, sequences: Seq[LiveSequence]) -> Tensor:
         """Next-token logits [n, vocab_size] float32 of n sequences, what is pending in them computed together.
