@@ -349,7 +349,7 @@ def draw(
 
 def blocks_for(scores: Tensor, override: Mapping[str, int] | None = None) -> dict[str, int]:
     """BLOCK (scores of a tile) and num_warps; a narrow vocabulary takes a tile no wider than need be."""
-    block = max(64, min(2048, triton.next_power_of_2(scores.shape[1])))
+    block = max(64, min(1024, triton.next_power_of_2(scores.shape[1])))
     default = {"BLOCK": block, "num_warps": max(1, block // 256)}
     return config("draw", scores.device, default, override, vocab_size=scores.shape[1])
 
@@ -361,6 +361,6 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
         seeds, positions = torch.arange(8, device=device), torch.arange(100, 108, device=device)
         yield Problem(
             when={"vocab_size": vocab_size},
-            candidates=[{"BLOCK": b, "num_warps": w} for b in (1024, 2048, 4096) for w in (2, 4, 8)],
+            candidates=[{"BLOCK": b, "num_warps": w} for b in (512, 1024, 2048, 4096) for w in (2, 4, 8)],
             run=partial(draw, scores, seeds, positions),
         )

@@ -12,19 +12,21 @@ and the threshold is exact: it is the score of a token, not a number near it.
                mass so far < p  ------>|<-- here it reaches p -->|          ^ the k-th score is here
                        summed          |         listed          |  summed  | listed
 
+               (some hundred tokens at most, for a language model's scores and a vocabulary of 128k)
+
     3 gather   the listed tokens go to a list, the mass of the others into sums. The last tile to arrive halves the
                interval of possible thresholds over the list until one is left: first the k-th, then, with the mass
                that is left, p, then the token id among equals
     4 apply    everything below the threshold becomes -inf (`draw(cuts=...)` does this on the way instead)
 
 Masses are exp(score - highest) as integers in units of 2^-40, summed exactly in any order: no sum depends on how it
-was cut into tiles. Against float64, a cumulative mass is off by 2^-22 of the whole at most (the exponential's own
-rounding, and 2^18 roundings of 2^-40): tokens whose cumulative probability is closer to p than that may differ.
-The min-p threshold is found in float64.
+was cut into tiles. Against float64, a cumulative probability is off by 2^-21 at most (2^-23 of each token's own, and
+for 2^18 tokens as many units): tokens whose cumulative probability is closer to p than that may differ. The min-p
+threshold is found in float64.
 
 To move: three reads of the scores (one from memory, the rest mostly from the second-level cache), and a write if
 `select`; rows that are off cost the first. A list that does not fit (LIST) is not used, the row itself is read again
-at each of at most 32 halvings: exact, and slow, for rows with thousands of scores within 1/64 of each other.
+at each of at most 32 halvings: exact, and slow, for rows where thousands of scores lie within 1/64 of the threshold.
 
 Sources: threshold search over float bits, FlashInfer's sampling kernels and Qrita (arXiv 2602.01518), here with a
 histogram first. This module does not know where scores come from. Meaning: `reference.select`.
@@ -42,7 +44,19 @@ from torch import Tensor
 
 from .checks import FLOATS, check, check_device, require
 from .reference.sampling import Cuts
-from .threshold import LAST_ID, MINUS_INF, key_of, load_divisor, load_scores, mass_of, score_of, threshold_of
+from .threshold import (
+    LAST_ID,
+    MINUS_INF,
+    bin_of,
+    bin_width,
+    bracket,
+    key_of,
+    load_divisor,
+    load_scores,
+    mass_of,
+    store_cut,
+    threshold_of,
+)
 from .tuning import Problem, config
 
 _STATE = 16  # int64 words of a row's state, see below
@@ -56,8 +70,6 @@ _FIRST = tl.constexpr(6)  # first bin where the mass may reach p
 _LAST = tl.constexpr(7)  # last such bin
 _K_BIN = tl.constexpr(8)  # bin of the k-th score; BINS: none
 
-_RANGE = tl.constexpr(32.0)  # what lies further below the highest score shares the last bin, and weighs nothing
-
 
 @triton.jit
 def _limits(limits, row, tiles, stride, TILES: tl.constexpr):
@@ -66,17 +78,6 @@ def _limits(limits, row, tiles, stride, TILES: tl.constexpr):
     highest = tl.max(tl.load(limits + row * tiles + at, mask=at < tiles, other=float("-inf")), axis=0)
     lowest = tl.min(tl.load(limits + stride + row * tiles + at, mask=at < tiles, other=float("inf")), axis=0)
     return highest, lowest, (highest > float("-inf")) & (highest < float("inf"))
-
-
-@triton.jit
-def _step(highest, lowest, BINS: tl.constexpr):
-    """The width of a bin."""
-    return tl.maximum(tl.minimum(highest - lowest, _RANGE), 1e-30) / BINS
-
-
-@triton.jit
-def _bin(scores, highest, step, BINS: tl.constexpr):
-    return tl.minimum((highest - scores) * (1.0 / step), BINS - 1.0).to(tl.int32)
 
 
 @triton.jit
@@ -127,35 +128,6 @@ def _range_kernel(
 
 
 @triton.jit
-def _bracket(counts, state, k, p, step, BINS: tl.constexpr):
-    """From the counts of a row: which bins must be listed, to the state.
-
-    The mass of a bin lies between what its two ends would weigh, so the mass down to each bin has bounds. Where even
-    the upper one is below p of the least possible whole, the threshold lies further down; where the lower one has
-    reached p of the greatest possible whole, it does not. 1/1000 is more than all rounding.
-    """
-    bins = tl.arange(0, BINS)
-    count = tl.load(counts + bins, cache_modifier=".cg")
-    so_far = tl.cumsum(count, axis=0)
-    k_bin = tl.where((k > 0) & (k < tl.sum(count, axis=0)), tl.sum((so_far < k).to(tl.int32), axis=0), BINS)
-
-    most = count.to(tl.float32) * tl.exp(-bins.to(tl.float32) * step)
-    least = tl.where(bins == BINS - 1, 0.0, count.to(tl.float32) * tl.exp(-(bins + 1).to(tl.float32) * step))
-    whole_most = tl.sum(tl.where(bins <= k_bin, most, 0.0), axis=0)
-    whole_least = tl.sum(tl.where(bins < k_bin, least, 0.0), axis=0)
-    first = tl.sum((tl.cumsum(most, axis=0) < 0.999 * p * whole_least).to(tl.int32), axis=0)
-    last = tl.sum((tl.cumsum(least, axis=0) < 1.001 * p * whole_most).to(tl.int32), axis=0)
-    first = tl.where(p < 1.0, tl.minimum(first, k_bin), BINS)
-    last = tl.where(p < 1.0, tl.minimum(last, k_bin), -1)
-
-    unlisted = tl.sum(tl.where((bins < k_bin) & ((bins < first) | (bins > last)), count, 0), axis=0)
-    tl.store(state + _RANK, tl.where(k_bin < BINS, k - unlisted, 0).to(tl.int64))
-    tl.store(state + _FIRST, first.to(tl.int64))
-    tl.store(state + _LAST, last.to(tl.int64))
-    tl.store(state + _K_BIN, k_bin.to(tl.int64))
-
-
-@triton.jit
 def _count_kernel(
     logits,
     temperature,
@@ -185,29 +157,18 @@ def _count_kernel(
     if fit & (greedy == 0) & ((k > 0) | (p < 1.0)):
         counts += row * BINS
         state += row * STATE
-        step = _step(highest, lowest, BINS)
+        width = bin_width(highest, lowest, BINS)
         token_ids = tile * BLOCK + tl.arange(0, BLOCK)
         scores = load_scores(logits + row * row_stride, token_ids, vocab_size, divisor, HAS_TEMPERATURE)
-        count = tl.histogram(_bin(scores, highest, step, BINS), BINS, mask=scores > float("-inf"))
+        count = tl.histogram(bin_of(scores, highest, width, BINS), BINS, mask=scores > float("-inf"))
         tl.atomic_add(counts + tl.arange(0, BINS), count, mask=count > 0, sem="relaxed")
         tl.debug_barrier()
         if tl.atomic_add(state + _COUNTED, 1, sem="acq_rel") == tiles - 1:
-            _bracket(counts, state, k, p, step, BINS)
-
-
-@triton.jit
-def _store_cut(key, last_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P: tl.constexpr):
-    """The row's cut, raised to what min-p asks: score >= highest + log(min_p), in float64."""
-    if HAS_MIN_P:
-        share = tl.minimum(tl.load(min_p + row), 1.0)
-        if share > 0.0:
-            least = highest.to(tl.float64) + tl.log(share.to(tl.float64))
-            nearest = least.to(tl.float32)
-            least_key = key_of(nearest).to(tl.int64) + (nearest.to(tl.float64) < least).to(tl.int64)
-            last_id = tl.where(least_key > key, LAST_ID, last_id)
-            key = tl.maximum(key, least_key)
-    tl.store(cut_scores + row, score_of(key.to(tl.int32)))
-    tl.store(cut_ids + row, last_id)
+            first, last, k_bin, rank = bracket(counts, k, p, width, BINS)
+            tl.store(state + _FIRST, first.to(tl.int64))
+            tl.store(state + _LAST, last.to(tl.int64))
+            tl.store(state + _K_BIN, k_bin.to(tl.int64))
+            tl.store(state + _RANK, rank.to(tl.int64))
 
 
 @triton.jit
@@ -248,10 +209,10 @@ def _gather_kernel(
     every_id = tl.zeros_like(tile) + LAST_ID
     if (fit == 0) | greedy:
         if tile == 0:
-            _store_cut(nothing, every_id, highest, min_p, cut_scores, cut_ids, row, False)
+            store_cut(nothing, every_id, highest, min_p, cut_scores, cut_ids, row, False)
     elif (k == 0) & (p >= 1.0):
         if tile == 0:
-            _store_cut(nothing, every_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
+            store_cut(nothing, every_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
     else:
         if HAS_K or HAS_P:
             logits += row * row_stride
@@ -263,7 +224,7 @@ def _gather_kernel(
             k_bin = tl.load(state + _K_BIN)
             token_ids = tile * BLOCK + tl.arange(0, BLOCK)
             scores = load_scores(logits, token_ids, vocab_size, divisor, HAS_TEMPERATURE)
-            bins = _bin(scores, highest, _step(highest, lowest, BINS), BINS)
+            bins = bin_of(scores, highest, bin_width(highest, lowest, BINS), BINS)
             alive = scores > float("-inf")
             listed = alive & (((bins >= first) & (bins <= last)) | (bins == k_bin))
             count = tl.sum(listed.to(tl.int32), axis=0)
@@ -273,7 +234,7 @@ def _gather_kernel(
                 tl.store(list_scores + place, scores, mask=listed & (place < LIST))
                 tl.store(list_ids + place, token_ids, mask=listed & (place < LIST))
             if HAS_P:
-                mass = mass_of(scores - highest)
+                mass = mass_of(scores, highest)
                 above = tl.sum(tl.where(alive & (bins < first), mass, 0), axis=0)
                 below = tl.sum(tl.where(alive & (bins > last) & (bins < k_bin), mass, 0), axis=0)
                 tl.atomic_add(state + _MASS_ABOVE, above, mask=above > 0, sem="relaxed")
@@ -291,18 +252,18 @@ def _gather_kernel(
                     ids = tl.load(list_ids + at, mask=at < size, other=LAST_ID, cache_modifier=".cg")
                     keys = key_of(found)
                     low = tl.min(tl.where(at < size, keys, LAST_ID), axis=0).to(tl.int64)
-                    tokens = (keys, tl.where(at < size, mass_of(found - highest), 0), ids)
+                    tokens = (keys, tl.where(at < size, mass_of(found, highest), 0), ids)
                     rank = tl.load(state + _RANK)
                     key, last_id = threshold_of(
                         rank, p, above, below, low, high, tokens, source, HAS_K, HAS_P, True, BLOCK
                     )
-                    _store_cut(key, last_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
+                    store_cut(key, last_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
                 else:
                     low = key_of(lowest).to(tl.int64)
                     rank = tl.where(k_bin < BINS, k, 0).to(tl.int64)
                     none = above * 0
                     key, last_id = threshold_of(rank, p, none, none, low, high, (), source, HAS_K, HAS_P, False, BLOCK)
-                    _store_cut(key, last_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
+                    store_cut(key, last_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
 
 
 @triton.jit
@@ -451,7 +412,7 @@ def _check(
 def blocks_for(scores: Tensor, override: Mapping[str, int] | None = None) -> dict[str, int]:
     """BLOCK (scores of a tile), BINS (of a row's histogram), LIST (tokens that one program searches in registers)."""
     block = max(64, min(2048, triton.next_power_of_2(scores.shape[1])))
-    default = {"BLOCK": block, "BINS": block, "LIST": 2 * block, "num_warps": max(1, block // 256)}
+    default = {"BLOCK": block, "BINS": block, "LIST": block, "num_warps": max(1, block // 256)}
     return config("selection", scores.device, default, override, vocab_size=scores.shape[1])
 
 
@@ -464,7 +425,7 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
         yield Problem(
             when={"vocab_size": vocab_size},
             candidates=[
-                {"BLOCK": block, "BINS": bins, "LIST": 4096, "num_warps": warps}
+                {"BLOCK": block, "BINS": bins, "LIST": 2048, "num_warps": warps}
                 for block in (1024, 2048, 4096)
                 for bins in (1024, 2048)
                 for warps in (4, 8)

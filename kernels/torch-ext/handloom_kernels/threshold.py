@@ -1,4 +1,4 @@
-"""The exact threshold of top-k and top-p over a list of scores, or over a whole row, by halving an interval of keys.
+"""The exact threshold of top-k and top-p in one row: bounds from a histogram, then halving an interval of keys.
 
 A key is a score's bits as an integer that has the scores' order, so at most 32 halvings lead from any interval to the
 key of one token. Masses are exp(score - highest) in units of 2^-40, integers: their sums have no order.
@@ -8,9 +8,9 @@ key of one token. Masses are exp(score - highest) in units of 2^-40, integers: t
                               is there enough from here upwards?  yes: low = middle, no: high = middle - 1
 
 One program does this for one row, on a list that it holds in registers (IN_LIST), or, when the list was too short, by
-reading the row anew for each question. `selection` makes the lists.
+reading the row anew for each question.
 
-This module does not know how a list came about.
+This module does not know how a row is shared among programs: that is `selection`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import triton.language as tl
 
 LAST_ID = tl.constexpr(2147483647)  # no token id is as high
 MINUS_INF = tl.constexpr(-2139095041)  # the key of -inf: nothing is below
+UNIT = tl.constexpr(2.0**-40)  # of mass
+RANGE = tl.constexpr(32.0)  # what lies further below the highest score shares the last bin, and weighs nothing
 
 
 @triton.jit
@@ -55,11 +57,19 @@ def score_of(key):
 
 
 @triton.jit
-def mass_of(x):
-    """exp(x) of x <= 0 in units of 2^-40, int64: 2^n exp(r) with |r| <= log(2) / 2, Taylor to the seventh power."""
+def mass_of(scores, highest):
+    """exp(score - highest) in units of 2^-40, int64; anything for a score of -inf.
+
+    2^n exp(r) with |r| <= log(2) / 2, by Taylor to the seventh power; what the difference lost to rounding (Knuth's
+    two-sum) is added to r. Off by less than 2^-23 of itself, and one unit.
+    """
+    x = scores - highest
+    back = x - scores
+    lost = (scores - (x - back)) - (highest + back)
+    lost = tl.where(x > -40.0, lost, 0.0)
     x = tl.maximum(x, -40.0)
     n = tl.floor(tl.fma(x, 1.4426950408889634, 0.5))
-    r = tl.fma(n, -1.42860682030941723212e-6, tl.fma(n, -0.693145751953125, x))
+    r = tl.fma(n, -1.42860682030941723212e-6, tl.fma(n, -0.693145751953125, x)) + lost
     power = tl.fma(r, 1.0 / 5040, 1.0 / 720)
     power = tl.fma(r, power, 1.0 / 120)
     power = tl.fma(r, power, 1.0 / 24)
@@ -69,6 +79,55 @@ def mass_of(x):
     power = tl.fma(r, power, 1.0)
     unit = ((n.to(tl.int32) + (127 + 40)) << 23).to(tl.float32, bitcast=True)
     return (power * unit).to(tl.int64)
+
+
+@triton.jit
+def bin_width(highest, lowest, BINS: tl.constexpr):
+    """The width of a bin."""
+    return tl.maximum(tl.minimum(highest - lowest, RANGE), 1e-30) / BINS
+
+
+@triton.jit
+def bin_of(scores, highest, width, BINS: tl.constexpr):
+    return tl.minimum((highest - scores) * (1.0 / width), BINS - 1.0).to(tl.int32)
+
+
+@triton.jit
+def bracket(counts, k, p, width, BINS: tl.constexpr):
+    """From the counts of a row's bins: (first, last bin in which p may be reached; bin of the k-th score, BINS if there
+    is none; rank of the k-th score among those that must be listed, which lie in these bins, 0 if there is none).
+
+    The mass of a bin lies between what its two ends would weigh (a token loses less than a unit to rounding, see
+    `mass_of`), so the mass down to a bin, and that from it on, have bounds. The threshold lies further down than a bin
+    where the most that the mass so far can be is below p of the least that the whole can be, or the least that is left
+    is above 1 - p of the most; and likewise for the other side. What is left knows better where p is near 1, what is
+    above where it is near 0. 1/1000 is more than all rounding.
+    """
+    bins = tl.arange(0, BINS)
+    count = tl.load(counts + bins, cache_modifier=".cg")
+    so_far = tl.cumsum(count, axis=0)
+    k_bin = tl.where((k > 0) & (k < tl.sum(count, axis=0)), tl.sum((so_far < k).to(tl.int32), axis=0), BINS)
+
+    most = tl.where(bins <= k_bin, count.to(tl.float32) * tl.exp(-bins.to(tl.float32) * width), 0.0)
+    inner = (bins < k_bin) & (bins < BINS - 1)
+    lower_end = tl.maximum(tl.exp(-(bins + 1).to(tl.float32) * width) - UNIT, 0.0)
+    least = tl.where(inner, count.to(tl.float32) * lower_end, 0.0)
+    whole_most = 1.001 * tl.sum(most, axis=0)
+    whole_least = 0.999 * tl.sum(least, axis=0)
+    above_is_short = tl.cumsum(most, axis=0) < p * whole_least
+    above_may_be_short = tl.cumsum(least, axis=0) < p * whole_most
+    rest_is_long = tl.cumsum(least, axis=0, reverse=True) > (1.0 - p) * whole_most
+    rest_may_be_long = tl.cumsum(most, axis=0, reverse=True) > (1.0 - p) * whole_least
+    first = tl.maximum(tl.sum(above_is_short.to(tl.int32), axis=0), tl.sum(rest_is_long.to(tl.int32), axis=0) - 1)
+    last = tl.minimum(
+        tl.sum(above_may_be_short.to(tl.int32), axis=0), tl.sum(rest_may_be_long.to(tl.int32), axis=0) - 1
+    )
+    first = tl.where(p < 1.0, tl.minimum(tl.maximum(first, 0), k_bin), BINS)
+    last = tl.where(p < 1.0, tl.minimum(tl.maximum(last, 0), k_bin), -1)
+
+    unlisted = tl.sum(tl.where((bins < k_bin) & ((bins < first) | (bins > last)), count, 0), axis=0)
+    rank = tl.where(k_bin < BINS, k - unlisted, 0)
+    return first, last, k_bin, rank
 
 
 @triton.jit
@@ -87,7 +146,7 @@ def _from_key(threshold, listed, row, AS_MASS: tl.constexpr, IN_LIST: tl.constex
         for start in range(0, vocab_size, CHUNK):
             scores = load_scores(logits, start + tl.arange(0, CHUNK), vocab_size, divisor, True)
             found = (key_of(scores) >= threshold.to(tl.int32)) & (scores > float("-inf"))
-            sums += tl.where(found, mass_of(scores - highest) if AS_MASS else 1, 0)
+            sums += tl.where(found, mass_of(scores, highest) if AS_MASS else 1, 0)
         total = tl.sum(sums, axis=0)
     return total.to(tl.int64)
 
@@ -166,8 +225,23 @@ def threshold_of(
             need = tl.maximum(tl.ceil(p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64), 1)
             key = _highest_key(need, above, key, high, listed, row, True, IN_LIST, CHUNK)
             better = above + _from_key(key + 1, listed, row, True, IN_LIST, CHUNK)
-            each = mass_of(score_of(key.to(tl.int32)) - row[3])
+            each = mass_of(score_of(key.to(tl.int32)), row[3])
             stay = (need - better + each - 1) // each
             if stay < _ties_up_to(LAST_ID, key, listed, row, IN_LIST, CHUNK):
                 last_id = _last_tie(stay, key, listed, row, IN_LIST, CHUNK)
     return key, last_id
+
+
+@triton.jit
+def store_cut(key, last_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P: tl.constexpr):
+    """The row's cut, raised to what min-p asks: score >= highest + log(min_p), in float64."""
+    if HAS_MIN_P:
+        share = tl.minimum(tl.load(min_p + row), 1.0)
+        if share > 0.0:
+            least = highest.to(tl.float64) + tl.log(share.to(tl.float64))
+            nearest = least.to(tl.float32)
+            least_key = key_of(nearest).to(tl.int64) + (nearest.to(tl.float64) < least).to(tl.int64)
+            last_id = tl.where(least_key > key, LAST_ID, last_id)
+            key = tl.maximum(key, least_key)
+    tl.store(cut_scores + row, score_of(key.to(tl.int32)))
+    tl.store(cut_ids + row, last_id)
