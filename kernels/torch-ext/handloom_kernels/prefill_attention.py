@@ -72,6 +72,12 @@ def _load_each(pointers, inside):
     return tl.load(pointers) if inside is None else tl.load(pointers, mask=inside, other=0)
 
 
+@triton.jit
+def _quick_tanh(x):
+    """Within 1e-7, also near 0: coarse for a float32 score, far finer than a half-precision weight."""
+    return 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2_E)) + 1.0)
+
+
 @triton.jit(do_not_specialize=["num_sequences"])
 def _prefill_kernel(
     q,
@@ -191,7 +197,7 @@ def _prefill_kernel(
             if k_scales is not None:
                 x *= _load_each(k_scales + scales_at, inside)[None, :]
             if inner is not None:
-                x = tanh(x * inner)
+                x = tanh(x * inner) if q_tile.dtype == tl.float32 else _quick_tanh(x * inner)
             if alibi_slopes is not None:
                 distance = (keys[None, :] - query_at[:, None]).to(tl.float32)
                 x = tl.fma(slopes[:, None], distance, x * gain)
@@ -308,6 +314,7 @@ def prefill_attention(
         NUM_KV_HEADS=num_kv_heads,
         PACK=pack,
         PAGE_BITS=page_size.bit_length() - 1,
+        SAME_STRIDES=k_pages.stride()[:2] == v_pages.stride()[:2],
         **tile_widths(k_pages, v_pages),
         **chosen,
     )
@@ -327,11 +334,14 @@ def blocks_for(
         default = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
     elif q.dtype == torch.float32:
         default = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    elif widest > 128 and tuning.is_hip():
+        default = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
     elif widest > 128:
         default = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    elif codes or tuning.is_hip():
+        default = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     else:
-        keys = 32 if codes or tuning.is_hip() else 64
-        default = {"BLOCK_M": 128, "BLOCK_N": keys, "num_warps": 8, "num_stages": 2}
+        default = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
     shape = {"head_dim": head_dim, "v_head_dim": v_head_dim, "dtype": dtype, "codes": codes}
     return config("prefill_attention", q.device, default, override, **shape)
 
