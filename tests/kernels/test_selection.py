@@ -90,6 +90,17 @@ def test_each_rule_without_the_others(rule: int) -> None:
     assert torch.equal(kernels.select(scores, *given, blocks=SMALL), reference.select(scores, *given))
 
 
+def test_k_beyond_what_is_left_cuts_nothing() -> None:
+    scores = draw(3, 100)
+    scores[:, 20:] = -torch.inf
+    given = None, ints(50, 20, 19), None, floats(0.3, 0.0, 0.0)
+    ours = kernels.select(scores, *given, blocks=SMALL)
+    assert torch.equal(ours, reference.select(scores, *given))
+    assert (ours > -torch.inf).sum(-1)[1:].tolist() == [20, 19]
+    cuts = kernels.find_cuts(scores, *given, blocks=SMALL)
+    assert cuts.scores[1] == -torch.inf
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_and_rows_that_lie_apart(dtype: torch.dtype) -> None:
     scores = draw(3, 200, dtype=dtype, scale=3)[:, 30:130]

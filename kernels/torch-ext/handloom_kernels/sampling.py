@@ -175,6 +175,7 @@ def adjust_logits(
     device = check_device("logits", logits)
     check("logits", logits, (None, None), FLOATS, device, strided=True)
     count, vocab_size = logits.shape
+    require(vocab_size < 2**31 - 2**16, f"logits have {vocab_size} columns; there must be fewer than 2^31 - 2^16")
     words = -(-vocab_size // 32)
     penalties = penalties or Penalties()
     penalized = any(each is not None for each in penalties)

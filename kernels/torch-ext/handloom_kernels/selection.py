@@ -52,10 +52,13 @@ from .threshold import (
     bracket,
     key_of,
     load_divisor,
+    load_limits,
+    load_rules,
     load_scores,
     mass_of,
     store_cut,
     threshold_of,
+    threshold_of_list,
 )
 from .tuning import Problem, config
 
@@ -69,28 +72,6 @@ _RANK = tl.constexpr(5)  # of the k-th score within the list; 0: top-k keeps all
 _FIRST = tl.constexpr(6)  # first bin where the mass may reach p
 _LAST = tl.constexpr(7)  # last such bin
 _K_BIN = tl.constexpr(8)  # bin of the k-th score; BINS: none
-
-
-@triton.jit
-def _limits(limits, row, tiles, stride, TILES: tl.constexpr):
-    """(highest, lowest finite score of the row, is the row fit to be cut)."""
-    at = tl.arange(0, TILES)
-    highest = tl.max(tl.load(limits + row * tiles + at, mask=at < tiles, other=float("-inf")), axis=0)
-    lowest = tl.min(tl.load(limits + stride + row * tiles + at, mask=at < tiles, other=float("inf")), axis=0)
-    return highest, lowest, (highest > float("-inf")) & (highest < float("inf"))
-
-
-@triton.jit
-def _rules(row, top_k, top_p, vocab_size, HAS_K: tl.constexpr, HAS_P: tl.constexpr):
-    """(k, 0 if off; p, 1 if off)."""
-    k = 0
-    p = 1.0
-    if HAS_K:
-        k = tl.load(top_k + row)
-        k = tl.where((k < 0) | (k >= vocab_size), 0, k)
-    if HAS_P:
-        p = tl.load(top_p + row)
-    return k, p
 
 
 @triton.jit
@@ -152,8 +133,8 @@ def _count_kernel(
     tile = program % tiles
     row = (program // tiles).to(tl.int64)
     divisor, greedy = load_divisor(temperature, row, HAS_TEMPERATURE)
-    k, p = _rules(row, top_k, top_p, vocab_size, HAS_K, HAS_P)
-    highest, lowest, fit = _limits(limits, row, tiles, limits_stride, TILES)
+    k, p = load_rules(row, top_k, top_p, vocab_size, HAS_K, HAS_P)
+    highest, lowest, fit = load_limits(limits, row, tiles, limits_stride, TILES)
     if fit & (greedy == 0) & ((k > 0) | (p < 1.0)):
         counts += row * BINS
         state += row * STATE
@@ -203,8 +184,8 @@ def _gather_kernel(
     tile = program % grid_tiles
     row = (program // grid_tiles).to(tl.int64)
     divisor, greedy = load_divisor(temperature, row, HAS_TEMPERATURE)
-    k, p = _rules(row, top_k, top_p, vocab_size, HAS_K, HAS_P)
-    highest, lowest, fit = _limits(limits, row, tiles, limits_stride, TILES)
+    k, p = load_rules(row, top_k, top_p, vocab_size, HAS_K, HAS_P)
+    highest, lowest, fit = load_limits(limits, row, tiles, limits_stride, TILES)
     nothing = tl.zeros_like(row) + MINUS_INF
     every_id = tl.zeros_like(tile) + LAST_ID
     if (fit == 0) | greedy:
@@ -244,26 +225,18 @@ def _gather_kernel(
                 size = tl.load(state + _LISTED, cache_modifier=".cg")
                 above = tl.load(state + _MASS_ABOVE, cache_modifier=".cg")
                 below = tl.load(state + _MASS_BELOW, cache_modifier=".cg")
-                high = key_of(highest).to(tl.int64)
                 source = (logits, vocab_size, divisor, highest)
                 if size <= LIST:
-                    at = tl.arange(0, LIST)
-                    found = tl.load(list_scores + at, mask=at < size, other=float("-inf"), cache_modifier=".cg")
-                    ids = tl.load(list_ids + at, mask=at < size, other=LAST_ID, cache_modifier=".cg")
-                    keys = key_of(found)
-                    low = tl.min(tl.where(at < size, keys, LAST_ID), axis=0).to(tl.int64)
-                    tokens = (keys, tl.where(at < size, mass_of(found, highest), 0), ids)
                     rank = tl.load(state + _RANK)
-                    key, last_id = threshold_of(
-                        rank, p, above, below, low, high, tokens, source, HAS_K, HAS_P, True, BLOCK
+                    key, last_id = threshold_of_list(
+                        list_scores, list_ids, size, rank, p, above, below, source, HAS_K, HAS_P, LIST
                     )
-                    store_cut(key, last_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
                 else:
-                    low = key_of(lowest).to(tl.int64)
                     rank = tl.where(k_bin < BINS, k, 0).to(tl.int64)
+                    low, high = key_of(lowest).to(tl.int64), key_of(highest).to(tl.int64)
                     none = above * 0
                     key, last_id = threshold_of(rank, p, none, none, low, high, (), source, HAS_K, HAS_P, False, BLOCK)
-                    store_cut(key, last_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
+                store_cut(key, last_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
 
 
 @triton.jit
@@ -424,11 +397,6 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
         top_p = torch.full((8,), 0.95, device=device)
         yield Problem(
             when={"vocab_size": vocab_size},
-            candidates=[
-                {"BLOCK": block, "BINS": bins, "LIST": 2048, "num_warps": warps}
-                for block in (1024, 2048, 4096)
-                for bins in (1024, 2048)
-                for warps in (4, 8)
-            ],
+            candidates=[{"BLOCK": b, "BINS": b, "LIST": 2048, "num_warps": w} for b in (1024, 2048) for w in (4, 8)],
             run=partial(select, scores, None, top_k, top_p),
         )

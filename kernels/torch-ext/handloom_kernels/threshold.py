@@ -45,6 +45,28 @@ def load_divisor(temperature, row, HAS_TEMPERATURE: tl.constexpr):
 
 
 @triton.jit
+def load_rules(row, top_k, top_p, vocab_size, HAS_K: tl.constexpr, HAS_P: tl.constexpr):
+    """(k, 0 if off; p, 1 if off)."""
+    k = 0
+    p = 1.0
+    if HAS_K:
+        k = tl.load(top_k + row)
+        k = tl.where((k < 0) | (k >= vocab_size), 0, k)
+    if HAS_P:
+        p = tl.load(top_p + row)
+    return k, p
+
+
+@triton.jit
+def load_limits(limits, row, tiles, stride, TILES: tl.constexpr):
+    """(highest, lowest finite score of the row, is the row fit to be cut)."""
+    at = tl.arange(0, TILES)
+    highest = tl.max(tl.load(limits + row * tiles + at, mask=at < tiles, other=float("-inf")), axis=0)
+    lowest = tl.min(tl.load(limits + stride + row * tiles + at, mask=at < tiles, other=float("inf")), axis=0)
+    return highest, lowest, (highest > float("-inf")) & (highest < float("inf"))
+
+
+@triton.jit
 def key_of(scores):
     """int32 in the order of the scores; the function is its own inverse, on bits."""
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
@@ -230,6 +252,32 @@ def threshold_of(
             if stay < _ties_up_to(LAST_ID, key, listed, row, IN_LIST, CHUNK):
                 last_id = _last_tie(stay, key, listed, row, IN_LIST, CHUNK)
     return key, last_id
+
+
+@triton.jit
+def threshold_of_list(
+    list_scores,
+    list_ids,
+    size,
+    rank,
+    p,
+    above,
+    below,
+    row,
+    HAS_K: tl.constexpr,
+    HAS_P: tl.constexpr,
+    LIST: tl.constexpr,
+):
+    """`threshold_of` for a list of `size` tokens in memory, at most LIST; an empty one cuts nothing."""
+    at = tl.arange(0, LIST)
+    scores = tl.load(list_scores + at, mask=at < size, other=float("-inf"), cache_modifier=".cg")
+    token_ids = tl.load(list_ids + at, mask=at < size, other=LAST_ID, cache_modifier=".cg")
+    keys = key_of(scores)
+    lowest = tl.min(tl.where(at < size, keys, LAST_ID), axis=0)
+    low = tl.where(size > 0, lowest, MINUS_INF).to(tl.int64)
+    listed = (keys, tl.where(at < size, mass_of(scores, row[3]), 0), token_ids)
+    high = key_of(row[3]).to(tl.int64)
+    return threshold_of(rank, p, above, below, low, high, listed, row, HAS_K, HAS_P, True, LIST)
 
 
 @triton.jit
