@@ -278,9 +278,7 @@ def find_cuts(
     blocks: overrides the block sizes of the tuning table. Raises KernelError.
     """
     device, rows, vocab_size = _check(scores, temperature, top_k, top_p, min_p)
-    cuts = Cuts(
-        torch.empty(rows, dtype=torch.float32, device=device), torch.empty(rows, dtype=torch.int32, device=device)
-    )
+    cuts = Cuts(*(torch.empty(rows, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32)))
     if rows == 0:
         return cuts
     chosen = blocks_for(scores, blocks)
