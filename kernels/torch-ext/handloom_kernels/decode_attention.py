@@ -59,7 +59,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .checks import FLOATS, INTS, KernelError, check, check_device, require
+from .checks import FLOATS, INTS, check, check_device, require
 from .tuning import Problem, config
 
 CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
@@ -68,8 +68,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Where top starts: below every score, yet a number, so that exp(-inf - top) is 0 and exp(top - top) is 1.
 LOWEST = tl.constexpr(-1e30)
-# splits that are folded at once
-FAN = tl.constexpr(16)
 
 
 @triton.jit
@@ -87,22 +85,40 @@ def tanh(x):
 
 @triton.jit
 def load_columns(base, rows, inside, FIRST: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns FIRST .. FIRST + BLOCK of the rows at these offsets; 0 beyond WIDTH and in rows that are not inside."""
+    """Columns FIRST .. FIRST + BLOCK of the rows at these offsets; 0 beyond WIDTH and in rows that are not inside (where
+    `inside` is None all are)."""
     columns = FIRST + tl.arange(0, BLOCK)
-    mask = inside[:, None]
-    if FIRST + BLOCK > WIDTH:
-        mask = mask & (columns < WIDTH)[None, :]
-    return tl.load(base + rows[:, None] + columns[None, :], mask=mask, other=0.0)
+    at = base + rows[:, None] + columns[None, :]
+    if FIRST + BLOCK <= WIDTH:
+        tile = tl.load(at) if inside is None else tl.load(at, mask=inside[:, None], other=0.0)
+    else:
+        mask = (columns < WIDTH)[None, :]
+        if inside is not None:
+            mask = mask & inside[:, None]
+        tile = tl.load(at, mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
-def page_of(page_ids, start, keys, inside, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page ids of a tile of keys: one for all where a tile never leaves its page, else one per key."""
+def store_columns(base, rows, inside, tile, WIDTH: tl.constexpr):
+    """The first WIDTH columns of a tile, to the rows at these offsets that are inside."""
+    columns = tl.arange(0, tile.shape[1])
+    mask = inside[:, None]
+    if tile.shape[1] > WIDTH:
+        mask = mask & (columns < WIDTH)[None, :]
+    tl.store(base + rows[:, None] + columns[None, :], tile, mask=mask)
+
+
+@triton.jit
+def page_of(page_ids, start, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page ids of the keys start .. start + BLOCK_N: one for all where a tile never leaves its page, else one per
+    key. Only those of pages with keys that are read are looked up."""
     if PAGE_SIZE % BLOCK_N == 0:
-        page = tl.load(page_ids + start // PAGE_SIZE)
+        page = tl.load(page_ids + start // PAGE_SIZE, mask=start < end, other=0)
     else:
-        page = tl.load(page_ids + keys // PAGE_SIZE, mask=inside, other=0)
-    return page.to(tl.int64)
+        keys = start + tl.arange(0, BLOCK_N)
+        page = tl.load(page_ids + keys // PAGE_SIZE, mask=(keys >= first) & (keys < end), other=0)
+    return page.to(tl.int32)
 
 
 @triton.jit
@@ -140,20 +156,19 @@ def attend_keys(
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DV), tl.float32)
+    page = page_of(page_ids, begin, first, end, PAGE_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         inside = (keys >= first) & (keys < end)
-        page = page_of(page_ids, start, keys, inside, PAGE_SIZE, BLOCK_N)
         slot = keys % PAGE_SIZE
-
-        k_rows = page * k_page_stride + slot.to(tl.int64) * k_slot_stride
+        k_rows = page.to(tl.int64) * k_page_stride + slot.to(tl.int64) * k_slot_stride
+        scales_at = (page.to(tl.int64) * PAGE_SIZE + slot) * NUM_KV_HEADS
         k = load_columns(k_pages, k_rows, inside, 0, q.shape[1], HEAD_DIM)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         if q_rest is not None:
             k_rest = load_columns(k_pages, k_rows, inside, q.shape[1], q_rest.shape[1], HEAD_DIM)
             scores = tl.dot(q_rest, tl.trans(k_rest.to(q.dtype)), scores, input_precision="ieee")
         if k_scales is not None:
-            scales_at = (page * PAGE_SIZE + slot) * NUM_KV_HEADS
             scores *= tl.load(k_scales + scales_at, mask=inside, other=0.0)[None, :]
         if softcap is None:
             scores *= scale * LOG2_E
@@ -175,12 +190,14 @@ def attend_keys(
         if V_IN_K:
             v = k
         else:
-            v_rows = page * v_page_stride + slot.to(tl.int64) * v_slot_stride
+            v_rows = k_rows
+            if v_page_stride is not None:
+                v_rows = page.to(tl.int64) * v_page_stride + slot.to(tl.int64) * v_slot_stride
             v = load_columns(v_pages, v_rows, inside, 0, DV, V_HEAD_DIM)
         if v_scales is not None:
-            scales_at = (page * PAGE_SIZE + slot) * NUM_KV_HEADS
             v = v.to(tl.float32) * tl.load(v_scales + scales_at, mask=inside, other=0.0)[:, None]
         acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
+        page = page_of(page_ids, start + BLOCK_N, first, end, PAGE_SIZE, BLOCK_N)  # long before its keys are loaded
     return top, total, acc
 
 
@@ -194,60 +211,74 @@ def write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM: 
         total = total * fade + tl.exp2(sink - raised)
         acc = acc * fade[:, None]
         top = raised
+    nothing = total == 0.0
+    total = tl.where(nothing, 1.0, total)
     if lse is not None:
-        tl.store(lse + at, (top + tl.log2(total)) * LN_2, mask=inside)
-    value = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    columns = tl.arange(0, acc.shape[1])
-    mask = inside[:, None] & (columns < V_HEAD_DIM)[None, :]
-    tl.store(out + at[:, None] * V_HEAD_DIM + columns[None, :], value.to(out.dtype.element_ty), mask=mask)
+        tl.store(lse + at, tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN_2), mask=inside)
+    value = acc / total[:, None]
+    store_columns(out, at * V_HEAD_DIM, inside, value.to(out.dtype.element_ty), V_HEAD_DIM)
 
 
 @triton.jit
-def store_split(split_sums, split_accs, at, inside, num_rows, top, total, acc, V_HEAD_DIM: tl.constexpr):
-    """Put a split's three values where the last to arrive will look for them; the workspace has num_rows rows."""
-    tl.store(split_sums + at, top, mask=inside)
-    tl.store(split_sums + num_rows + at, total, mask=inside)
-    columns = tl.arange(0, acc.shape[1])
-    mask = inside[:, None] & (columns < V_HEAD_DIM)[None, :]
-    tl.store(split_accs + at[:, None] * V_HEAD_DIM + columns[None, :], acc, mask=mask)
+def store_split(split_sums, split_accs, at, inside, top, total, acc, V_HEAD_DIM: tl.constexpr):
+    """Put a split's three values where the last to arrive will look for them."""
+    tl.store(split_sums + 2 * at, top, mask=inside)
+    tl.store(split_sums + 2 * at + 1, total, mask=inside)
+    store_columns(split_accs, at * V_HEAD_DIM, inside, acc, V_HEAD_DIM)
 
 
 @triton.jit
-def fold_splits(
+def fold_and_write(
+    out,
+    lse,
+    sinks,
     split_sums,
     split_accs,
-    at,
-    inside,
-    num_rows,
+    lead,
+    row,
+    row_end,
     rows_per_split,
     first_split,
-    end_split,
-    ROWS: tl.constexpr,
+    num_splits,
+    first_token,
+    kv_head,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     DV: tl.constexpr,
+    FOLD_SPLITS: tl.constexpr,
+    FOLD_ROWS: tl.constexpr,
 ):
-    """(top, total, acc) of ROWS rows over the splits first_split .. end_split; `at`: where the first one's rows lie.
+    """FOLD_ROWS rows from `row` on: all splits into one, and out. `lead`: where row 0 of the first split lies.
 
-    FAN splits are read at once, in groups that begin at multiples of FAN, so that a split has one place in the sum."""
-    top = tl.full((ROWS,), LOWEST, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, DV), tl.float32)
+    FOLD_SPLITS are read at once, in groups that begin at multiples of it, so that a split has one place in the sum."""
+    rows = row + tl.arange(0, FOLD_ROWS)
+    inside = rows < row_end
     columns = tl.arange(0, DV)
-    for start in range(first_split // FAN * FAN, end_split, FAN):
-        splits = start + tl.arange(0, FAN)
-        there = ((splits >= first_split) & (splits < end_split))[:, None] & inside[None, :]
-        where = at[None, :] + ((splits - first_split).to(tl.int64) * rows_per_split)[:, None]
-        tops = tl.load(split_sums + where, mask=there, other=LOWEST)
-        totals = tl.load(split_sums + num_rows + where, mask=there, other=0.0)
-        mask = there[:, :, None] & (columns < V_HEAD_DIM)[None, None, :]
-        accs = tl.load(split_accs + where[:, :, None] * V_HEAD_DIM + columns[None, None, :], mask=mask, other=0.0)
+    top = tl.full((FOLD_ROWS,), LOWEST, tl.float32)
+    total = tl.zeros((FOLD_ROWS,), tl.float32)
+    acc = tl.zeros((FOLD_ROWS, DV), tl.float32)
+    for start in range(first_split // FOLD_SPLITS * FOLD_SPLITS, first_split + num_splits, FOLD_SPLITS):
+        nth = start - first_split + tl.arange(0, FOLD_SPLITS)
+        there = ((nth >= 0) & (nth < num_splits))[:, None] & inside[None, :]
+        base = lead + tl.cast(start - first_split, tl.int64) * rows_per_split
+        at = tl.arange(0, FOLD_SPLITS)[:, None] * rows_per_split + rows[None, :]
+        tops = tl.load(split_sums + 2 * (base + at), mask=there, other=LOWEST)
+        totals = tl.load(split_sums + 2 * (base + at) + 1, mask=there, other=0.0)
+        at = at[:, :, None] * V_HEAD_DIM + columns[None, None, :]
+        mask = there[:, :, None]
+        if DV > V_HEAD_DIM:
+            mask = mask & (columns < V_HEAD_DIM)[None, None, :]
+        accs = tl.load(split_accs + base * V_HEAD_DIM + at, mask=mask, other=0.0)
         raised = tl.maximum(top, tl.max(tops, axis=0))
         weights = tl.exp2(tops - raised[None, :])
         fade = tl.exp2(top - raised)
         top = raised
         total = total * fade + tl.sum(totals * weights, axis=0)
         acc = acc * fade[:, None] + tl.sum(accs * weights[:, :, None], axis=0)
-    return top, total, acc
+    heads = kv_head * GROUP + rows % GROUP
+    at = (first_token + rows // GROUP) * (NUM_KV_HEADS * GROUP) + heads
+    write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM)
 
 
 @triton.jit
@@ -275,9 +306,10 @@ def list_splits(cu_seqlens, context_lens, num_sequences, window, SPLIT: tl.const
 @triton.jit
 def first_seen(length, count, window):
     """The first key that the first of a sequence's last `count` tokens sees."""
-    if window is None:
-        return length * 0
-    return tl.maximum(length - count - window + 1, 0)
+    first = length * 0
+    if window is not None:
+        first = tl.maximum(length - count - window + 1, 0)
+    return first
 
 
 @triton.jit(do_not_specialize=["num_sequences", "max_splits"])
@@ -321,11 +353,12 @@ def _decode_kernel(
     D_REST: tl.constexpr,
     DV: tl.constexpr,
     V_IN_K: tl.constexpr,
-    FOLD_ROWS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    FOLD_SPLITS: tl.constexpr,
+    FOLD_ROWS: tl.constexpr,
 ):
     TILES: tl.constexpr = (MAX_ROWS + BLOCK_M - 1) // BLOCK_M
     ends = list_splits(cu_seqlens, context_lens, num_sequences, window, SPLIT, BLOCK_S)
@@ -346,22 +379,23 @@ def _decode_kernel(
 
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rows < count * GROUP
+        rows = tl.minimum(rows, count * GROUP - 1)  # those too many repeat the last, and are not written
         tokens = first_token + rows // GROUP
         heads = kv_head * GROUP + rows % GROUP
         q_rows = tokens * q_stride + heads * q_head_stride
         q_rest = None
         if D_REST > 0:
-            q_rest = load_columns(q, q_rows, inside, D, D_REST, HEAD_DIM)
+            q_rest = load_columns(q, q_rows, None, D, D_REST, HEAD_DIM)
         slopes = None
         if alibi_slopes is not None:
             slopes = tl.load(alibi_slopes + heads).to(tl.float32)
         top, total, acc = attend_keys(
-            load_columns(q, q_rows, inside, 0, D, HEAD_DIM),
+            load_columns(q, q_rows, None, 0, D, HEAD_DIM),
             q_rest,
             length - count + rows // GROUP,
             slopes,
             k_pages + kv_head * k_head_stride,
-            v_pages + kv_head * v_head_stride,
+            v_pages + kv_head * (k_head_stride if v_head_stride is None else v_head_stride),
             None if k_scales is None else k_scales + kv_head,
             None if v_scales is None else v_scales + kv_head,
             page_table + s * table_stride,
@@ -384,37 +418,37 @@ def _decode_kernel(
             BLOCK_N,
         )
         at = tokens * (NUM_KV_HEADS * GROUP) + heads
-        if tickets is None:
-            write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM)
-        elif num_splits == 1:
+        if tickets is None or num_splits == 1:
             write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM)
         else:
             rows_per_split = NUM_KV_HEADS * MAX_ROWS
-            num_rows = num_sequences.to(tl.int64) * max_splits * rows_per_split
             lead = s * max_splits * rows_per_split + kv_head * MAX_ROWS
             own = lead + nth * rows_per_split + rows
-            store_split(split_sums, split_accs, own, inside, num_rows, top, total, acc, V_HEAD_DIM)
+            store_split(split_sums, split_accs, own, inside, top, total, acc, V_HEAD_DIM)
             if is_last(tickets + (s * NUM_KV_HEADS + kv_head) * TILES + tile, num_splits):
                 row_end = tl.minimum((tile + 1) * BLOCK_M, count * GROUP)
                 for row in range(tile * BLOCK_M, row_end, FOLD_ROWS):
-                    rows = row + tl.arange(0, FOLD_ROWS)
-                    inside = rows < row_end
-                    heads = kv_head * GROUP + rows % GROUP
-                    at = (first_token + rows // GROUP) * (NUM_KV_HEADS * GROUP) + heads
-                    top, total, acc = fold_splits(
+                    fold_and_write(
+                        out,
+                        lse,
+                        sinks,
                         split_sums,
                         split_accs,
-                        lead + rows,
-                        inside,
-                        num_rows,
+                        lead,
+                        row,
+                        row_end,
                         rows_per_split,
                         first_split,
-                        first_split + num_splits,
-                        FOLD_ROWS,
+                        num_splits,
+                        first_token,
+                        kv_head,
+                        GROUP,
+                        NUM_KV_HEADS,
                         V_HEAD_DIM,
                         DV,
+                        FOLD_SPLITS,
+                        FOLD_ROWS,
                     )
-                    write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM)
 
 
 def decode_attention(
@@ -455,7 +489,7 @@ def decode_attention(
     """
     device = check_device("q", q)
     check_attention(q, k_pages, v_pages, k_scales, v_scales, sinks, alibi_slopes, device)
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, num_heads, _ = q.shape
     num_kv_heads, v_head_dim = v_pages.shape[2:]
     num_sequences = len(context_lens)
     check("page_table", page_table, (num_sequences, None), INTS, device, strided=True)
@@ -463,7 +497,7 @@ def decode_attention(
     check("context_lens", context_lens, (num_sequences,), INTS, device)
     require(window is None or window >= 1, f"window is {window}; a query sees itself at least")
     require(softcap is None or softcap > 0, f"softcap is {softcap}; it must be positive")
-    require(1 <= max_query_len <= MAX_QUERIES, f"max_query_len is {max_query_len}; this kernel takes 1 to {MAX_QUERIES}")
+    require(1 <= max_query_len <= MAX_QUERIES, f"max_query_len is {max_query_len}; there may be 1 to {MAX_QUERIES}")
     require(
         num_tokens <= num_sequences * max_query_len,
         f"{num_tokens} queries of {num_sequences} sequences are more than max_query_len = {max_query_len} each",
@@ -486,7 +520,7 @@ def decode_attention(
         tickets = None
     else:
         rows = num_sequences * max_splits * num_heads * max_query_len
-        sums = torch.empty(2, rows, dtype=torch.float32, device=device)
+        sums = torch.empty(rows, 2, dtype=torch.float32, device=device)
         accs = torch.empty(rows, v_head_dim, dtype=torch.float32, device=device)
         needed = num_sequences * num_kv_heads * tiles
         if tickets is None:
@@ -515,7 +549,7 @@ def decode_attention(
         q.stride(0),
         q.stride(1),
         *k_pages.stride()[:3],
-        *v_pages.stride()[:3],
+        *(v_pages.stride()[:3] if v_pages.stride() != k_pages.stride() else (None, None, None)),
         page_table.stride(0),
         scale,
         window,
@@ -570,15 +604,16 @@ def tile_widths(k_pages: Tensor, v_pages: Tensor) -> dict[str, int]:
     head_dim, v_head_dim = k_pages.shape[-1], v_pages.shape[-1]
     wide = 1 << (head_dim.bit_length() - 1)
     padded = max(16, triton.next_power_of_2(v_head_dim))
-    view = k_pages.untyped_storage() is v_pages.untyped_storage() and k_pages.stride() == v_pages.stride()
+    same_place = k_pages.stride() == v_pages.stride()
+    same_place = same_place and k_pages.untyped_storage() is v_pages.untyped_storage()
+    same_place = same_place and k_pages.storage_offset() == v_pages.storage_offset()
     return {
         "HEAD_DIM": head_dim,
         "V_HEAD_DIM": v_head_dim,
         "D": max(16, wide),
         "D_REST": max(16, triton.next_power_of_2(head_dim - wide)) if head_dim > max(16, wide) else 0,
         "DV": padded,
-        "V_IN_K": view and k_pages.storage_offset() == v_pages.storage_offset() and v_head_dim == max(16, wide),
-        "FOLD_ROWS": max(1, 512 // padded),
+        "V_IN_K": same_place and v_head_dim == max(16, wide),
     }
 
 
@@ -591,27 +626,61 @@ def processors(device: torch.device) -> int:
 def blocks_for(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, override: Mapping[str, int] | None = None
 ) -> dict[str, int]:
-    """BLOCK_M rows, BLOCK_N keys, SPLIT keys, PROGRAMS per processor; never by numbers of sequences or queries."""
-    head_dim, v_head_dim = k_pages.shape[-1], v_pages.shape[-1]
+    """BLOCK_M rows, BLOCK_N keys, SPLIT keys, FOLD_SPLITS splits of FOLD_ROWS rows folded at once, PROGRAMS per
+    processor; never by numbers of sequences or queries."""
+    widths = tile_widths(k_pages, v_pages)
     group = q.shape[1] // k_pages.shape[2]
-    widest = max(triton.next_power_of_2(v_head_dim), 1 << (head_dim.bit_length() - 1))
-    block_n = max(16, min(128, 16384 // (widest * k_pages.element_size())))
+    quantised = k_pages.dtype != q.dtype
+    columns = widths["D"] + widths["D_REST"]
+    row = q.element_size() * (columns if widths["V_IN_K"] else columns + widths["DV"])
+    most = 32 if q.dtype == torch.float32 else 64 if quantised else 128
+    block_n = max(16, min(most, 1 << (36864 // (row * (1 + quantised))).bit_length() - 1))
     default = {
         "BLOCK_M": 16,
         "BLOCK_N": block_n,
         "SPLIT": max(128, min(512, 32 * triton.next_power_of_2(group))),
+        "FOLD_SPLITS": 16,
+        "FOLD_ROWS": max(1, 512 // widths["DV"]),
         "PROGRAMS": 2,
-        "num_warps": 4,
-        "num_stages": 2 if tuning.is_hip() else 3,
+        "num_warps": 8 if widths["DV"] >= 256 or q.dtype == torch.float32 else 4,
+        "num_stages": 4 if quantised else 3 if 2 * block_n * row + 16 * columns * q.element_size() < 98304 else 2,
     }
+    if tuning.is_hip():  # few scalar registers, and nothing on its way to shared memory
+        stages = 1 if quantised or columns > 128 else 2
+        warps = 8 if widths["DV"] < 512 else 4
+        default.update(BLOCK_N=16, FOLD_SPLITS=8, FOLD_ROWS=1, PROGRAMS=4, num_warps=warps, num_stages=stages)
     return config(
         "decode_attention",
         q.device,
         default,
         override,
-        head_dim=head_dim,
-        v_head_dim=v_head_dim,
+        head_dim=widths["HEAD_DIM"],
+        v_head_dim=widths["V_HEAD_DIM"],
         group=group,
         dtype=str(q.dtype).removeprefix("torch."),
         pages=str(k_pages.dtype).removeprefix("torch."),
     )
+
+
+def tuning_problems(device: torch.device) -> Iterator[Problem]:
+    """What `python -m handloom_kernels.tune decode_attention` tries: 8 sequences of 4096 keys."""
+    shapes = ((12, 12, 64, 64), (64, 8, 64, 64), (32, 32, 96, 96), (16, 8, 128, 128), (32, 8, 128, 128))
+    for heads, kv_heads, head_dim, v_head_dim in (*shapes, (8, 4, 256, 256), (16, 1, 576, 512), (128, 1, 576, 512)):
+        q = torch.randn(8, heads, head_dim, dtype=torch.bfloat16, device=device)
+        pages = torch.randn(2, 2048, 16, kv_heads, head_dim, dtype=torch.bfloat16, device=device)
+        k_pages, v_pages = pages[0], pages[int(v_head_dim == head_dim), ..., :v_head_dim]
+        table = torch.randperm(2048, device=device).view(8, 256)
+        starts, lengths = torch.arange(9, device=device), torch.full((8,), 4096, device=device)
+        default = blocks_for(q, k_pages, v_pages)
+        yield Problem(
+            when={"head_dim": head_dim, "v_head_dim": v_head_dim, "group": heads // kv_heads, "dtype": "bfloat16"},
+            candidates=[
+                {**default, "BLOCK_M": m, "BLOCK_N": n, "SPLIT": split, "num_warps": warps, "num_stages": stages}
+                for m in ((16, 32, 64) if heads // kv_heads > 16 else (16,))
+                for n in sorted({max(16, default["BLOCK_N"] // 2), default["BLOCK_N"], default["BLOCK_N"] * 2})
+                for split in (128, 256, 512)
+                for warps in (4, 8)
+                for stages in (2, 3, 4)
+            ],
+            run=partial(decode_attention, q, k_pages, v_pages, table, starts, lengths, head_dim**-0.5, max_query_len=1),
+        )

@@ -39,7 +39,7 @@ def attend(
         column = sinks.to(wide)[:, None, None].expand(-1, len(q), 1)
         scores = torch.cat((scores, column), dim=-1)
     lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp()[..., : len(k)]
+    weights = (scores - lse.masked_fill(lse.isneginf(), 0)[..., None]).exp()[..., : len(k)]
     return torch.einsum("hqk,khd->qhd", weights.to(q.dtype), v), lse.T
 
 
@@ -143,7 +143,7 @@ def merge_attention(first: Tensor, first_lse: Tensor, second: Tensor, second_lse
     """
     lse = torch.logaddexp(first_lse, second_lse)
     parts = [
-        output.view(*lse.shape, -1).to(lse.dtype) * (own - lse).exp()[..., None]
+        output.view(*lse.shape, -1).to(lse.dtype) * (own - lse.masked_fill(lse.isneginf(), 0)).exp()[..., None]
         for output, own in ((first, first_lse), (second, second_lse))
     ]
     return sum(parts, torch.zeros_like(parts[0])).flatten(1).to(first.dtype), lse
