@@ -91,3 +91,13 @@ def run(engine: Engine, results: Results | None = None, max_steps: int = 10_000)
             return results
         results.take(engine.step())
     raise AssertionError(f"the engine still has work after {max_steps} steps")
+
+
+def lm_in_float64(num_pages: int = 200, page_size: int = 4, family: str = "llama") -> LM:
+    """The tiny model and its pool in float64, where the order in which tokens run moves no logit by more than 1e-12:
+    two ways to compute the same tokens agree unless one of them is wrong. The logits themselves come out in float32."""
+    lm = loaded(family)
+    weights = {name: weight.double() for name, weight in lm.transformer.weights.items()}
+    pool = PagePool(lm.spec, num_pages, page_size, dtype=torch.float64, device=lm.device)
+    poison(pool)
+    return LM(type(lm.transformer)(lm.spec, weights, lm.backend), lm.tokenizer, pool, name=family)

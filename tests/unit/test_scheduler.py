@@ -31,6 +31,10 @@ class Counting:
         self.closed = 0
         self.broken = self.idle = False
 
+    @property
+    def sequences(self) -> Seq[Sequence]:
+        return (self.sequence,)
+
     def plan(self) -> Seq[Work]:
         if self.idle:
             return []
@@ -60,9 +64,11 @@ class Bench:
         self.scheduler = Scheduler(self.pool, **{"max_tokens": 100, "max_running": 100, "max_rows": 100, **limits})
         self.decoders: list[Counting] = []
 
-    def add(self, prompt: int, new: int, logits: Literal["none", "last", "all"] = "last") -> Counting:
+    def add(
+        self, prompt: int, new: int, logits: Literal["none", "last", "all"] = "last", *, priority: int = 0
+    ) -> Counting:
         self.decoders.append(Counting(self.pool, prompt, new, logits))
-        self.scheduler.add(Request(len(self.decoders) - 1, self.decoders[-1]))
+        self.scheduler.add(Request(len(self.decoders) - 1, self.decoders[-1], priority))
         return self.decoders[-1]
 
     def step(self) -> tuple[list[tuple[int, int, str]], list[Event]]:
@@ -129,17 +135,6 @@ def test_no_step_runs_more_tokens_than_the_budget() -> None:
     assert all(len(decoder.rows) == 7 for decoder in bench.decoders)
 
 
-def test_a_request_waits_for_its_longest_length_and_keeps_the_order() -> None:
-    """Three pages: the first takes two; the second needs two and waits; the third would fit but came later."""
-    bench = Bench(num_pages=3)
-    bench.add(prompt=1, new=7)
-    bench.add(prompt=1, new=6)
-    bench.add(prompt=1, new=1)
-    for _ in range(8):
-        assert [request for request, _, _ in bench.works()] == [0]
-    assert [request for request, _, _ in bench.works()] == [1, 2]
-
-
 def test_a_request_that_no_pool_would_hold_fails_at_once_and_blocks_nobody() -> None:
     bench = Bench(num_pages=3)
     bench.add(prompt=2, new=6)
@@ -151,38 +146,6 @@ def test_a_request_that_no_pool_would_hold_fails_at_once_and_blocks_nobody() -> 
     assert isinstance(events[0].error, OutOfPages)
     assert (events[0].reason, events[0].request_id) == ("error", 1)
     assert impossible.closed == 1
-
-
-def test_a_request_fails_rather_than_wait_for_pages_that_nobody_here_holds() -> None:
-    bench = Bench(num_pages=3)
-    elsewhere = Sequence(bench.pool, range(8))
-    elsewhere.grow(8)
-    bench.add(prompt=2, new=6)
-    works, events = bench.step()
-    assert works == []
-    assert isinstance(events[0], FinishedEvent)
-    assert isinstance(events[0].error, OutOfPages)
-    assert not bench.scheduler.has_work
-
-
-def test_a_running_request_without_pages_fails_alone() -> None:
-    """Its caller gave its reserved pages back, and somebody else took them."""
-    bench = Bench(num_pages=3)
-    first, second = bench.add(prompt=2, new=4), bench.add(prompt=1, new=3)
-    bench.step()
-    first.sequence.free()
-    elsewhere = Sequence(bench.pool, range(8))
-    elsewhere.grow(8)
-    works, events = bench.step()
-    assert [request for request, _, _ in works] == [1]
-    failure = events[0]
-    assert isinstance(failure, FinishedEvent)
-    assert (failure.request_id, type(failure.error)) == (0, OutOfPages)
-    assert (first.closed, second.closed) == (1, 0)
-    while bench.scheduler.has_work:
-        bench.step()
-    assert second.sequence.page_table == []
-    assert len(second.rows) == 4
 
 
 def test_a_decoder_that_cannot_plan_fails_alone() -> None:
@@ -230,3 +193,120 @@ def test_removal_frees_pages_at_once_and_only_once(running: bool) -> None:
 
 def test_nothing_to_do_is_an_empty_plan() -> None:
     assert Bench().scheduler.plan() == (Plan(), [])
+
+
+# Pages -----------------------------------------------------------------------------------------------
+
+
+def test_a_request_starts_when_there_are_pages_for_what_it_has_to_compute_and_one_more_for_each_that_runs() -> None:
+    """Six pages, two of them taken by the first; the second needs three."""
+    bench = Bench(num_pages=6)
+    bench.add(prompt=5, new=11)
+    bench.add(prompt=12, new=8)
+    assert bench.works() == [(0, 5, "last"), (1, 12, "last")]
+    bench = Bench(num_pages=5)
+    bench.add(prompt=5, new=11)
+    bench.add(prompt=12, new=8)
+    bench.add(prompt=1, new=1)
+    assert bench.works() == [(0, 5, "last")], "the third would fit, but came later"
+
+
+def test_with_plenty_of_pages_a_sequence_lies_in_one_piece() -> None:
+    bench = Bench(num_pages=100)
+    decoders = [bench.add(prompt=3 + i, new=20) for i in range(4)]
+    for _ in range(20):
+        bench.step()
+    for decoder in decoders:
+        first = decoder.sequence.page_table[0]
+        assert decoder.sequence.page_table == list(range(first, first + len(decoder.sequence.page_table)))
+
+
+def test_pages_taken_ahead_go_back_before_anybody_is_stopped() -> None:
+    bench = Bench(num_pages=8)
+    ahead = bench.add(prompt=1, new=27)
+    bench.step()
+    assert len(ahead.sequence.page_table) == 7
+    bench.add(prompt=12, new=4)
+    assert bench.works() == [(0, 1, "last"), (1, 12, "last")]
+    assert len(ahead.sequence.page_table) == 1
+
+
+def test_the_last_request_stops_when_pages_run_out_and_nobody_starts_in_that_step() -> None:
+    """Four pages of four: both take two, and the first needs a third."""
+    bench = Bench(num_pages=4)
+    first, second = bench.add(prompt=5, new=7), bench.add(prompt=4, new=7)
+    steps = []
+    while bench.scheduler.has_work:
+        steps.append(bench.works())
+    both = [(0, 1, "last"), (1, 1, "last")]
+    assert steps[:4] == [[(0, 5, "last"), (1, 4, "last")], both, both, both]
+    assert steps[4:8] == [[(0, 1, "last")]] * 4
+    assert steps[8:] == [[(1, 8, "last")]] + [[(1, 1, "last")]] * 3
+    assert (len(first.rows), len(second.rows)) == (8, 8)
+    assert bench.pool.num_free == 4
+
+
+def test_a_request_that_waits_holds_nothing_it_took_in_vain() -> None:
+    bench = Bench(num_pages=4)
+    bench.add(prompt=8, new=4)
+    waiting = bench.add(prompt=9, new=1)
+    assert bench.works() == [(0, 8, "last")]
+    assert waiting.sequence.page_table == []
+
+
+def test_a_higher_priority_takes_tokens_and_pages_first() -> None:
+    bench = Bench(num_pages=4, max_tokens=8)
+    low = bench.add(prompt=8, new=4)
+    assert bench.works() == [(0, 8, "last")]
+    bench.add(prompt=9, new=1, priority=1)
+    assert bench.works() == [(1, 8, "none")]
+    assert low.sequence.page_table == []
+    assert [bench.works() for _ in range(4)] == [[(1, 1, "last")], [(1, 1, "last")], [(0, 8, "none")], [(0, 1, "last")]]
+
+
+def test_a_higher_priority_comes_first_in_the_budget_without_stopping_the_others() -> None:
+    bench = Bench(max_tokens=6)
+    bench.add(prompt=20, new=1)
+    bench.step()
+    bench.add(prompt=8, new=0, priority=1)
+    assert bench.works() == [(1, 6, "none")]
+    assert bench.works() == [(1, 2, "last"), (0, 4, "none")]
+
+
+def test_a_running_request_is_not_stopped_for_a_place_only_for_pages() -> None:
+    bench = Bench(max_running=1)
+    bench.add(prompt=2, new=1)
+    bench.step()
+    bench.add(prompt=2, new=0, priority=9)
+    assert [bench.works() for _ in range(2)] == [[(0, 1, "last")], [(1, 2, "last")]]
+
+
+def test_a_request_alone_fails_when_others_than_the_scheduler_hold_the_rest() -> None:
+    """It runs as far as the one page that is left; then nobody can give it another."""
+    bench = Bench(num_pages=3)
+    elsewhere = Sequence(bench.pool, range(8))
+    elsewhere.grow(8)
+    bench.add(prompt=2, new=6)
+    for _ in range(3):
+        assert len(bench.works()) == 1
+    works, events = bench.step()
+    assert works == []
+    assert isinstance(events[0], FinishedEvent)
+    assert isinstance(events[0].error, OutOfPages)
+    assert not bench.scheduler.has_work
+    assert bench.pool.num_free == 1
+
+
+def test_a_running_request_whose_pages_were_taken_elsewhere_goes_on_with_those_of_the_last() -> None:
+    bench = Bench(num_pages=3)
+    first, second = bench.add(prompt=2, new=1), bench.add(prompt=1, new=2)
+    bench.step()
+    first.sequence.free()
+    elsewhere = Sequence(bench.pool, range(8))
+    elsewhere.grow(8)
+    assert bench.works() == [(0, 3, "last")]
+    assert second.sequence.page_table == []
+    while bench.scheduler.has_work:
+        bench.step()
+    assert (len(first.rows), len(second.rows)) == (2, 3)
+    assert bench.pool.num_free == 1

@@ -97,7 +97,14 @@ class Sequence:
     def forget(self, num_computed: int) -> None:
         """Keep the K and V of the first num_computed tokens only; the others are pending again."""
         self.num_computed = num_computed
-        while len(self.page_table) > -(-num_computed // self.pool.page_size):
+        self._keep_pages(num_computed)
+
+    def trim(self) -> None:
+        """Give back the pages past the last token, which were taken ahead."""
+        self._keep_pages(len(self.token_ids))
+
+    def _keep_pages(self, num_tokens: int) -> None:
+        while len(self.page_table) > -(-num_tokens // self.pool.page_size):
             self.pool.release(self.page_table.pop())
 
     def fork(self) -> Sequence:

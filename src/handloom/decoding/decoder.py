@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from handloom.cache.batch import Work
+from handloom.cache.sequence import Sequence
 from handloom.errors import HandloomError
 
 FinishReason = Literal["eos", "stop_string", "length", "time", "criteria", "aborted", "error"]
@@ -64,7 +65,12 @@ class Decoder(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Most tokens its sequence can ever hold; the pages for them are taken when the request starts."""
+        """Most tokens one of its sequences can ever hold; a cache without room for them refuses the request."""
+
+    @property
+    def sequences(self) -> Seq[Sequence]:
+        """Every sequence it holds pages by. The scheduler may free them all between two steps: `plan` then asks for
+        all their tokens again, and `advance` must not take for new what it has seen before."""
 
     def plan(self) -> Seq[Work]:
         """The work that must run before this decoder can go on; never empty until it has finished."""

@@ -34,7 +34,10 @@ class Ready:
 
 
 class SampleDecoder:
-    """Generates from a sequence until a stop. `owns_sequence`: free its pages at the end."""
+    """Generates from a sequence until a stop. `owns_sequence`: free its pages at the end.
+
+    A sequence of the caller's keeps its pages at the end; in between they may be taken and computed anew.
+    """
 
     def __init__(
         self, sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None, *, owns_sequence: bool = True
@@ -55,21 +58,25 @@ class SampleDecoder:
                 include_stop_text=params.include_stop_text,
                 prompt_ids=sequence.token_ids[sequence.num_embeddings :],
             )
-        if params.prompt_logprobs is not None:
-            sequence.forget(0)
         self._next_prompt_logprob = 1
 
     @property
     def max_length(self) -> int:
         return self.prompt_length + self.params.max_new_tokens
 
+    @property
+    def sequences(self) -> Seq[Sequence]:
+        return (self.sequence,)
+
     def plan(self) -> Seq[Work]:
         """Its next tokens. Raises InvalidPrompt if the caller has emptied the sequence."""
         if not len(self.sequence):
             raise InvalidPrompt("the sequence was emptied while a request was running on it")
+        wants_prompt = self.params.prompt_logprobs is not None and len(self.sequence) == self.prompt_length
+        if wants_prompt:
+            self.sequence.forget(min(self.sequence.num_computed, self._next_prompt_logprob - 1))
         if self.sequence.num_pending == 0:  # computed before, or by the caller meanwhile: its last logits are wanted
             self.sequence.num_computed -= 1
-        wants_prompt = self.params.prompt_logprobs is not None and len(self.sequence) == self.prompt_length
         return [Work(self.sequence, self.sequence.num_pending, "all" if wants_prompt else "last")]
 
     def advance(self, logits: Tensor) -> list[Event]:
@@ -90,6 +97,7 @@ class SampleDecoder:
     def prompt_logprobs(self, logits: Tensor) -> list[Event]:
         """Log-probabilities of the prompt tokens that these rows [r, vocab_size] of prompt positions predict."""
         first = self._next_prompt_logprob
+        logits = logits[first - 1 - (self.sequence.num_computed - len(logits)) :]  # the others were told before
         targets = self.sequence.token_ids[first : min(first + len(logits), self.prompt_length)]
         self._next_prompt_logprob += len(targets)
         if not targets:

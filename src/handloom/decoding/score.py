@@ -28,10 +28,15 @@ class ScoreDecoder:
     def max_length(self) -> int:
         return len(self.sequence)
 
+    @property
+    def sequences(self) -> Seq[Sequence]:
+        return (self.sequence,)
+
     def plan(self) -> Seq[Work]:
         return [Work(self.sequence, self.sequence.num_pending, "all")]
 
     def advance(self, logits: Tensor) -> list[Event]:
+        logits = logits[self._scored - 1 - (self.sequence.num_computed - len(logits)) :]  # the rest was scored before
         targets = self.sequence.token_ids[self._scored : self._scored + len(logits)]
         first, self._scored = self._scored, self._scored + len(targets)
         events: list[Event] = []

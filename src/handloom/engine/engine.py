@@ -16,6 +16,7 @@ from handloom.decoding.sample import SampleDecoder
 from handloom.engine.runner import Runner
 from handloom.engine.scheduler import Request, Scheduler
 from handloom.errors import InvalidParam, InvalidPrompt, UnsupportedOption
+from handloom.model.hooks import Hooks
 from handloom.model.transformer import Transformer
 from handloom.sampling.params import GenerationParams, resolve_params
 from handloom.text.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ class Model(Protocol):
     generation_config: dict[str, Any]
     max_context: int
     pool: PagePool
+    hooks: Hooks
 
     def encode(self, prompt: Any) -> Sequence: ...
 
@@ -47,7 +49,7 @@ class Engine:
         if min(max_step_tokens, max_running) < 1:
             raise InvalidParam(f"max_step_tokens={max_step_tokens}, max_running={max_running}: both must be 1 or more")
         self.model = model
-        self.runner = Runner(model.transformer, model.pool)
+        self.runner = Runner(model.transformer, model.pool, model.hooks)
         row_bytes = 4 * model.transformer.spec.vocab_size
         self.scheduler = Scheduler(
             model.pool,
@@ -88,21 +90,25 @@ class Engine:
             return SampleDecoder(sequence, self.resolve(sequence, options), self.model.tokenizer)
         if prompt.pool is not self.model.pool:
             raise InvalidPrompt("the sequence lives in the cache of another model; pass its token_ids instead")
-        if any(work.sequence is prompt for request in self.scheduler for work in request.decoder.plan()):
+        if any(prompt in request.decoder.sequences for request in self.scheduler):
             raise InvalidPrompt("the sequence is in use by another request of this engine; fork it")
         return SampleDecoder(prompt, self.resolve(prompt, options), self.model.tokenizer, owns_sequence=False)
 
-    def add_request(self, prompt: Any, /, **options: Any) -> int:
+    def add_request(self, prompt: Any, /, *, priority: int = 0, **options: Any) -> int:
         """Queue a prompt (text, token ids, embeddings [n, hidden_size], or a Sequence of the cache).
 
-        Returns the request id its events carry. A Sequence stays the caller's: it keeps its pages and
-        receives the new tokens. Raises InvalidPrompt, ContextOverflow, InvalidParam, UnsupportedOption.
+        A higher priority comes first; among equals, who came first. Returns the request id its events carry.
+        A Sequence stays the caller's, receives the new tokens and keeps its pages when the request ends; while
+        it lasts they may be taken for others and computed anew. Forks keep theirs.
+        Raises InvalidPrompt, ContextOverflow, InvalidParam, UnsupportedOption.
         """
-        return self.add(self.prepare(prompt, options))
+        return self.add(self.prepare(prompt, options), priority=priority)
 
-    def add(self, decoder: Decoder) -> int:
-        """Queue a decoder of any mode; returns its request id."""
-        request = Request(next(self._ids), decoder)
+    def add(self, decoder: Decoder, *, priority: int = 0) -> int:
+        """Queue a decoder of any mode; returns its request id. Raises InvalidParam."""
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InvalidParam(f"priority is {priority!r}; expected an integer, where higher comes first")
+        request = Request(next(self._ids), decoder, priority)
         self.scheduler.add(request)
         return request.id
 

@@ -1,17 +1,23 @@
 """Who runs how many tokens in the next step.
 
-First come, first served, under a budget of tokens per step. A request starts when pages for its
-longest possible length are free, and holds them until it ends: it runs out only if the caller forks,
-rewinds or lengthens its sequence meanwhile, and then fails alone.
-Preemption, priorities and prefix sharing are not here yet.
+One order rules all: higher priority first, then first come. In this order requests are given the tokens of
+the step and pages of the cache; in the reverse order pages are taken back.
+
+A request starts when there are pages for all that it has to compute, and one more for each request that runs
+already. While there are plenty it also takes those for its longest possible length, so that its pages lie side by
+side; these are the first to be taken back. When that is not enough, the last request that runs is preempted:
+it gives all its pages back and waits, first of its kind, to be computed again from the tokens it has. So the first
+request in the order always goes on, and a step with work never makes none. A request fails for lack of pages only
+where it would not fit the whole pool, or where it runs alone and others than this scheduler hold the rest.
 
 This module does not know models, how tokens are chosen, or how a request's options were resolved.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -26,10 +32,17 @@ from handloom.errors import HandloomError, OutOfPages, RequestFailed
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One request in flight."""
+    """One request in flight. Ids rise with arrival; a higher priority comes first."""
 
     id: int
     decoder: Decoder
+    priority: int = 0
+    running: bool = False
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place in the order."""
+        return -self.priority, self.id
 
 
 @dataclass(slots=True)
@@ -45,11 +58,15 @@ class Plan:
 
 
 class Scheduler:
-    """Waiting and running requests. max_tokens: tokens per step; max_rows: logits rows per step of one Work."""
+    """Waiting and running requests, each in order.
+
+    max_tokens: tokens per step; max_running: requests that hold pages at once; max_rows: logits rows per step
+    of one Work.
+    """
 
     def __init__(self, pool: PagePool, *, max_tokens: int, max_running: int, max_rows: int) -> None:
         self.pool, self.max_tokens, self.max_running, self.max_rows = pool, max_tokens, max_running, max_rows
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
 
     def __iter__(self) -> Iterator[Request]:
@@ -60,52 +77,77 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        insort(self.waiting, request, key=_rank)
 
     def remove(self, request_id: int) -> bool:
         """Drop a request and free what it holds. False if it is not here (any more)."""
-        for queue in (self.waiting, self.running):
-            for request in queue:
-                if request.id == request_id:
-                    queue.remove(request)
-                    request.decoder.close()
-                    return True
+        for request in self:
+            if request.id == request_id:
+                self._drop(request)
+                return True
         return False
 
+    # Planning ----------------------------------------------------------------------------------
+
     def plan(self) -> tuple[Plan, list[Event]]:
-        """The next step's work; and the failures of requests that cannot run, for lack of pages above all."""
+        """The next step's work; and the failures of requests that cannot run."""
         plan, budget = Plan(), self.max_tokens
         failed: list[Event] = []
-        for request in tuple(self.running):
-            try:
-                budget = self._place(request, plan, budget)
-            except HandloomError as error:
-                failed.append(self._fail(request, error))
-        while self.waiting and budget > 0 and len(self.running) < self.max_running:
-            request = self.waiting[0]
-            try:
-                self._admit(request)
-                budget = self._place(request, plan, budget)
-            except HandloomError as error:
-                if isinstance(error, OutOfPages) and self.running and self._may_fit(request):
-                    break
-                failed.append(self._fail(request, error))
+        may_start = True
+        places = self.max_running - len(self.running)
+        for request in heapq.merge(tuple(self.running), self.waiting[:places], key=_rank):
+            if budget == 0:
+                break
+            if not request.running and not may_start:
                 continue
-            self.running.append(self.waiting.popleft())
+            others = len(self.running) - request.running
+            try:
+                budget = self._run(request, plan, budget)
+            except HandloomError as error:
+                left = len(self.running) - request.running
+                if isinstance(error, OutOfPages) and left and self._fits(request):
+                    may_start = False
+                    if request.running:
+                        self._preempt(request)
+                else:
+                    failed.append(self._fail(request, error))
+            # whoever lost its pages in this step does not start again in it
+            may_start = may_start and len(self.running) >= others
         return plan, failed
 
-    def _admit(self, request: Request) -> None:
-        """Take the pages the request may need. Raises OutOfPages."""
-        for work in request.decoder.plan():
-            work.sequence.grow(request.decoder.max_length)
+    def _run(self, request: Request, plan: Plan, budget: int) -> int:
+        """Start the request if it waits, and place its work; returns what is left of the budget. Raises OutOfPages."""
+        while True:
+            try:
+                if not request.running:
+                    self._start(request)
+                return self._place(request, plan, budget)
+            except OutOfPages:
+                if not self._fits(request) or not self._take_back(request):
+                    raise
 
-    def _may_fit(self, request: Request) -> bool:
+    def _fits(self, request: Request) -> bool:
         """Whether an empty pool would hold the request."""
         return request.decoder.max_length <= self.pool.num_pages * self.pool.page_size
 
-    def _fail(self, request: Request, error: HandloomError) -> Event:
-        self.remove(request.id)
-        return FinishedEvent("error", error=error, request_id=request.id)
+    def _start(self, request: Request) -> None:
+        """Take pages for all that it has to compute, and for what may follow if there is plenty. Raises OutOfPages."""
+        sequences, length = request.decoder.sequences, request.decoder.max_length
+        if not self._fits(request):
+            raise OutOfPages(
+                f"the request may grow to {length} tokens, and the KV cache holds {self.pool.num_pages} pages of "
+                f"{self.pool.page_size}; ask for fewer max_new_tokens, or load the model with a larger kv_cache_tokens"
+            )
+        needed = sum(sequence.pages_missing(len(sequence)) for sequence in sequences)
+        if self.running and needed + len(self.running) > self.pool.num_free:
+            raise OutOfPages(f"{needed} pages are needed beside {len(self.running)} running requests")
+        wanted = sum(sequence.pages_missing(length) for sequence in sequences)
+        plenty = wanted + len(self.running) <= self.pool.num_free
+        for sequence in sequences:
+            sequence.grow(length if plenty else len(sequence))
+        request.running = True
+        self.waiting.remove(request)
+        insort(self.running, request, key=_rank)
 
     def _place(self, request: Request, plan: Plan, budget: int) -> int:
         """Put as much of a request's work into the plan as the budget allows; returns what is left of it.
@@ -126,6 +168,45 @@ class Scheduler:
         plan.works += works
         plan.owners += [request] * len(works)
         return budget
+
+    def _take_back(self, request: Request) -> bool:
+        """Free pages for `request`; False if there are none to take. Those with work in this step's plan lose none."""
+        free = self.pool.num_free
+        for other in reversed(self.running):
+            for sequence in other.decoder.sequences:
+                sequence.trim()
+            if self.pool.num_free > free:
+                return True
+        last = self.running[-1] if self.running else request
+        if last.rank > request.rank:
+            self._preempt(last)
+            return True
+        if last is request:  # nobody else runs: what remains are sequences that came with pages of their own
+            for other in self.waiting:
+                if other is not request:
+                    self._release(other)
+        return self.pool.num_free > free
+
+    def _preempt(self, request: Request) -> None:
+        """Take all pages of a running request, which waits again."""
+        self._release(request)
+        request.running = False
+        self.running.remove(request)
+        self.add(request)
+
+    def _release(self, request: Request) -> None:
+        for sequence in request.decoder.sequences:
+            sequence.free()
+
+    def _fail(self, request: Request, error: HandloomError) -> Event:
+        self._drop(request)
+        return FinishedEvent("error", error=error, request_id=request.id)
+
+    def _drop(self, request: Request) -> None:
+        (self.running if request.running else self.waiting).remove(request)
+        request.decoder.close()
+
+    # After the forward pass ----------------------------------------------------------------------
 
     def advance(self, plan: Plan, logits: Tensor) -> list[Event]:
         """Mark the plan's tokens as computed and hand every decoder its logits. Returns the events."""
@@ -148,6 +229,9 @@ class Scheduler:
                 event.request_id = request.id
                 events.append(event)
             if own and isinstance(own[-1], FinishedEvent):
-                self.running.remove(request)
-                request.decoder.close()
+                self._drop(request)
         return events
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank
