@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from handloom_kernels import linear as kernels
 from handloom_kernels import norm as norm_kernels
-from handloom_kernels import reference
+from handloom_kernels import reference, tiles
 from handloom_kernels.checks import KernelError
 from handloom_kernels.reference import ACTIVATIONS, GATED_ACTIVATIONS, NORM_KINDS, Norm
 from kernel_testing import DTYPES, assert_as_exact_as, assert_rows_do_not_depend_on_company, draw
@@ -90,7 +90,7 @@ def test_a_norm_without_a_bias_and_one_of_another_dtype() -> None:
 @pytest.mark.parametrize("kind", NORM_KINDS)
 def test_statistics_in_strips_and_chunks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are taken a few at a time, and each in parts, where they are many and wide."""
-    monkeypatch.setattr(kernels, "MAX_CHUNK", 16)
+    monkeypatch.setattr(tiles, "MAX_CHUNK", 16)
     x, weight, bias, _ = some_linear(7, 50, 16)
     args = (x + 100 * (kind == "layer"), some_norm(kind, 50), weight, bias, "relu", False)
     for num_warps in (2, 4, 8):

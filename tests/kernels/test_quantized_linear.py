@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from handloom_kernels import quantized_linear as kernels
-from handloom_kernels import reference
+from handloom_kernels import reference, weight_bits
 from handloom_kernels.checks import KernelError
 from handloom_kernels.reference import ACTIVATIONS, Norm, QuantizedWeight, dequantize_weight, pack_codes, unpack_codes
 from handloom_kernels.reference.quantized_linear import BLOCK_K
@@ -153,11 +153,11 @@ def test_the_bits_of_which_floats_are_made(dtype: torch.dtype, name: tl.dtype) -
     def floats(bits: Tensor) -> Tensor:
         return bits.to(torch.int16).view(dtype)
 
-    one_apart, code = kernels.one_apart(name), torch.arange(256, dtype=torch.int32)
+    one_apart, code = weight_bits.one_apart(name), torch.arange(256, dtype=torch.int32)
     assert torch.equal(floats(one_apart | code[:16]) - floats(one_apart | code[8]), (code[:16] - 8).to(dtype))
     signed = floats(one_apart | code & 0x7F) - floats(one_apart | code & 0x80)
     assert torch.equal(signed, code.to(torch.int8).to(dtype))
-    moved = floats((code & 0x80) << 8 | (code & 0x7F) << kernels.fp8_shift(name)) * kernels.fp8_scale(name)
+    moved = floats((code & 0x80) << 8 | (code & 0x7F) << weight_bits.fp8_shift(name)) * weight_bits.fp8_scale(name)
     numbers = code & 0x7F != 0x7F
     assert torch.equal(moved[numbers], code.to(torch.uint8).view(torch.float8_e4m3fn).to(dtype)[numbers])
 

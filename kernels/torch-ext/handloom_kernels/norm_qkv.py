@@ -36,13 +36,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import FLOATS, INTS, check, require
+from .checks import INTS, check, require
 from .decode_attention import is_last
-from .kv_pages import codes_of, largest_bits
-from .linear import CANDIDATES, ROWS, blocks_for, check_linear, check_norm, normed_tile, product, strips_for
+from .kv_pages import check_pages, codes_of, largest_bits
+from .linear import CANDIDATES, blocks_for, check_linear, product
 from .reference.norm import Norm
-from .reference.pages import QUANTISED, largest_code
+from .reference.pages import largest_code
 from .reference.rope import Rotary
+from .tiles import ROWS, check_norm, normed_tile, strips_for
 from .tuning import Problem
 
 
@@ -289,12 +290,11 @@ def norm_qkv(
     device = check_linear(hidden, weight, bias, "hidden")
     num_rows, depth = hidden.shape
     check_norm("norm", norm, depth, device)
+    quantised = check_pages(k_pages, v_pages, k_scales, v_scales, device)
     num_heads, head_norm = _check_heads(hidden, weight, q_norm, k_norm, k_pages, v_pages)
     num_kv_heads, head_dim, v_head_dim = *k_pages.shape[2:], v_pages.shape[3]
     rotary_dim = _check_rotary(rotary, num_rows, head_dim, device)
     check("slot_mapping", slot_mapping, (num_rows,), INTS, device)
-    quantised = k_pages.dtype in QUANTISED
-    _check_scales(k_pages, k_scales, v_scales, quantised)
     q = torch.empty((num_rows, num_heads, head_dim), dtype=hidden.dtype, device=device)
     if num_rows == 0:
         return q
@@ -313,48 +313,19 @@ def norm_qkv(
         require(len(tickets) >= needed, f"tickets has {len(tickets)} elements; {needed} are needed")
     grid = (triton.cdiv(num_rows, ROWS.value), (num_heads + num_kv_heads) * pieces + num_kv_heads * v_pieces)
     _norm_qkv_kernel[grid](
-        hidden,
-        norm.weight,
-        norm.weight if norm.bias is None else norm.bias,
-        weight,
-        weight if bias is None else bias,
-        weight if q_norm is None else q_norm.weight,
-        weight if k_norm is None else k_norm.weight,
-        hidden if rotary is None else rotary.cos,
-        hidden if rotary is None else rotary.sin,
-        slot_mapping,
-        q,
-        k_pages,
-        v_pages,
-        q if k_scales is None else k_scales,
-        q if v_scales is None else v_scales,
-        workspace,
-        q if tickets is None else tickets,
-        num_rows,
-        num_heads,
-        num_kv_heads,
-        len(weight),
-        depth,
-        hidden.stride(0),
-        norm.eps,
-        0.0 if q_norm is None else q_norm.eps,
-        0.0 if k_norm is None else k_norm.eps,
-        largest_code(k_pages.dtype) if quantised else 0.0,
-        NORM=norm.kind,
-        HAS_NORM_BIAS=norm.bias is not None,
-        HAS_BIAS=bias is not None,
-        HEAD_NORM=head_norm,
-        HEAD_DIM=head_dim,
-        V_HEAD_DIM=v_head_dim,
-        ROTARY_DIM=rotary_dim,
-        INTERLEAVED=rotary is not None and rotary.interleaved,
-        QUANTISED=quantised,
-        MEET=meet,
-        EVEN=depth % chosen["BLOCK_K"] == 0,
-        **strips_for(depth, chosen["num_warps"]),
-        HEAD_BLOCK=triton.next_power_of_2(max(head_dim, v_head_dim)),
-        **chosen,
-    )
+        hidden, norm.weight, norm.weight if norm.bias is None else norm.bias, weight,
+        weight if bias is None else bias, weight if q_norm is None else q_norm.weight,
+        weight if k_norm is None else k_norm.weight, hidden if rotary is None else rotary.cos,
+        hidden if rotary is None else rotary.sin, slot_mapping, q, k_pages, v_pages,
+        q if k_scales is None else k_scales, q if v_scales is None else v_scales, workspace,
+        q if tickets is None else tickets, num_rows, num_heads, num_kv_heads, len(weight), depth, hidden.stride(0),
+        norm.eps, 0.0 if q_norm is None else q_norm.eps, 0.0 if k_norm is None else k_norm.eps,
+        largest_code(k_pages.dtype) if quantised else 0.0, NORM=norm.kind, HAS_NORM_BIAS=norm.bias is not None,
+        HAS_BIAS=bias is not None, HEAD_NORM=head_norm, HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim,
+        ROTARY_DIM=rotary_dim, INTERLEAVED=rotary is not None and rotary.interleaved, QUANTISED=quantised,
+        MEET=meet, EVEN=depth % chosen["BLOCK_K"] == 0, **strips_for(depth, chosen["num_warps"]),
+        HEAD_BLOCK=triton.next_power_of_2(max(head_dim, v_head_dim)), **chosen,
+    )  # fmt: skip
     return q
 
 
@@ -368,9 +339,7 @@ def _check_heads(
     hidden: Tensor, weight: Tensor, q_norm: Norm | None, k_norm: Norm | None, k_pages: Tensor, v_pages: Tensor
 ) -> tuple[int, str]:
     """(heads of q, the kind of their norm or "none"), if weight, norms and pages are of one mind."""
-    check("k_pages", k_pages, (None, None, None, None), (*FLOATS, *QUANTISED), hidden.device)
     num_kv_heads, head_dim = k_pages.shape[2:]
-    check("v_pages", v_pages, (*k_pages.shape[:3], None), k_pages.dtype, hidden.device)
     q_rows = len(weight) - num_kv_heads * (head_dim + v_pages.shape[3])
     require(
         q_rows > 0 and q_rows % head_dim == 0,
@@ -397,16 +366,6 @@ def _check_rotary(rotary: Rotary | None, num_rows: int, head_dim: int, device: t
     rotary_dim = 2 * rotary.cos.shape[1]
     require(rotary_dim <= head_dim, f"rotary.cos is for {rotary_dim} dimensions and heads have {head_dim}")
     return rotary_dim
-
-
-def _check_scales(pages: Tensor, k_scales: Tensor | None, v_scales: Tensor | None, quantised: bool) -> None:
-    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
-        require(
-            (scales is not None) == quantised,
-            f"{name} {'is missing' if quantised else 'is given'}, and the pages have dtype {pages.dtype}",
-        )
-        if scales is not None:
-            check(name, scales, pages.shape[:3], torch.float32, pages.device)
 
 
 def tuning_problems(device: torch.device) -> Iterator[Problem]:

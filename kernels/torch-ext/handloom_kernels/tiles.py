@@ -1,0 +1,86 @@
+"""What several kernels share: the norm of a tile of rows on its way into a product, and the checks of a norm.
+
+A program that multiplies ROWS rows of x with its part of a weight norms them itself, for x is small and in the
+second-level cache: `row_statistics` first, over whole rows, then `normed_tile` for each step along them.
+
+This module does not know which product follows. Meaning and rounding: `reference.normalize`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import FLOATS, check, require
+from .reference.norm import NORM_KINDS, Norm
+
+ROWS = tl.constexpr(16)  # of x in one program: the least that tensor cores multiply
+MAX_CHUNK = 4096  # elements of a row that are read at once for its statistics
+
+
+@triton.jit
+def row_statistics(
+    x, x_stride, first, num_rows, depth, eps, KIND: tl.constexpr, STRIP: tl.constexpr, CHUNK: tl.constexpr
+):
+    """(mean, 1 / deviation), each [ROWS, 1], of x's rows first, first + 1, ...; the mean is 0 unless KIND is "layer".
+
+    STRIP rows and CHUNK of their elements at a time, all of whose loads are on their way at once.
+    """
+    strips = tl.arange(0, ROWS // STRIP)[:, None]
+    mean = tl.zeros([ROWS // STRIP, STRIP], tl.float32)
+    scale = tl.zeros([ROWS // STRIP, STRIP], tl.float32)
+    columns = tl.arange(0, CHUNK)[None, :]
+    for strip in range(tl.cdiv(tl.minimum(num_rows - first, ROWS), STRIP)):
+        rows = first + STRIP * strip + tl.arange(0, STRIP)[:, None]
+        at = x + rows.to(tl.int64) * x_stride + columns
+        centre = tl.zeros([STRIP], tl.float32)
+        if KIND == "layer":
+            for start in range(0, depth, CHUNK):
+                inside = (rows < num_rows) & (start + columns < depth)
+                centre += tl.sum(tl.load(at + start, mask=inside, other=0.0).to(tl.float32), axis=1)
+            centre /= depth
+        squares = tl.zeros([STRIP], tl.float32)
+        for start in range(0, depth, CHUNK):
+            inside = (rows < num_rows) & (start + columns < depth)
+            value = tl.load(at + start, mask=inside, other=0.0).to(tl.float32)
+            if KIND == "layer":
+                value = tl.where(inside, value - centre[:, None], 0.0)
+            squares += tl.sum(value * value, axis=1)
+        mean = tl.where(strips == strip, centre[None, :], mean)
+        scale = tl.where(strips == strip, tl.rsqrt(squares / depth + eps)[None, :], scale)
+    return tl.reshape(mean, [ROWS, 1]), tl.reshape(scale, [ROWS, 1])
+
+
+@triton.jit
+def normed_tile(
+    x, mean, scale, weight, bias, columns, inside, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr
+):
+    """A float32 tile of rows normalised and rounded as `reference.normalize` does, in `dtype`.
+
+    mean, scale: of the rows; weight, bias: pointers, read at `columns` (of the tile's last dimension) where `inside`.
+    """
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if KIND == "rms":
+        y = (x * scale).to(dtype).to(tl.float32) * w
+    elif KIND == "rms_unit_offset":
+        y = x * scale * (1.0 + w)
+    else:
+        y = (x - mean) * scale * w
+        if HAS_BIAS:
+            y += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return y.to(dtype)
+
+
+def check_norm(name: str, norm: Norm, width: int, device: torch.device) -> None:
+    """Raise KernelError unless `norm` fits rows of `width`."""
+    require(norm.kind in NORM_KINDS, f"{name}.kind is {norm.kind!r}; there are {', '.join(NORM_KINDS)}")
+    check(f"{name}.weight", norm.weight, (width,), FLOATS, device)
+    if norm.bias is not None:
+        require(norm.kind == "layer", f"{name}.bias is given, and a norm of kind {norm.kind} has none")
+        check(f"{name}.bias", norm.bias, (width,), FLOATS, device)
+
+
+def strips_for(depth: int, num_warps: int) -> dict[str, int]:
+    """STRIP and CHUNK of `row_statistics`: at most 128 elements a thread."""
+    return {"STRIP": min(num_warps, ROWS.value), "CHUNK": min(MAX_CHUNK, max(16, triton.next_power_of_2(depth)))}
