@@ -36,8 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_parts import is_last
 from .checks import INTS, check, require
-from .decode_attention import is_last
 from .kv_pages import check_pages, codes_of, largest_bits
 from .linear import CANDIDATES, blocks_for, check_linear, product
 from .reference.norm import Norm

@@ -46,8 +46,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .attention_parts import LN_2, LOG2_E, LOWEST, check_attention, load_columns, store_columns, tanh, tile_widths
 from .checks import INTS, check, check_device, require
-from .decode_attention import LN_2, LOG2_E, LOWEST, check_attention, load_columns, store_columns, tanh, tile_widths
 from .tuning import Problem, config
 
 MAX_PACK = 16
@@ -314,8 +314,7 @@ def prefill_attention(
         NUM_KV_HEADS=num_kv_heads,
         PACK=pack,
         PAGE_BITS=page_size.bit_length() - 1,
-        SAME_STRIDES=k_pages.stride()[:2] == v_pages.stride()[:2],
-        **tile_widths(k_pages, v_pages),
+        **{**tile_widths(k_pages, v_pages), "SAME_STRIDES": k_pages.stride()[:2] == v_pages.stride()[:2]},
         **chosen,
     )
     return out if lse is None else (out, lse)
@@ -331,7 +330,9 @@ def blocks_for(
     head_dim, v_head_dim, dtype = q.shape[2], v_pages.shape[3], str(q.dtype).removeprefix("torch.")
     widest, codes = max(head_dim, v_head_dim), k_pages.dtype != q.dtype
     if widest > 256:
-        default = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+        default = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1 if q.dtype == torch.float32 else 2}
+    elif q.dtype == torch.float32 and widest > 128:
+        default = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
     elif q.dtype == torch.float32:
         default = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     elif widest > 128 and tuning.is_hip():
@@ -342,8 +343,16 @@ def blocks_for(
         default = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     else:
         default = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    shape = {"head_dim": head_dim, "v_head_dim": v_head_dim, "dtype": dtype, "codes": codes}
-    return config("prefill_attention", q.device, default, override, **shape)
+    return config(
+        "prefill_attention",
+        q.device,
+        default,
+        override,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        dtype=dtype,
+        codes=codes,
+    )
 
 
 def tuning_problems(device: torch.device) -> Iterator[Problem]:

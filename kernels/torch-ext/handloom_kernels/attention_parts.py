@@ -1,0 +1,196 @@
+"""What the attention kernels share: tiles of columns, the softmax of a split of keys, its folding, what is checked.
+
+A row (one query, one query head) that has seen some of its keys is three values, in base 2: `top`, its largest score;
+`total`, the sum of 2^(score - top); `acc`, that of 2^(score - top) * v. Two such triples over different keys make one:
+
+    top = max(top_a, top_b)        total = total_a * 2^(top_a - top) + total_b * 2^(top_b - top)        acc: likewise
+
+A triple over no key at all is (LOWEST, 0, 0); making one of it and another leaves the other as it was, to the bit.
+
+This module does not know who calls it, nor which keys a row sees.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import FLOATS, check, require
+
+CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Where top starts: below every score, yet a number, so that exp(-inf - top) is 0 and exp(top - top) is 1.
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def tanh(x):
+    """To float32's precision; near 0, where 1 - exp cancels, by the polynomial of Cephes' tanhf (Moshier 1992)."""
+    square = x * x
+    small = -5.70498872745e-3 * square + 2.06390887954e-2
+    small = small * square - 5.37397155531e-2
+    small = small * square + 1.33314422036e-1
+    small = small * square - 3.33332819422e-1
+    small = small * square * x + x
+    large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2 * LOG2_E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def load_columns(base, rows, inside, FIRST: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns FIRST .. FIRST + BLOCK of the rows at these offsets; 0 beyond WIDTH and in rows not inside (None: all
+    are)."""
+    columns = FIRST + tl.arange(0, BLOCK)
+    at = base + rows[:, None] + columns[None, :]
+    if FIRST + BLOCK <= WIDTH:
+        tile = tl.load(at) if inside is None else tl.load(at, mask=inside[:, None], other=0.0)
+    else:
+        mask = (columns < WIDTH)[None, :]
+        if inside is not None:
+            mask = mask & inside[:, None]
+        tile = tl.load(at, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_columns(base, rows, inside, tile, WIDTH: tl.constexpr):
+    """The first WIDTH columns of a tile, to the rows at these offsets that are inside."""
+    columns = tl.arange(0, tile.shape[1])
+    mask = inside[:, None]
+    if tile.shape[1] > WIDTH:
+        mask = mask & (columns < WIDTH)[None, :]
+    tl.store(base + rows[:, None] + columns[None, :], tile, mask=mask)
+
+
+@triton.jit
+def write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM: tl.constexpr):
+    """Divide by the total and write row `at`; a sink is one more score, which adds to the total and has no value."""
+    if sinks is not None:
+        sink = tl.load(sinks + heads).to(tl.float32) * LOG2_E
+        raised = tl.maximum(top, sink)
+        fade = tl.exp2(top - raised)
+        total = total * fade + tl.exp2(sink - raised)
+        acc = acc * fade[:, None]
+        top = raised
+    nothing = total == 0.0
+    total = tl.where(nothing, 1.0, total)
+    if lse is not None:
+        tl.store(lse + at, tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN_2), mask=inside)
+    value = acc / total[:, None]
+    store_columns(out, at * V_HEAD_DIM, inside, value.to(out.dtype.element_ty), V_HEAD_DIM)
+
+
+@triton.jit
+def store_split(split_sums, split_accs, at, inside, top, total, acc, V_HEAD_DIM: tl.constexpr):
+    """Put a split's three values where the last to arrive will look for them."""
+    tl.store(split_sums + 2 * at, top, mask=inside)
+    tl.store(split_sums + 2 * at + 1, total, mask=inside)
+    store_columns(split_accs, at * V_HEAD_DIM, inside, acc, V_HEAD_DIM)
+
+
+@triton.jit
+def fold_splits(
+    split_sums,
+    split_accs,
+    lead,
+    rows,
+    inside,
+    rows_per_split,
+    first_split,
+    num_splits,
+    V_HEAD_DIM: tl.constexpr,
+    DV: tl.constexpr,
+    FOLD_SPLITS: tl.constexpr,
+):
+    """Make one triple of those of num_splits splits; `lead`: where row 0 of the first split lies.
+
+    FOLD_SPLITS are read at once, in groups that begin at multiples of it, so that a split has one place in the sum."""
+    top = tl.full((rows.shape[0],), LOWEST, tl.float32)
+    total = tl.zeros((rows.shape[0],), tl.float32)
+    acc = tl.zeros((rows.shape[0], DV), tl.float32)
+    columns = tl.arange(0, DV)
+    for start in range(first_split // FOLD_SPLITS * FOLD_SPLITS, first_split + num_splits, FOLD_SPLITS):
+        nth = start - first_split + tl.arange(0, FOLD_SPLITS)
+        there = ((nth >= 0) & (nth < num_splits))[:, None] & inside[None, :]
+        base = lead + tl.cast(start - first_split, tl.int64) * rows_per_split
+        at = tl.arange(0, FOLD_SPLITS)[:, None] * rows_per_split + rows[None, :]
+        tops = tl.load(split_sums + 2 * (base + at), mask=there, other=LOWEST)
+        totals = tl.load(split_sums + 2 * (base + at) + 1, mask=there, other=0.0)
+        at = at[:, :, None] * V_HEAD_DIM + columns[None, None, :]
+        mask = there[:, :, None]
+        if DV > V_HEAD_DIM:
+            mask = mask & (columns < V_HEAD_DIM)[None, None, :]
+        accs = tl.load(split_accs + base * V_HEAD_DIM + at, mask=mask, other=0.0)
+        raised = tl.maximum(top, tl.max(tops, axis=0))
+        weights = tl.exp2(tops - raised[None, :])
+        fade = tl.exp2(top - raised)
+        top = raised
+        total = total * fade + tl.sum(totals * weights, axis=0)
+        acc = acc * fade[:, None] + tl.sum(accs * weights[:, :, None], axis=0)
+    return top, total, acc
+
+
+@triton.jit
+def is_last(ticket, count):
+    """Draw a ticket, after all threads' stores; the last of `count` puts it back to 0 and sees everyone's stores."""
+    tl.debug_barrier()
+    drawn = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    last = drawn == count - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
+
+
+def check_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    device: torch.device,
+) -> None:
+    """Raise KernelError unless these fit each other."""
+    check("q", q, (None, None, None), FLOATS, device, strided=True)
+    num_heads, head_dim = q.shape[1:]
+    quantised = k_scales is not None
+    require(quantised == (v_scales is not None), "k_scales and v_scales are given together or not at all")
+    dtypes = CODES if quantised else (q.dtype,)
+    check("k_pages", k_pages, (None, None, None, head_dim), dtypes, device, strided=True)
+    check("v_pages", v_pages, (*k_pages.shape[:3], None), k_pages.dtype, device, strided=True)
+    num_kv_heads, v_head_dim = v_pages.shape[2:]
+    require(
+        num_kv_heads > 0 and num_heads % num_kv_heads == 0,
+        f"q has {num_heads} heads, which {num_kv_heads} KV heads cannot share equally",
+    )
+    require(1 <= head_dim <= 1024, f"head_dim is {head_dim}; this kernel takes 1 to 1024")
+    require(1 <= v_head_dim <= 512, f"v_head_dim is {v_head_dim}; this kernel takes 1 to 512")
+    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if scales is not None:
+            check(name, scales, tuple(k_pages.shape[:3]), torch.float32, device)
+    for name, each in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if each is not None:
+            check(name, each, (num_heads,), FLOATS, device)
+
+
+def tile_widths(k_pages: Tensor, v_pages: Tensor) -> dict[str, int]:
+    """How the columns are cut: queries and keys into D and D_REST (576 = 512 + 64, 96 = 64 + 32, 128 = 128 + 0), values
+    padded to DV, FOLD_ROWS rows folded at once."""
+    head_dim, v_head_dim = k_pages.shape[-1], v_pages.shape[-1]
+    wide = 1 << (head_dim.bit_length() - 1)
+    padded = max(16, triton.next_power_of_2(v_head_dim))
+    same_place = k_pages.stride() == v_pages.stride()
+    same_place = same_place and k_pages.untyped_storage() is v_pages.untyped_storage()
+    same_place = same_place and k_pages.storage_offset() == v_pages.storage_offset()
+    return {
+        "HEAD_DIM": head_dim,
+        "V_HEAD_DIM": v_head_dim,
+        "D": max(16, wide),
+        "D_REST": max(16, triton.next_power_of_2(head_dim - wide)) if head_dim > max(16, wide) else 0,
+        "DV": padded,
+        "V_IN_K": same_place and v_head_dim == max(16, wide),
+    }
