@@ -17,7 +17,6 @@ from handloom.cache.batch import Work
 from handloom.cache.sequence import PLACEHOLDER, Sequence
 from handloom.cache.snapshot import restore_sequence, save_sequence
 from handloom.engine.engine import MAX_LOGITS_BYTES, MAX_STEP_TOKENS
-from handloom.engine.runner import Runner
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt, UnsupportedOption
 from handloom.prompts import check_embeddings, check_token_ids
 from handloom.sampling.sampler import token_logprobs
@@ -39,6 +38,7 @@ class LiveSequence(Sequence):
         self.lm = lm
         self.num_computed, self.page_table = source.num_computed, source.page_table
         self._logits: Tensor | None = None
+        self._hooks_version = 0
 
     @property
     def logits(self) -> Tensor:
@@ -57,13 +57,13 @@ class LiveSequence(Sequence):
         """
         if self.num_embeddings:
             raise UnsupportedOption("the sequence begins with embeddings, which have no probability")
-        runner, anew = Runner(self.lm.transformer, self.pool), Sequence(self.pool, self.token_ids)
+        runner, anew = self.lm.runner(), Sequence(self.pool, self.token_ids)
         at_once = max(1, min(MAX_STEP_TOKENS, MAX_LOGITS_BYTES // (4 * self.lm.spec.vocab_size)))
         logprobs: list[float] = []
         try:
             while anew.num_pending:
                 count = min(anew.num_pending, at_once)
-                logits = runner.forward([Work(anew, count, "all")])
+                logits = runner.forward([Work(anew, count, "all")], owners=[self])
                 anew.num_computed += count
                 targets = torch.tensor(anew.token_ids[anew.num_computed - count + 1 :][:count], device=logits.device)
                 if len(targets):
@@ -143,7 +143,7 @@ class LiveSequence(Sequence):
         """
         if count is None:
             child = LiveSequence(self.lm, super().fork())
-            child._logits = self._logits
+            child._keep(self._known_logits)
             return child
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_FORKS:
             raise InvalidParam(f"cannot fork {count!r} times; expected an integer from 0 to {MAX_FORKS}")
@@ -151,8 +151,15 @@ class LiveSequence(Sequence):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens, K and V to a safetensors file for `lm.restore(path)` of the same model. Raises OSError."""
-        logits = None if self.num_pending else self._logits
-        save_sequence(path, self, self.lm.transformer, name=self.lm.name, logits=logits)
+        save_sequence(path, self, self.lm.transformer, name=self.lm.name, logits=self._known_logits)
+
+    @property
+    def _known_logits(self) -> Tensor | None:
+        """Those after the last token, if they were computed, under the hooks that are open now."""
+        return None if self.num_pending or self._hooks_version != self.lm.hooks.version else self._logits
+
+    def _keep(self, logits: Tensor | None) -> None:
+        self._logits, self._hooks_version = logits, self.lm.hooks.version
 
     def __repr__(self) -> str:
         return f"LiveSequence({len(self)} tokens, {self.num_computed} computed, of {self.lm!r})"
@@ -172,8 +179,23 @@ def restore(lm: LM, path: str | os.PathLike[str]) -> LiveSequence:
     """The sequence that was saved there; errors are those of `restore_sequence`."""
     source, logits = restore_sequence(path, lm.pool, lm.transformer, lm.max_context)
     sequence = LiveSequence(lm, source)
-    sequence._logits = logits
+    sequence._keep(logits)
     return sequence
+
+
+def logit_lens(lm: LM, sequence: LiveSequence) -> Tensor:
+    """Logits [layers + 1, vocab_size] float32 that each layer's residual stream would give after the last token.
+
+    The first row is that of the embeddings, the last the model's own; in between the final norm and the head are
+    applied to a state they were not trained on (nostalgebraist 2020). Computes the last token again. Raises
+    InvalidPrompt, OutOfPages.
+    """
+    points = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"]
+    with lm.capture(points, positions="last", sequence=sequence) as acts:
+        step(lm, [sequence])
+    model, seen = lm.transformer, acts.of(sequence)
+    rows = torch.cat([seen[point] for point in seen])
+    return model.ops.lm_head(rows, model.final_norm, model.head, model.spec.logits_softcap)
 
 
 def step(lm: LM, sequences: Seq[LiveSequence]) -> Tensor:
@@ -183,9 +205,9 @@ def step(lm: LM, sequences: Seq[LiveSequence]) -> Tensor:
     """
     _check(lm, sequences)
     for sequence in sequences:
-        if sequence._logits is None and not sequence.num_pending:
+        if sequence._known_logits is None and not sequence.num_pending:
             sequence.forget(len(sequence) - 1)
-    runner = Runner(lm.transformer, lm.pool)
+    runner = lm.runner()
     while pending := [sequence for sequence in sequences if sequence.num_pending]:
         works: list[Work] = []
         budget = MAX_STEP_TOKENS
@@ -199,7 +221,7 @@ def step(lm: LM, sequences: Seq[LiveSequence]) -> Tensor:
         for sequence, work in zip(pending, works, strict=False):
             sequence.num_computed += work.num_tokens
             if work.num_rows:
-                sequence._logits = next(rows).clone()
+                sequence._keep(next(rows).clone())
     return torch.stack(cast(list[Tensor], [sequence._logits for sequence in sequences]))
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from handloom.collect import Collector
 from handloom.decoding.decoder import FinishedEvent, PromptLogprobsEvent, TopLogprobs
 from handloom.decoding.score import ScoreDecoder
 from handloom.engine import Engine
+from handloom.engine.runner import Runner
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt, UnsupportedOption
-from handloom.live import LiveSequence, restore, step
+from handloom.live import LiveSequence, logit_lens, restore, step
 from handloom.loading import choose_context, choose_device, choose_dtype, make_pool
 from handloom.model.families import read_config
+from handloom.model.hooks import Activations, Function, Hooks, Points
 from handloom.model.loading import Progress, load_transformer
 from handloom.model.spec import ModelSpec
 from handloom.model.transformer import Transformer
@@ -54,6 +57,7 @@ class LM:
         self.name, self.origin = name, origin
         self.generation_config = dict(generation_config or {})
         self.max_context = max_context or transformer.spec.max_context
+        self.hooks = Hooks(transformer.spec)
 
     def __repr__(self) -> str:
         return f"LM({self.name!r}, {self.spec.model_type}, {self.dtype}, {self.device}, backend {self.backend.name})"
@@ -308,6 +312,51 @@ class LM:
         All in one forward pass (longer prompts in several). Raises InvalidPrompt, OutOfPages.
         """
         return step(self, sequences)
+
+    def runner(self) -> Runner:
+        """What runs one forward pass of this model, under the hooks that are open."""
+        return Runner(self.transformer, self.pool, self.hooks)
+
+    # Looking inside ----------------------------------------------------------------------------
+
+    def hook_points(self) -> Points:
+        """Names and shapes of the points that `capture` and `patch` take; see `handloom.model.hooks`."""
+        return dict(self.hooks.points)
+
+    @contextmanager
+    def capture(
+        self,
+        points: str | Iterable[str],
+        *,
+        positions: Literal["all", "last"] = "all",
+        sequence: LiveSequence | None = None,
+    ) -> Iterator[Activations]:
+        """Keep what passes these points while the block is open: `with lm.capture(point) as acts: ...; acts[point]`.
+
+        points: names, in which `*` stands for any text; positions: see Activations; sequence: one only, else all that
+        run meanwhile, in any call. It changes no value. Raises InvalidParam.
+        """
+        acts = Activations(positions)
+        with self.hooks.opened(points, acts.add, changes=False, sequence=sequence):
+            yield acts
+
+    @contextmanager
+    def patch(
+        self, points: str | Iterable[str], function: Function, *, sequence: LiveSequence | None = None
+    ) -> Iterator[None]:
+        """Change what passes these points while the block is open: `with lm.patch(point, lambda x, at: x + v): ...`.
+
+        function(values, at) is called for each sequence and pass with a copy of its values (shapes: hook_points; rows
+        are the tokens at.positions) and returns new ones, or None after changing them in place. Other sequences are not
+        touched. K and V computed meanwhile stay as they are afterwards. Raises InvalidParam; where the function raises,
+        the call that runs it ends with RequestFailed, which has the cause.
+        """
+        with self.hooks.opened(points, function, changes=True, sequence=sequence):
+            yield
+
+    def logit_lens(self, sequence: LiveSequence) -> Tensor:
+        """Logits [layers + 1, vocab_size] float32 read from the residual stream after each layer; see handloom.live."""
+        return logit_lens(self, sequence)
 
 
 def _as_list(prompts: Any) -> tuple[list[Any], bool]:

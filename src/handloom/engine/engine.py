@@ -16,6 +16,7 @@ from handloom.decoding.sample import SampleDecoder
 from handloom.engine.runner import Runner
 from handloom.engine.scheduler import Request, Scheduler
 from handloom.errors import InvalidParam, InvalidPrompt, UnsupportedOption
+from handloom.model.hooks import Hooks
 from handloom.model.transformer import Transformer
 from handloom.sampling.params import GenerationParams, resolve_params
 from handloom.text.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ class Model(Protocol):
     generation_config: dict[str, Any]
     max_context: int
     pool: PagePool
+    hooks: Hooks
 
     def encode(self, prompt: Any) -> Sequence: ...
 
@@ -47,7 +49,7 @@ class Engine:
         if min(max_step_tokens, max_running) < 1:
             raise InvalidParam(f"max_step_tokens={max_step_tokens}, max_running={max_running}: both must be 1 or more")
         self.model = model
-        self.runner = Runner(model.transformer, model.pool)
+        self.runner = Runner(model.transformer, model.pool, model.hooks)
         row_bytes = 4 * model.transformer.spec.vocab_size
         self.scheduler = Scheduler(
             model.pool,

@@ -6,21 +6,30 @@ This module does not know requests or how tokens are chosen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Sized
 
 from torch import Tensor
 
 from handloom.cache.batch import Work, build_batch
 from handloom.cache.pages import PagePool
+from handloom.model.hooks import Hooks
 from handloom.model.transformer import Transformer
 
 
 class Runner:
-    """A model and the pages it writes to."""
+    """A model, the pages it writes to, and the hooks that may be open on it."""
 
-    def __init__(self, transformer: Transformer, pool: PagePool) -> None:
-        self.transformer, self.pool = transformer, pool
+    def __init__(self, transformer: Transformer, pool: PagePool, hooks: Hooks) -> None:
+        self.transformer, self.pool, self.hooks = transformer, pool, hooks
 
-    def forward(self, works: Iterable[Work]) -> Tensor:
-        """Logits [R, vocab_size] float32 of the works' rows, in order. Raises OutOfPages."""
-        return self.transformer.forward(build_batch(works, self.pool), self.pool.layers)
+    def forward(self, works: Iterable[Work], owners: Sequence[Sized] | None = None) -> Tensor:
+        """Logits [R, vocab_size] float32 of the works' rows, in order.
+
+        owners: whose hooks each work runs under, by default its sequence's. Raises OutOfPages, and what hooks raise.
+        """
+        works = list(works)
+        batch = build_batch(works, self.pool)
+        if not self.hooks:
+            return self.transformer.forward(batch, self.pool.layers)
+        hooks = self.hooks.step(owners or [work.sequence for work in works], batch)
+        return self.transformer.forward(batch, self.pool.layers, hooks)

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from handloom.model.batch import Embeddings, ForwardBatch
+from handloom.model.batch import ForwardBatch
+from handloom.model.hooked import HookedBlock, hooked_embedding, hooked_head
+from handloom.model.hooks import StepHooks
 from handloom.model.rope import inverse_frequencies, rotary_at
 from handloom.model.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
 from handloom.ops import Backend, Norm, Rotary
@@ -67,37 +69,62 @@ class Transformer:
         self.inv_freqs = [inverse_frequencies(rope, self.device) for rope in ropes]
 
     @torch.no_grad()
-    def forward(self, batch: ForwardBatch, kv: KVPages) -> Tensor:
+    def forward(self, batch: ForwardBatch, kv: KVPages, hooks: StepHooks | None = None) -> Tensor:
         """Run one step.
 
-        Args: batch, see ForwardBatch; kv: (k_pages, v_pages) of each layer, written in place.
-        Returns logits [R, vocab_size] float32 for batch.logits_rows.
+        Args: batch, see ForwardBatch; kv: (k_pages, v_pages) of each layer, written in place; hooks: whom to call on
+        the way. Returns logits [R, vocab_size] float32 for batch.logits_rows.
         """
-        ops = self.ops
         rotaries = [rotary_at(inv_freq, batch.positions) for inv_freq in self.inv_freqs]
-        hidden = ops.embed(
-            batch.input_ids, self.embedding, self.spec.embedding_scale, batch.positions, self.position_embedding
-        )
-        if batch.embeddings is not None:
-            hidden = self._place(batch.embeddings, hidden, batch.positions)
-        for layer, pages in zip(self.layers, kv, strict=True):
+        hidden = self.embed(batch, self.position_embedding)
+        if hooks is not None:
+            hooked_embedding(self, hooks, batch, hidden)
+        for i, (layer, pages) in enumerate(zip(self.layers, kv, strict=True)):
             rotary = None if layer.rope is None else rotaries[layer.rope]
-            hidden = self._attention(layer, hidden, rotary, pages, batch)
-            hidden = self._mlp(layer, hidden)
+            block = self._hooked(hooks, i, batch)
+            hidden = self._attention(layer, hidden, rotary, pages, batch, block)
+            hidden = self._mlp(layer, hidden, block)
         rows = hidden.index_select(0, batch.logits_rows)
-        return ops.lm_head(rows, self.final_norm, self.head, self.spec.logits_softcap)
+        logits = self.ops.lm_head(rows, self.final_norm, self.head, self.spec.logits_softcap)
+        if hooks is not None:
+            hooked_head(self, hooks, batch, hidden, logits)
+        return logits
 
-    def _place(self, embeddings: Embeddings, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Put the caller's embeddings in their rows; learned positions are added, a scale is not (as transformers)."""
-        values = embeddings.values.to(hidden)
-        if self.position_embedding is not None:
-            values = values + self.position_embedding[positions[embeddings.rows]]
-        return hidden.index_copy(0, embeddings.rows, values)
+    def embed(self, batch: ForwardBatch, position_embedding: Tensor | None) -> Tensor:
+        """Embeddings of the batch's tokens [N, hidden_size], scaled, positions of that table added.
+
+        The caller's own take the place of tokens' embeddings: positions are added to them, a scale is not (as
+        transformers).
+        """
+        hidden = self.ops.embed(
+            batch.input_ids, self.embedding, self.spec.embedding_scale, batch.positions, position_embedding
+        )
+        if batch.embeddings is None:
+            return hidden
+        rows, values = batch.embeddings.rows, batch.embeddings.values.to(hidden)
+        if position_embedding is not None:
+            values = values + position_embedding[batch.positions[rows]]
+        return hidden.index_copy(0, rows, values)
+
+    def _hooked(self, hooks: StepHooks | None, i: int, batch: ForwardBatch) -> HookedBlock | None:
+        """The hooks inside layer i, if there are any."""
+        prefix = f"blocks.{i}."
+        if hooks is None or not hooks.within(prefix):
+            return None
+        return HookedBlock(hooks, prefix, self.layers[i], self.ops, batch)
 
     def _attention(
-        self, layer: Layer, hidden: Tensor, rotary: Rotary | None, pages: tuple[Tensor, Tensor], batch: ForwardBatch
+        self,
+        layer: Layer,
+        hidden: Tensor,
+        rotary: Rotary | None,
+        pages: tuple[Tensor, Tensor],
+        batch: ForwardBatch,
+        block: HookedBlock | None,
     ) -> Tensor:
         mixer = layer.spec.mixer
+        if block is not None:
+            block.rows("hook_resid_pre", hidden)
         q = self.ops.norm_qkv(
             hidden,
             layer.attn_norm,
@@ -109,6 +136,8 @@ class Transformer:
             *pages,
             batch.slot_mapping,
         )
+        if block is not None:
+            block.qkv(hidden, rotary, pages, q)
         attended = self.ops.paged_attention(
             q,
             *pages,
@@ -120,9 +149,22 @@ class Transformer:
             mixer.softcap,
             max_query_len=batch.max_query_len,
         )
-        return self.ops.linear_residual(attended, layer.out, layer.out_bias, layer.attn_post_norm, hidden)
+        if block is not None:
+            block.attended(q, pages, attended)
+        out = self.ops.linear_residual(attended, layer.out, layer.out_bias, layer.attn_post_norm, hidden)
+        if block is not None:
+            block.added("hook_attn_out", attended, layer.out, layer.out_bias, layer.attn_post_norm, hidden, out)
+        return out
 
-    def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:
+    def _mlp(self, layer: Layer, hidden: Tensor, block: HookedBlock | None) -> Tensor:
         mlp = layer.spec.mlp
+        if block is not None:
+            block.rows("hook_resid_mid", hidden)
         x = self.ops.norm_mlp(hidden, layer.mlp_norm, layer.up, layer.up_bias, mlp.activation, mlp.gated)
-        return self.ops.linear_residual(x, layer.down, layer.down_bias, layer.mlp_post_norm, hidden)
+        if block is not None:
+            block.rows("mlp.hook_post", x)
+        out = self.ops.linear_residual(x, layer.down, layer.down_bias, layer.mlp_post_norm, hidden)
+        if block is not None:
+            block.added("hook_mlp_out", x, layer.down, layer.down_bias, layer.mlp_post_norm, hidden, out)
+            block.rows("hook_resid_post", out)
+        return out

@@ -21,9 +21,9 @@ from handloom.errors import UnsupportedOption
 from handloom.ops import torch_ops
 from handloom_kernels import reference
 from handloom_kernels.checks import INTERPRETED
-from handloom_kernels.reference import Norm, Rotary
+from handloom_kernels.reference import Norm, Rotary, normalize, rotate
 
-__all__ = ["BACKENDS", "Backend", "Norm", "Ops", "Rotary", "choose_backend"]
+__all__ = ["BACKENDS", "Backend", "Norm", "Ops", "Rotary", "choose_backend", "normalize", "rotate"]
 
 
 class Ops(Protocol):
