@@ -329,12 +329,12 @@ def blocks_for(
     """
     head_dim, v_head_dim, dtype = q.shape[2], v_pages.shape[3], str(q.dtype).removeprefix("torch.")
     widest, codes = max(head_dim, v_head_dim), k_pages.dtype != q.dtype
-    if widest > 256:
-        default = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1 if q.dtype == torch.float32 else 2}
-    elif q.dtype == torch.float32 and widest > 128:
-        default = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+    if q.dtype == torch.float32 and widest > 256:
+        default = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4 if tuning.is_hip() else 8, "num_stages": 1}
     elif q.dtype == torch.float32:
-        default = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+        default = {"BLOCK_M": 32, "BLOCK_N": 16 if widest > 64 else 32, "num_warps": 8, "num_stages": 2}
+    elif widest > 256:
+        default = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
     elif widest > 128 and tuning.is_hip():
         default = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
     elif widest > 128:
