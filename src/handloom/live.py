@@ -149,6 +149,62 @@ class LiveSequence(Sequence):
             raise InvalidParam(f"cannot fork {count!r} times; expected an integer from 0 to {MAX_FORKS}")
         return [self.fork() for _ in range(count)]
 
+    def kv(self, layer: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Copies of K (normed, rotated: as it is held) and V [stop - start, num_kv_heads, head_dim] of computed tokens.
+
+        stop: num_computed if None. Raises InvalidParam.
+        """
+        stop = self.num_computed if stop is None else stop
+        slots = self._slots(layer, start, stop)
+        k, v = (pages.flatten(0, 1)[slots] for pages in self.pool.layers[layer])
+        return k, v
+
+    def set_kv(self, layer: int, start: int, k: Tensor | None = None, v: Tensor | None = None) -> None:
+        """Put K, V or both [n, num_kv_heads, head_dim] in the place of those of tokens start..start + n.
+
+        Tokens appended from now on attend to them; forks made before keep theirs. Whatever computes a token again
+        forgets what was set for it: the last token when its logits are read, all of them in a request that is preempted
+        because the cache is full (lm.step never preempts). Raises InvalidParam, OutOfPages.
+        """
+        given = [values for values in (k, v) if values is not None]
+        if not given:
+            return
+        stop = start + len(given[0])
+        self._slots(layer, start, stop)
+        pages = self.pool.layers[layer]
+        for values in given:
+            if tuple(values.shape) != (stop - start, *pages[0].shape[2:]):
+                expected = [stop - start, *pages[0].shape[2:]]
+                raise InvalidParam(f"K and V of layer {layer} have shape {list(values.shape)}; expected {expected}")
+        self._own_pages(start, stop)
+        slots = self._slots(layer, start, stop)
+        for into, new in zip(pages, (k, v), strict=True):
+            if new is not None:
+                into.view(-1, *into.shape[2:])[slots] = new.to(into)
+        self._logits = None
+
+    def _slots(self, layer: int, start: int, stop: int) -> Tensor:
+        """Flat cache slots [stop - start] of computed tokens. Raises InvalidParam."""
+        if not 0 <= layer < len(self.pool.layers):
+            raise InvalidParam(f"there is no layer {layer}; the model has {len(self.pool.layers)}, counted from 0")
+        if not 0 <= start <= stop <= self.num_computed:
+            raise InvalidParam(
+                f"tokens {start} to {stop} have no K and V: {self.num_computed} of {len(self)} tokens are computed; "
+                "reading logits computes the rest"
+            )
+        at = torch.arange(start, stop, device=self.pool.device)
+        table = torch.tensor(self.page_table, dtype=torch.int64, device=self.pool.device)
+        return table[at // self.pool.page_size] * self.pool.page_size + at % self.pool.page_size
+
+    def _own_pages(self, start: int, stop: int) -> None:
+        """Take copies of the pages of these tokens that others hold too. Raises OutOfPages."""
+        page_size = self.pool.page_size
+        for index in range(start // page_size, -(-stop // page_size)):
+            page = self.page_table[index]
+            if self.pool.references(page) > 1:
+                self.page_table[index] = self.pool.copy(page, page_size)
+                self.pool.release(page)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens, K and V to a safetensors file for `lm.restore(path)` of the same model. Raises OSError."""
         save_sequence(path, self, self.lm.transformer, name=self.lm.name, logits=self._known_logits)

@@ -60,6 +60,21 @@ class LiveSequences(RuleBasedStateMachine):
         del self.past(sequence)[len(sequence) :]
         self.read(sequence, look)
 
+    @rule(sequence=sequences, count=st.integers(0, 12), look=st.booleans())
+    def truncate_left(self, sequence: LiveSequence, count: int, look: bool) -> None:
+        count = min(count, len(sequence))
+        sequence.truncate_left(count)
+        del self.past(sequence)[:count]
+        self.read(sequence, look)
+
+    @rule()
+    def step(self) -> None:
+        together = [(sequence, tokens) for sequence, tokens in self.alive if tokens]
+        if together:
+            logits = self.lm.step([sequence for sequence, _ in together])
+            for row, (_, tokens) in zip(logits, together, strict=True):
+                assert close(row, fresh_logits(self.lm, tokens))
+
     @rule(target=sequences, sequence=sequences)
     def fork(self, sequence: LiveSequence) -> LiveSequence:
         self.alive.append((sequence.fork(), list(self.past(sequence))))
