@@ -12,8 +12,7 @@ tile of queries and walks over the tiles of keys with the running top, total and
     queries 110 .. 117       | full  | full  | full  |masked |            its last query sees key 117
     queries 118 .. 125       | full  | full  | full  |masked |
     queries 126 .. 133       | full  | full  | full  |masked |masked |    key 128 begins another tile
-                                 ^                       ^
-         window 64 of 126..133:  skipped, skipped (keys < 63), masked at both edges, full between
+    the same, window 80      |       |masked | full  |masked |masked |    keys before 47 are not read
 
     the rows of a tile:   query 110, head 0   \\
                           query 110, head 1    |  PACK query heads that read the same KV head, BLOCK_Q queries each,
