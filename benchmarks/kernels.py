@@ -149,13 +149,13 @@ def measure(kernel: str, case: KernelCase, clock: Clock, roofs: tuple[float, flo
 
 
 def difference(ours: object, theirs: object) -> str:
-    """Largest difference over largest value; empty where the two are not the same kind of result."""
+    """Largest difference over largest value; empty where the two are not laid out alike."""
     if isinstance(ours, (tuple, list)) and isinstance(theirs, (tuple, list)):
         found = [float(part) for pair in zip(ours, theirs, strict=False) if (part := difference(*pair))]
         return f"{max(found):.2g}" if found else ""
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor) or not ours.is_floating_point():
         return ""
-    if ours.numel() != theirs.numel() or not ours.numel():
+    if ours.shape != theirs.shape or not ours.numel():
         return ""
     mine, other = ours.double().flatten(), theirs.double().flatten()
     finite = mine.isfinite() & other.isfinite()
@@ -205,7 +205,7 @@ def draw(rows: Iterable[Row], folder: Path) -> None:
         axes.axvline(100, color="black", linewidth=1)
         axes.invert_yaxis()
         axes.margins(x=0.12)
-        axes.set_xlabel("% of the copy rate or of the matrix-product rate of the same run, whichever is nearer")
+        axes.set_xlabel("% of the copy or matrix-product rate of the same run, whichever is nearer")
         axes.set_title(f"{kernel}, {bars[0][1]['dtype']}, {bars[0][1]['device']}", fontsize=10)
         figure.savefig(folder / f"{kernel}.svg")
         plt.close(figure)

@@ -21,6 +21,12 @@ def by_sort(scores: Tensor, p: float) -> Tensor:
     return scores.masked_fill(cut.scatter(1, token_ids, cut), -torch.inf)
 
 
+def by_share(scores: Tensor, p: float) -> Tensor:
+    """Tokens less likely than p times the best to -inf."""
+    probabilities = scores.softmax(-1)
+    return scores.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -torch.inf)
+
+
 def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[KernelCase]:
     """top-k, top-p, both, and min-p, of float32 scores that fall off as a language model's do."""
     shapes = ((2, 64),) if small else ((1, 128_256), (1, 262_144), (64, 128_256), (128, 131_072), (256, 151_936))
@@ -42,9 +48,7 @@ def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Ker
                 "torch.compile": lambda s=scores, compiled=compiled: compiled(s / 0.8, 0.9),
             },
             "top-k and top-p": {"torch": both},
-            "min-p": {
-                "torch": lambda s=scores: s.masked_fill(s.softmax(-1) < 0.05 * s.softmax(-1).amax(-1, True), -1e9)
-            },
+            "min-p": {"torch": lambda s=scores: by_share(s / 0.8, 0.05)},
         }
         given = {
             "top-k": (top_k, None, None),
