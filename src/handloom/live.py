@@ -37,6 +37,7 @@ class LiveSequence(Sequence):
         super().__init__(lm.pool, source.token_ids[source.num_embeddings :], source.embeddings)
         self.lm = lm
         self.num_computed, self.page_table = source.num_computed, source.page_table
+        self.salt, self.private = source.salt, source.private
         self._logits: Tensor | None = None
         self._hooks_version = 0
 
@@ -176,7 +177,8 @@ class LiveSequence(Sequence):
             if tuple(values.shape) != (stop - start, *pages[0].shape[2:]):
                 expected = [stop - start, *pages[0].shape[2:]]
                 raise InvalidParam(f"K and V of layer {layer} have shape {list(values.shape)}; expected {expected}")
-        self._own_pages(start, stop)
+        self.own(start, stop)
+        self.private = True
         slots = self._slots(layer, start, stop)
         for into, new in zip(pages, (k, v), strict=True):
             if new is not None:
@@ -195,15 +197,6 @@ class LiveSequence(Sequence):
         at = torch.arange(start, stop, device=self.pool.device)
         table = torch.tensor(self.page_table, dtype=torch.int64, device=self.pool.device)
         return table[at // self.pool.page_size] * self.pool.page_size + at % self.pool.page_size
-
-    def _own_pages(self, start: int, stop: int) -> None:
-        """Take copies of the pages of these tokens that others hold too. Raises OutOfPages."""
-        page_size = self.pool.page_size
-        for index in range(start // page_size, -(-stop // page_size)):
-            page = self.page_table[index]
-            if self.pool.references(page) > 1:
-                self.page_table[index] = self.pool.copy(page, page_size)
-                self.pool.release(page)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens, K and V to a safetensors file for `lm.restore(path)` of the same model. Raises OSError."""
@@ -235,6 +228,7 @@ def restore(lm: LM, path: str | os.PathLike[str]) -> LiveSequence:
     """The sequence that was saved there; errors are those of `restore_sequence`."""
     source, logits = restore_sequence(path, lm.pool, lm.transformer, lm.max_context)
     sequence = LiveSequence(lm, source)
+    sequence.private = True  # nobody else shall go on from what a file says
     sequence._keep(logits)
     return sequence
 

@@ -21,7 +21,7 @@ from tiny_models import random_ids
 
 LENGTHS = (1, 4, 9, 13, 19)
 NEW_TOKENS = (3, 13, 26)
-PROMPTS = [random_ids(i, length) for i, length in enumerate(LENGTHS)]
+PROMPTS = [[*random_ids(7, 11)[:length], *random_ids(i, length)][:length] for i, length in enumerate(LENGTHS)]
 MAX_STEPS = 5000
 
 
@@ -81,6 +81,7 @@ class Checked(Engine):
 
     def step(self) -> list[Event]:
         had_work = self.has_work
+        self.scheduler.sharing = self.prefix_cache
         plan, events = self.scheduler.plan()
         assert plan.num_tokens <= self.scheduler.max_tokens
         assert len(self.scheduler.running) <= self.scheduler.max_running
@@ -179,12 +180,19 @@ class Life:
     capacity=st.integers(40, 80),
     max_step_tokens=st.sampled_from((512, 7, 3, 1)),
     max_running=st.sampled_from((9, 3, 1)),
+    prefix_cache=st.booleans(),
 )
 def test_any_life_of_an_engine_ends_well(
-    first: list[Asked], actions: list[Any], page_size: int, capacity: int, max_step_tokens: int, max_running: int
+    first: list[Asked],
+    actions: list[Any],
+    page_size: int,
+    capacity: int,
+    max_step_tokens: int,
+    max_running: int,
+    prefix_cache: bool,
 ) -> None:
     lm = lm_in_float64(-(-capacity // page_size), page_size)
-    life = Life(lm, Checked(lm, max_step_tokens=max_step_tokens, max_running=max_running))
+    life = Life(lm, Checked(lm, max_step_tokens=max_step_tokens, max_running=max_running, prefix_cache=prefix_cache))
     for action in [*first, *actions]:
         life.act(action)
     life.finish()

@@ -62,6 +62,7 @@ class Bench:
     def __init__(self, num_pages: int = 100, **limits: int) -> None:
         self.pool = pool_of(num_pages, PAGE_SIZE, shapes=((1, 1),))
         self.scheduler = Scheduler(self.pool, **{"max_tokens": 100, "max_running": 100, "max_rows": 100, **limits})
+        self.scheduler.sharing = False  # the prompts are alike, and these tests are about something else
         self.decoders: list[Counting] = []
 
     def add(

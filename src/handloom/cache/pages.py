@@ -4,16 +4,22 @@ Layers whose K and V have the same shape share one storage
 `[num_layers, 2, num_pages, page_size, num_kv_heads, head_dim]`; a page id names the same page in every
 storage. Pages are handed out lowest id first, so that a sequence alone in the pool lies contiguous.
 
+A page that is let go by its last holder while the prefix index knows it keeps its content. It counts as free, and is
+given up when no other is, the one let go longest ago first. Sequences let go of their last page first, and hold all
+pages before one they hold, so a page is never given up before those that follow it.
+
 This module does not know sequences, tokens, or why a page is shared.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 
 import torch
 from torch import Tensor
 
+from handloom.cache.prefix import PrefixIndex
 from handloom.errors import OutOfPages
 from handloom.model.spec import ModelSpec
 
@@ -40,42 +46,75 @@ class PagePool:
             seen[shape] += 1
         self._references: list[int] = []  # of the pages handed out so far, which are the lowest ones
         self._free: list[int] = []  # a heap of those that came back
+        self.prefixes = PrefixIndex(page_size)
+        self._cached: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # those in the index that nobody holds, the first to go first
 
     @property
     def num_free(self) -> int:
+        """Pages that can be handed out, cached ones included."""
+        return self.num_empty + len(self._cached)
+
+    @property
+    def num_empty(self) -> int:
+        """Pages that can be handed out without giving up a cached one."""
         return len(self._free) + self.num_pages - len(self._references)
+
+    @property
+    def num_cached(self) -> int:
+        """Pages that nobody holds and the prefix index knows."""
+        return len(self._cached)
 
     def references(self, page: int) -> int:
         """How many page tables hold this page."""
         return self._references[page] if page < len(self._references) else 0
 
     def allocate(self) -> int:
-        """A page with one reference. Raises OutOfPages."""
+        """A page with one reference; gives up a cached page if no other is left. Raises OutOfPages."""
+        if not self._free and len(self._references) < self.num_pages:
+            self._references.append(1)
+            return len(self._references) - 1
         if self._free:
             page = heapq.heappop(self._free)
-            self._references[page] = 1
-            return page
-        if len(self._references) == self.num_pages:
+        elif self._cached:
+            page, _ = self._cached.popitem(last=False)
+            self.prefixes.discard(page)
+        else:
             raise OutOfPages(
                 f"all {self.num_pages} pages of {self.page_size} tokens are in use; "
                 "free sequences, or load the model with a larger kv_cache_tokens"
             )
-        self._references.append(1)
-        return len(self._references) - 1
+        self._references[page] = 1
+        return page
 
     def share(self, page: int) -> None:
-        """Add a reference to a page in use."""
-        if self.references(page) == 0:
+        """Add a reference to a page in use, or to a cached one."""
+        if self.references(page) == 0 and page not in self._cached:
             raise ValueError(f"page {page} is free and cannot be shared")
+        self._cached.pop(page, None)
         self._references[page] += 1
 
     def release(self, page: int) -> None:
-        """Drop a reference; the last one frees the page."""
+        """Drop a reference; the last one frees the page, which stays cached if the prefix index knows it."""
         if self.references(page) == 0:
             raise ValueError(f"page {page} is already free")
         self._references[page] -= 1
         if self._references[page] == 0:
+            if page in self.prefixes:
+                self._cached[page] = None
+            else:
+                heapq.heappush(self._free, page)
+
+    def forget_cached(self) -> None:
+        """Let no sequence find pages computed until now: for measurements, or after weights were edited.
+
+        Sequences that live on keep theirs, and may offer them again.
+        """
+        self.prefixes.clear()
+        for page in self._cached:
             heapq.heappush(self._free, page)
+        self._cached.clear()
 
     def copy(self, source: int, num_tokens: int) -> int:
         """A new page holding the first num_tokens tokens of `source`, in every layer. Raises OutOfPages."""

@@ -1,7 +1,8 @@
 """A sequence: token ids, how many of them are computed, and the pages their K and V live in.
 
 Append, rewind and fork are page-table operations. A fork shares every page with its parent; whoever
-writes to a shared page first takes a copy of it (copy-on-write).
+writes to a shared page first takes a copy of it (copy-on-write). Sequences that begin alike find each other's full
+pages through the pool's prefix index, if they look (`adopt_prefix`) and offer (`publish`).
 
 This module does not know models, sampling or requests.
 """
@@ -23,6 +24,8 @@ class Sequence:
 
     Invariant: num_computed <= len(token_ids), and the page table covers at least the computed tokens.
     `embeddings` [e, hidden_size], if given, stand in for the first e tokens, whose ids are PLACEHOLDER.
+    `salt`: only sequences of the same one find each other's pages. `private`: its K and V are not what the model makes
+    of the tokens (they were edited, or come from elsewhere), so nobody finds them; nor those of one with embeddings.
     """
 
     def __init__(self, pool: PagePool, token_ids: Iterable[int] = (), embeddings: Tensor | None = None) -> None:
@@ -31,6 +34,8 @@ class Sequence:
         self.token_ids: list[int] = [PLACEHOLDER] * self.num_embeddings + list(token_ids)
         self.num_computed = 0
         self.page_table: list[int] = []
+        self.salt = ""
+        self.private = False
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -43,6 +48,10 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens whose K and V are not in the cache yet."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def _shares(self) -> bool:
+        return not self.private and self.embeddings is None
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
@@ -60,21 +69,28 @@ class Sequence:
     def grow(self, num_tokens: int) -> None:
         """Own pages for num_tokens tokens, writable from num_computed on. Raises OutOfPages, changing nothing."""
         missing, free = self.pages_missing(num_tokens), self.pool.num_free
-        if not missing:
-            return
         if missing > free:
             raise OutOfPages(
                 f"the sequence needs {missing} more pages of {self.pool.page_size} tokens for {num_tokens} tokens, and "
                 f"{free} of {self.pool.num_pages} are free; free other sequences, or load the model with a larger "
                 "kv_cache_tokens"
             )
-        page_size = self.pool.page_size
-        for index in self._shared(-(-num_tokens // page_size)):
-            page = self.page_table[index]
-            self.page_table[index] = self.pool.copy(page, max(0, self.num_computed - index * page_size))
-            self.pool.release(page)
-        while len(self.page_table) * page_size < num_tokens:
+        self.own(self.num_computed, num_tokens)
+        while len(self.page_table) * self.pool.page_size < num_tokens:
             self.page_table.append(self.pool.allocate())
+
+    def own(self, start: int, stop: int) -> None:
+        """Make the pages of tokens start..stop writable: copies of those that others hold, and none that others may
+        find. Raises OutOfPages."""
+        page_size = self.pool.page_size
+        for index in range(start // page_size, min(-(-stop // page_size), len(self.page_table))):
+            page = self.page_table[index]
+            if self.pool.references(page) > 1:
+                computed = min(page_size, max(0, self.num_computed - index * page_size))
+                self.page_table[index] = self.pool.copy(page, computed)
+                self.pool.release(page)
+            else:
+                self.pool.prefixes.discard(page)
 
     def slots(self, num_tokens: int) -> list[int]:
         """Flat cache slots (page * page_size + offset) of the next num_tokens pending tokens; grows as needed."""
@@ -107,10 +123,52 @@ class Sequence:
         while len(self.page_table) > -(-num_tokens // self.pool.page_size):
             self.pool.release(self.page_table.pop())
 
+    def adopt_prefix(self) -> None:
+        """Take over the known pages that hold its first tokens, where they are more than it has computed.
+
+        The last token stays pending, since its logits are wanted.
+        """
+        if not self._shares:
+            return
+        page_size = self.pool.page_size
+        pages = self.pool.prefixes.find(self.salt, self.token_ids, (len(self) - 1) // page_size)
+        if len(pages) * page_size <= self.num_computed:
+            return
+        for page in pages:
+            self.pool.share(page)
+        self.forget(0)
+        self.page_table, self.num_computed = pages, len(pages) * page_size
+
+    def awaits(self, other: Sequence) -> bool:
+        """Whether the page that `other` computes next, once full, is one that this sequence needs and can take over."""
+        page_size = self.pool.page_size
+        end = (other.num_computed // page_size + 1) * page_size
+        if not self.num_computed < end < len(self) or end > len(other):
+            return False
+        if not (self._shares and other._shares and self.salt == other.salt):
+            return False
+        return self.token_ids[:end] == other.token_ids[:end]
+
+    def publish(self) -> None:
+        """Let others find its full computed pages. Where equal ones are known already, it goes on with those."""
+        if not self._shares:
+            return
+        table, known, page_size = self.page_table, self.pool.prefixes, self.pool.page_size
+        first = full = self.num_computed // page_size
+        while first and table[first - 1] not in known:
+            first -= 1
+        for index in range(first, full):
+            own = table[index]
+            tokens = self.token_ids[index * page_size : (index + 1) * page_size]
+            table[index] = known.add(table[index - 1] if index else None, self.salt, tokens, own)
+            if table[index] != own:
+                self.pool.share(table[index])
+                self.pool.release(own)
+
     def fork(self) -> Sequence:
         """A copy that shares every computed page; K and V are copied only when one of the two writes to such a page."""
         child = Sequence(self.pool, self.token_ids[self.num_embeddings :], self.embeddings)
-        child.num_computed = self.num_computed
+        child.num_computed, child.salt, child.private = self.num_computed, self.salt, self.private
         child.page_table = self.page_table[: -(-self.num_computed // self.pool.page_size)]
         for page in child.page_table:
             self.pool.share(page)

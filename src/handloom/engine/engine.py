@@ -6,6 +6,7 @@ This module does not know chat, the Hub, files, or how results are shown.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Decoder, Event
 from handloom.decoding.sample import SampleDecoder
+from handloom.engine.events import EngineEvent, EngineStats
 from handloom.engine.runner import Runner
 from handloom.engine.scheduler import Request, Scheduler
 from handloom.errors import InvalidParam, InvalidPrompt, UnsupportedOption
@@ -41,14 +43,22 @@ class Model(Protocol):
 class Engine:
     """Continuous generation for many requests over one model.
 
-    max_step_tokens: most tokens in one forward pass (longer prompts run in chunks); max_running: most
-    requests in flight at once, the others wait. Raises InvalidParam. Not for use from several threads at once.
+    max_step_tokens: most tokens in one forward pass (longer prompts run in chunks); max_running: most requests in
+    flight at once, the others wait; prefix_cache: whether requests take over pages that others with the same first
+    tokens have computed, and leave theirs to later ones. Raises InvalidParam. Not for use from several threads at once.
     """
 
-    def __init__(self, model: Model, *, max_step_tokens: int = MAX_STEP_TOKENS, max_running: int = 256) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_step_tokens: int = MAX_STEP_TOKENS,
+        max_running: int = 256,
+        prefix_cache: bool = True,
+    ) -> None:
         if min(max_step_tokens, max_running) < 1:
             raise InvalidParam(f"max_step_tokens={max_step_tokens}, max_running={max_running}: both must be 1 or more")
-        self.model = model
+        self.model, self.prefix_cache = model, prefix_cache
         self.runner = Runner(model.transformer, model.pool, model.hooks)
         row_bytes = 4 * model.transformer.spec.vocab_size
         self.scheduler = Scheduler(
@@ -83,26 +93,32 @@ class Engine:
             raise UnsupportedOption("prompt_logprobs need token ids, and the prompt begins with embeddings")
         return params
 
-    def prepare(self, prompt: Any, options: dict[str, Any]) -> SampleDecoder:
+    def prepare(self, prompt: Any, options: dict[str, Any], *, cache_salt: str = "") -> SampleDecoder:
         """The decoder of a request, checked and not queued yet. Arguments and errors are those of `add_request`."""
+        if not isinstance(cache_salt, str):
+            raise InvalidParam(f"cache_salt is {cache_salt!r}; expected a text, the same for requests that may share")
         if not isinstance(prompt, Sequence):
             sequence = self.model.encode(prompt)
+            sequence.salt = cache_salt
             return SampleDecoder(sequence, self.resolve(sequence, options), self.model.tokenizer)
+        if cache_salt != prompt.salt and cache_salt:
+            raise InvalidParam("a sequence has its own salt; leave cache_salt out, or pass the sequence's token_ids")
         if prompt.pool is not self.model.pool:
             raise InvalidPrompt("the sequence lives in the cache of another model; pass its token_ids instead")
         if any(prompt in request.decoder.sequences for request in self.scheduler):
             raise InvalidPrompt("the sequence is in use by another request of this engine; fork it")
         return SampleDecoder(prompt, self.resolve(prompt, options), self.model.tokenizer, owns_sequence=False)
 
-    def add_request(self, prompt: Any, /, *, priority: int = 0, **options: Any) -> int:
+    def add_request(self, prompt: Any, /, *, priority: int = 0, cache_salt: str = "", **options: Any) -> int:
         """Queue a prompt (text, token ids, embeddings [n, hidden_size], or a Sequence of the cache).
 
-        A higher priority comes first; among equals, who came first. Returns the request id its events carry.
+        A higher priority comes first; among equals, who came first. Only requests with the same cache_salt share cached
+        pages, so that nobody can time what others have asked. Returns the request id its events carry.
         A Sequence stays the caller's, receives the new tokens and keeps its pages when the request ends; while
         it lasts they may be taken for others and computed anew. Forks keep theirs.
         Raises InvalidPrompt, ContextOverflow, InvalidParam, UnsupportedOption.
         """
-        return self.add(self.prepare(prompt, options), priority=priority)
+        return self.add(self.prepare(prompt, options, cache_salt=cache_salt), priority=priority)
 
     def add(self, decoder: Decoder, *, priority: int = 0) -> int:
         """Queue a decoder of any mode; returns its request id. Raises InvalidParam."""
@@ -118,16 +134,49 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run one step: plan, forward, choose, advance. Returns the events; nothing to do gives none."""
+        self.scheduler.sharing = self.prefix_cache and not self.model.hooks  # what is taken over, no hook would see
         plan, events = self.scheduler.plan()
         if plan.works:
             logits = self.runner.forward(plan.works)
             events += self.scheduler.advance(plan, logits)
+            self.scheduler.journal.stepped(plan.num_tokens)
         return events
 
     def run(self) -> Iterator[Event]:
         """Step until no request is left; events as they come."""
         while self.has_work:
             yield from self.step()
+
+    def watch(self, limit: int = 1 << 16) -> deque[EngineEvent]:
+        """A queue that from now on receives what the engine does; past `limit` the oldest are dropped.
+
+        Read it with popleft, from any thread; see `handloom.engine.events`. End it with `unwatch`.
+        """
+        queue: deque[EngineEvent] = deque(maxlen=limit)
+        self.scheduler.journal.queues.append(queue)
+        return queue
+
+    def unwatch(self, queue: deque[EngineEvent]) -> None:
+        """Put no more into a queue of `watch`."""
+        queues = self.scheduler.journal.queues
+        queues[:] = [other for other in queues if other is not queue]
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing and has done."""
+        pool, journal = self.model.pool, self.scheduler.journal
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            pages_used=pool.num_pages - pool.num_free,
+            pages_cached=pool.num_cached,
+            pages_free=pool.num_free - pool.num_cached,
+            tokens_per_second=journal.tokens_per_second(),
+            hit_rate=journal.num_cached_tokens / max(1, journal.num_admitted_tokens),
+            num_finished=journal.num_finished,
+            num_preempted=journal.num_preempted,
+            num_computed=journal.num_computed,
+            num_chosen=journal.num_chosen,
+        )
 
     def close(self) -> None:
         """Abort every request."""

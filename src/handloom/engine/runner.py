@@ -23,7 +23,7 @@ class Runner:
         self.transformer, self.pool, self.hooks = transformer, pool, hooks
 
     def forward(self, works: Iterable[Work], owners: Sequence[Sized] | None = None) -> Tensor:
-        """Logits [R, vocab_size] float32 of the works' rows, in order.
+        """Logits [R, vocab_size] float32 of the works' rows, in order. A sequence that ran under hooks is private then.
 
         owners: whose hooks each work runs under, by default its sequence's. Raises OutOfPages, and what hooks raise.
         """
@@ -32,4 +32,6 @@ class Runner:
         if not self.hooks:
             return self.transformer.forward(batch, self.pool.layers)
         hooks = self.hooks.step(owners or [work.sequence for work in works], batch)
+        for work in works if hooks else ():
+            work.sequence.private = True
         return self.transformer.forward(batch, self.pool.layers, hooks)

@@ -10,6 +10,9 @@ it gives all its pages back and waits, first of its kind, to be computed again f
 request in the order always goes on, and a step with work never makes none. A request fails for lack of pages only
 where it would not fit the whole pool, or where it runs alone and others than this scheduler hold the rest.
 
+Requests that begin alike share pages. One that starts takes over those that are cached, and it waits to start while a
+request before it is computing the very page that it needs next.
+
 This module does not know models, how tokens are chosen, or how a request's options were resolved.
 """
 
@@ -19,14 +22,17 @@ import heapq
 import itertools
 from bisect import insort
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from handloom.cache.batch import Work
 from handloom.cache.pages import PagePool
+from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
 from handloom.decoding.sample import Ready, SampleDecoder, advance_together
+from handloom.engine.events import Journal
 from handloom.errors import HandloomError, OutOfPages, RequestFailed
 
 
@@ -38,6 +44,7 @@ class Request:
     decoder: Decoder
     priority: int = 0
     running: bool = False
+    prefilling: bool = False  # it has not computed all the tokens it was admitted with
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -61,13 +68,15 @@ class Scheduler:
     """Waiting and running requests, each in order.
 
     max_tokens: tokens per step; max_running: requests that hold pages at once; max_rows: logits rows per step
-    of one Work.
+    of one Work; sharing: whether requests look for pages that others have computed, and offer theirs.
     """
 
     def __init__(self, pool: PagePool, *, max_tokens: int, max_running: int, max_rows: int) -> None:
         self.pool, self.max_tokens, self.max_running, self.max_rows = pool, max_tokens, max_running, max_rows
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.journal = Journal()
+        self.sharing = True
 
     def __iter__(self) -> Iterator[Request]:
         return itertools.chain(self.running, self.waiting)
@@ -83,6 +92,7 @@ class Scheduler:
         """Drop a request and free what it holds. False if it is not here (any more)."""
         for request in self:
             if request.id == request_id:
+                self.journal.emitted([FinishedEvent("aborted", request_id=request_id)])
                 self._drop(request)
                 return True
         return False
@@ -100,19 +110,17 @@ class Scheduler:
                 break
             if not request.running and not may_start:
                 continue
-            others = len(self.running) - request.running
             try:
+                if not request.running and self._waits_for_another(request):
+                    may_start = False
+                    continue
                 budget = self._run(request, plan, budget)
             except HandloomError as error:
-                left = len(self.running) - request.running
-                if isinstance(error, OutOfPages) and left and self._fits(request):
-                    may_start = False
-                    if request.running:
-                        self._preempt(request)
+                others_run = len(self.running) > request.running
+                if isinstance(error, OutOfPages) and others_run and self._fits(request):
+                    may_start = False  # it waits, with what it has: until others end, or one before it needs that
                 else:
                     failed.append(self._fail(request, error))
-            # whoever lost its pages in this step does not start again in it
-            may_start = may_start and len(self.running) >= others
         return plan, failed
 
     def _run(self, request: Request, plan: Plan, budget: int) -> int:
@@ -130,24 +138,59 @@ class Scheduler:
         """Whether an empty pool would hold the request."""
         return request.decoder.max_length <= self.pool.num_pages * self.pool.page_size
 
+    def _waits_for_another(self, request: Request) -> bool:
+        """Whether a request before it is computing a page that it could take over in the next step."""
+        return self.sharing and any(
+            work.logits != "all" and work.sequence.awaits(other)
+            for before in self.running
+            if before.prefilling and before.rank < request.rank
+            for other in before.decoder.sequences
+            for work in request.decoder.plan()
+        )
+
     def _start(self, request: Request) -> None:
-        """Take pages for all that it has to compute, and for what may follow if there is plenty. Raises OutOfPages."""
-        sequences, length = request.decoder.sequences, request.decoder.max_length
+        """Take pages for all that it has to compute, and for what may follow if there is plenty.
+
+        Raises OutOfPages, then holding what it held before.
+        """
+        length = request.decoder.max_length
         if not self._fits(request):
             raise OutOfPages(
                 f"the request may grow to {length} tokens, and the KV cache holds {self.pool.num_pages} pages of "
                 f"{self.pool.page_size}; ask for fewer max_new_tokens, or load the model with a larger kv_cache_tokens"
             )
-        needed = sum(sequence.pages_missing(len(sequence)) for sequence in sequences)
-        if self.running and needed + len(self.running) > self.pool.num_free:
-            raise OutOfPages(f"{needed} pages are needed beside {len(self.running)} running requests")
-        wanted = sum(sequence.pages_missing(length) for sequence in sequences)
-        plenty = wanted + len(self.running) <= self.pool.num_free
-        for sequence in sequences:
-            sequence.grow(length if plenty else len(sequence))
-        request.running = True
+        sequences = request.decoder.sequences
+        before = [sequence.num_computed for sequence in sequences]
+        try:
+            if self.sharing:
+                self._adopt_prefixes(request)
+            self._reserve(sequences, length)
+        except OutOfPages:
+            for sequence, num_computed in zip(sequences, before, strict=True):
+                sequence.forget(num_computed)
+            raise
+        request.running = request.prefilling = True
         self.waiting.remove(request)
         insort(self.running, request, key=_rank)
+        self.journal.admitted(request.id, sum(map(len, sequences)), sum(s.num_computed for s in sequences))
+
+    def _adopt_prefixes(self, request: Request) -> None:
+        """Take over cached pages, except where logits of all tokens are wanted."""
+        for sequence, _, logits in request.decoder.plan():
+            if logits != "all":
+                sequence.adopt_prefix()
+
+    def _reserve(self, sequences: Seq[Sequence], length: int) -> None:
+        """Pages for what is there, one to spare for each request that runs, and those up to `length` if still empty.
+
+        Raises OutOfPages.
+        """
+        needed, spare = sum(sequence.pages_missing(len(sequence)) for sequence in sequences), len(self.running)
+        if spare and needed + spare > self.pool.num_free:
+            raise OutOfPages(f"{needed} pages are needed, with {spare} to spare, and {self.pool.num_free} are free")
+        wanted = sum(sequence.pages_missing(length) for sequence in sequences)
+        for sequence in sequences:
+            sequence.grow(length if wanted + spare <= self.pool.num_empty else len(sequence))
 
     def _place(self, request: Request, plan: Plan, budget: int) -> int:
         """Put as much of a request's work into the plan as the budget allows; returns what is left of it.
@@ -189,6 +232,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Take all pages of a running request, which waits again."""
+        self.journal.preempted(request.id, sum(sequence.num_computed for sequence in request.decoder.sequences))
         self._release(request)
         request.running = False
         self.running.remove(request)
@@ -200,7 +244,9 @@ class Scheduler:
 
     def _fail(self, request: Request, error: HandloomError) -> Event:
         self._drop(request)
-        return FinishedEvent("error", error=error, request_id=request.id)
+        event = FinishedEvent("error", error=error, request_id=request.id)
+        self.journal.emitted([event])
+        return event
 
     def _drop(self, request: Request) -> None:
         (self.running if request.running else self.waiting).remove(request)
@@ -213,10 +259,16 @@ class Scheduler:
         spans: dict[Request, list[int]] = {}
         at = 0
         for work, request in zip(plan.works, plan.owners, strict=True):
+            if request.prefilling:
+                self.journal.prefilled(request.id, work.sequence.num_computed, work.num_tokens)
             work.sequence.num_computed += work.num_tokens
+            if self.sharing:
+                work.sequence.publish()
             if work.num_rows:
                 spans.setdefault(request, [at, at])[1] = at + work.num_rows
                 at += work.num_rows
+        for request in spans:
+            request.prefilling = request.prefilling and any(s.num_pending for s in request.decoder.sequences)
         sampling = [r for r in spans if isinstance(r.decoder, SampleDecoder)]
         ready = [Ready(r.decoder, *spans[r]) for r in sampling if isinstance(r.decoder, SampleDecoder)]
         results = dict(zip(sampling, advance_together(ready, logits), strict=True)) if ready else {}
@@ -227,7 +279,8 @@ class Scheduler:
         for request, own in results.items():
             for event in own:
                 event.request_id = request.id
-                events.append(event)
+            events += own
+            self.journal.emitted(own)
             if own and isinstance(own[-1], FinishedEvent):
                 self._drop(request)
         return events

@@ -64,6 +64,7 @@ def run(lm: LM, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
     of tokens, and what LM.stream raises.
     """
     check_room(lm, max(map(len, prompts)), new_tokens)
+    lm.pool.forget_cached()  # every run computes its whole prompt
     counts, first, first_text = [0] * len(prompts), 0.0, 0.0
     started = time.perf_counter()
     stream = lm.stream([list(ids) for ids in prompts], max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
