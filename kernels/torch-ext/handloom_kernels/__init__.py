@@ -13,6 +13,7 @@ from . import reference
 
 KERNELS = (
     "activation",
+    "decode_attention",
     "draw",
     "kv_pages",
     "linear",
@@ -21,10 +22,12 @@ KERNELS = (
     "moe_routing",
     "norm",
     "norm_qkv",
+    "prefill_attention",
     "quantized_linear",
     "rope",
     "sampling",
     "selection",
+    "shared_prefix_attention",
 )
 
 __all__ = ["KERNELS", "reference", *KERNELS]
