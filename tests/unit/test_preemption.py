@@ -139,6 +139,23 @@ def test_a_computed_sequence_that_waits_gives_its_pages_rather_than_fail_the_onl
         assert (output.error, output.token_ids) == (None, lm_in_float64().generate(PROMPTS[i], **options).token_ids)
 
 
+@pytest.mark.parametrize("options", [{}, {"prompt_logprobs": 0}], ids=["plain", "prompt logprobs"])
+def test_a_computed_sequence_that_has_to_wait_stays_whole(options: dict[str, Any]) -> None:
+    lm = lm_in_float64(9)
+    with lm.sequence(PROMPTS[1]) as sequence:
+        _ = sequence.logits
+        engine = Engine(lm)
+        engine.add_request(random_ids(8, 17), **{**GREEDY, "max_new_tokens": 3})
+        engine.step()
+        waiting = engine.add_request(sequence, **{**GREEDY, "max_new_tokens": 12, **options})
+        engine.step()
+        assert [request.id for request in engine.scheduler.waiting] == [waiting]
+        assert len(sequence.page_table) == -(-sequence.num_computed // 4)
+        results = run(engine)
+        assert results.tokens[waiting] == lm_in_float64().generate(PROMPTS[1], **GREEDY).token_ids[:12]
+    assert all_free(lm)
+
+
 @pytest.mark.parametrize("budget", [3, 512])
 def test_prompt_logprobs_of_a_stopped_request_are_told_once_each(budget: int) -> None:
     """Its prompt is stopped in the middle, by a request of higher priority."""

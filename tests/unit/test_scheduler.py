@@ -247,6 +247,16 @@ def test_the_last_request_stops_when_pages_run_out_and_nobody_starts_in_that_ste
     assert bench.pool.num_free == 4
 
 
+def test_the_last_request_keeps_what_it_has_while_nobody_before_it_needs_that() -> None:
+    """Six pages: the first ends with two, the second has four after its 16th token and stands still until then."""
+    bench = Bench(num_pages=6)
+    bench.add(prompt=1, new=7)
+    bench.add(prompt=11, new=9)
+    steps = [bench.works() for _ in range(9)]
+    assert steps[0] == [(0, 1, "last"), (1, 11, "last")]
+    assert steps[6:] == [[(0, 1, "last")], [(0, 1, "last")], [(1, 1, "last")]]
+
+
 def test_a_request_that_waits_holds_nothing_it_took_in_vain() -> None:
     bench = Bench(num_pages=4)
     bench.add(prompt=8, new=4)

@@ -139,10 +139,11 @@ class Journal:
         self._steps.append((time.monotonic(), self.num_chosen))
 
     def tokens_per_second(self) -> float:
+        """Of the last RATE_STEPS steps, until now."""
         if len(self._steps) < 2:
             return 0.0
         started, before = self._steps[0]
-        return (self.num_chosen - before) / (time.monotonic() - started)
+        return (self.num_chosen - before) / max(1e-9, time.monotonic() - started)
 
     def _tell(self, event: EngineEvent) -> None:
         for queue in self.queues:

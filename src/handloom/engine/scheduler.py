@@ -167,7 +167,7 @@ class Scheduler:
             self._reserve(sequences, length)
         except OutOfPages:
             for sequence, num_computed in zip(sequences, before, strict=True):
-                sequence.forget(num_computed)
+                sequence.forget(min(num_computed, sequence.num_computed))
             raise
         request.running = request.prefilling = True
         self.waiting.remove(request)
