@@ -91,33 +91,11 @@ def page_of(page_ids, start, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def attend_keys(
-    q,
-    q_rest,
-    query_at,
-    slopes,
-    k_pages,
-    v_pages,
-    k_scales,
-    v_scales,
-    page_ids,
-    k_page_stride,
-    k_slot_stride,
-    v_page_stride,
-    v_slot_stride,
-    first,
-    begin,
-    end,
-    scale,
-    window,
-    softcap,
-    NUM_KV_HEADS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    DV: tl.constexpr,
-    V_IN_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, q_rest, query_at, slopes, k_pages, v_pages, k_scales, v_scales, page_ids, k_page_stride, k_slot_stride,
+    v_page_stride, v_slot_stride, first, begin, end, scale, window, softcap, NUM_KV_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, DV: tl.constexpr,
+    V_IN_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """(top [BLOCK_M], total [BLOCK_M], acc [BLOCK_M, DV]) of these queries over the keys begin .. end, of which those
     before `first` are not read. Scores are in base 2. The pages and scales are those of one KV head."""
     BLOCK_M: tl.constexpr = q.shape[0]
@@ -171,26 +149,10 @@ def attend_keys(
 
 @triton.jit
 def fold_and_write(
-    out,
-    lse,
-    sinks,
-    split_sums,
-    split_accs,
-    lead,
-    row,
-    row_end,
-    rows_per_split,
-    first_split,
-    num_splits,
-    first_token,
-    kv_head,
-    GROUP: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    DV: tl.constexpr,
-    FOLD_SPLITS: tl.constexpr,
-    FOLD_ROWS: tl.constexpr,
-):
+    out, lse, sinks, split_sums, split_accs, lead, row, row_end, rows_per_split, first_split, num_splits,
+    first_token, kv_head, GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    DV: tl.constexpr, FOLD_SPLITS: tl.constexpr, FOLD_ROWS: tl.constexpr,
+):  # fmt: skip
     """The rows row .. row + FOLD_ROWS of a sequence and KV head, once all of its splits lie in the workspace."""
     rows = row + tl.arange(0, FOLD_ROWS)
     inside = rows < row_end
@@ -224,52 +186,14 @@ def first_seen(length, count, window):
 
 @triton.jit(do_not_specialize=["num_sequences", "max_splits"])
 def _decode_kernel(
-    q,
-    k_pages,
-    v_pages,
-    page_table,
-    cu_seqlens,
-    context_lens,
-    sinks,
-    alibi_slopes,
-    k_scales,
-    v_scales,
-    out,
-    lse,
-    split_sums,
-    split_accs,
-    tickets,
-    num_sequences,
-    max_splits,
-    q_stride,
-    q_head_stride,
-    k_page_stride,
-    k_slot_stride,
-    k_head_stride,
-    v_page_stride,
-    v_slot_stride,
-    v_head_stride,
-    table_stride,
-    scale,
-    window,
-    softcap,
-    GROUP: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    MAX_ROWS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    D_REST: tl.constexpr,
-    DV: tl.constexpr,
-    V_IN_K: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FOLD_SPLITS: tl.constexpr,
-    FOLD_ROWS: tl.constexpr,
-):
+    q, k_pages, v_pages, page_table, cu_seqlens, context_lens, sinks, alibi_slopes, k_scales, v_scales, out, lse,
+    split_sums, split_accs, tickets, num_sequences, max_splits, q_stride, q_head_stride, k_page_stride,
+    k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride, table_stride, scale, window, softcap,
+    GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, MAX_ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr,
+    V_IN_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    FOLD_SPLITS: tl.constexpr, FOLD_ROWS: tl.constexpr,
+):  # fmt: skip
     TILES: tl.constexpr = (MAX_ROWS + BLOCK_M - 1) // BLOCK_M
     ends = list_splits(cu_seqlens, context_lens, num_sequences, window, SPLIT, BLOCK_S)
     for entry in range(tl.program_id(0), tl.max(ends, axis=0) * (NUM_KV_HEADS * TILES), tl.num_programs(0)):
@@ -300,33 +224,14 @@ def _decode_kernel(
         if alibi_slopes is not None:
             slopes = tl.load(alibi_slopes + heads).to(tl.float32)
         top, total, acc = attend_keys(
-            load_columns(q, q_rows, None, 0, D, HEAD_DIM),
-            q_rest,
-            length - count + rows // GROUP,
-            slopes,
+            load_columns(q, q_rows, None, 0, D, HEAD_DIM), q_rest, length - count + rows // GROUP, slopes,
             k_pages + kv_head * k_head_stride,
             v_pages + kv_head * (k_head_stride if v_head_stride is None else v_head_stride),
-            None if k_scales is None else k_scales + kv_head,
-            None if v_scales is None else v_scales + kv_head,
-            page_table + s * table_stride,
-            k_page_stride,
-            k_slot_stride,
-            v_page_stride,
-            v_slot_stride,
-            first,
-            tl.maximum(split * SPLIT, first // BLOCK_N * BLOCK_N),
-            tl.minimum((split + 1) * SPLIT, length),
-            scale,
-            window,
-            softcap,
-            NUM_KV_HEADS,
-            PAGE_SIZE,
-            HEAD_DIM,
-            V_HEAD_DIM,
-            DV,
-            V_IN_K,
-            BLOCK_N,
-        )
+            None if k_scales is None else k_scales + kv_head, None if v_scales is None else v_scales + kv_head,
+            page_table + s * table_stride, k_page_stride, k_slot_stride, v_page_stride, v_slot_stride, first,
+            tl.maximum(split * SPLIT, first // BLOCK_N * BLOCK_N), tl.minimum((split + 1) * SPLIT, length), scale,
+            window, softcap, NUM_KV_HEADS, PAGE_SIZE, HEAD_DIM, V_HEAD_DIM, DV, V_IN_K, BLOCK_N,
+        )  # fmt: skip
         at = tokens * (NUM_KV_HEADS * GROUP) + heads
         if tickets is None or num_splits == 1:
             write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM)
@@ -339,48 +244,19 @@ def _decode_kernel(
                 row_end = tl.minimum((tile + 1) * BLOCK_M, count * GROUP)
                 for row in range(tile * BLOCK_M, row_end, FOLD_ROWS):
                     fold_and_write(
-                        out,
-                        lse,
-                        sinks,
-                        split_sums,
-                        split_accs,
-                        lead,
-                        row,
-                        row_end,
-                        rows_per_split,
-                        first_split,
-                        num_splits,
-                        first_token,
-                        kv_head,
-                        GROUP,
-                        NUM_KV_HEADS,
-                        V_HEAD_DIM,
-                        DV,
-                        FOLD_SPLITS,
+                        out, lse, sinks, split_sums, split_accs, lead, row, row_end, rows_per_split, first_split,
+                        num_splits, first_token, kv_head, GROUP, NUM_KV_HEADS, V_HEAD_DIM, DV, FOLD_SPLITS,
                         FOLD_ROWS,
-                    )
+                    )  # fmt: skip
 
 
 def decode_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    cu_seqlens: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-    *,
-    max_query_len: int,
-    return_lse: bool = False,
-    tickets: Tensor | None = None,
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor,
+    scale: float, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, k_scales: Tensor | None = None, v_scales: Tensor | None = None, *,
+    max_query_len: int, return_lse: bool = False, tickets: Tensor | None = None,
     blocks: Mapping[str, int] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`reference.paged_attention` for sequences with few queries each; max_query_len (1 to 16) at most.
 
     Args: q [N, num_heads, head_dim] float32, float16 or bfloat16, tokens and heads any stride apart; k_pages
@@ -439,39 +315,13 @@ def decode_attention(
         require(len(tickets) >= needed, f"tickets has {len(tickets)} elements; {needed} are needed")
     work = num_sequences * max_splits * num_kv_heads * tiles
     _decode_kernel[(min(work, processors(device) * programs),)](
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        cu_seqlens,
-        context_lens,
-        sinks,
-        alibi_slopes,
-        k_scales,
-        v_scales,
-        out,
-        lse,
-        sums,
-        accs,
-        tickets,
-        num_sequences,
-        max_splits,
-        q.stride(0),
-        q.stride(1),
-        *k_pages.stride()[:3],
+        q, k_pages, v_pages, page_table, cu_seqlens, context_lens, sinks, alibi_slopes, k_scales, v_scales, out, lse,
+        sums, accs, tickets, num_sequences, max_splits, q.stride(0), q.stride(1), *k_pages.stride()[:3],
         *(v_pages.stride()[:3] if v_pages.stride() != k_pages.stride() else (None, None, None)),
-        page_table.stride(0),
-        scale,
-        window,
-        softcap,
-        GROUP=group,
-        NUM_KV_HEADS=num_kv_heads,
-        MAX_ROWS=group * max_query_len,
-        PAGE_SIZE=k_pages.shape[1],
-        BLOCK_S=triton.next_power_of_2(num_sequences),
-        **tile_widths(k_pages, v_pages),
-        **chosen,
-    )
+        page_table.stride(0), scale, window, softcap, GROUP=group, NUM_KV_HEADS=num_kv_heads,
+        MAX_ROWS=group * max_query_len, PAGE_SIZE=k_pages.shape[1], BLOCK_S=triton.next_power_of_2(num_sequences),
+        **tile_widths(k_pages, v_pages), **chosen,
+    )  # fmt: skip
     return out if lse is None else (out, lse)
 
 
@@ -498,7 +348,7 @@ def blocks_for(
         "BLOCK_N": block_n,
         "SPLIT": max(128, min(512, 32 * triton.next_power_of_2(group))),
         "FOLD_SPLITS": 16,
-        "FOLD_ROWS": max(1, 512 // widths["DV"]),
+        "FOLD_ROWS": max(1, min(4, 512 // widths["DV"])),
         "PROGRAMS": 2,
         "num_warps": 8 if widths["DV"] >= 256 or q.dtype == torch.float32 else 4,
         "num_stages": 4 if quantised else 3 if 2 * block_n * row + 16 * columns * q.element_size() < 98304 else 2,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import (
     activation,
+    decode_attention,
     draw,
     kv_pages,
     linear,
@@ -36,12 +37,14 @@ from . import (
     rope,
     sampling,
     selection,
+    shared_prefix_attention,
 )
 from .checks import require
 from .tuning import FOLDER, Problem, device_file, device_name
 
 KERNELS: Mapping[str, Any] = {
     "activation": activation,
+    "decode_attention": decode_attention,
     "draw": draw,
     "kv_pages": kv_pages,
     "linear": linear,
@@ -55,6 +58,7 @@ KERNELS: Mapping[str, Any] = {
     "rope": rope,
     "sampling": sampling,
     "selection": selection,
+    "shared_prefix_attention": shared_prefix_attention,
 }
 
 Timer = Callable[[Callable[[], object]], float]
