@@ -76,5 +76,5 @@ def test_tuning_writes_the_fastest_that_agrees(folder: Path, monkeypatch: pytest
 
 def test_a_problem_without_a_candidate_that_works_says_so() -> None:
     problem = Problem({"width": 8}, [], lambda blocks=None: draw(1))
-    with pytest.raises(KernelError, match="none of the candidates for .* works here"):
+    with pytest.raises(KernelError, match=r"none of the candidates for .* works here"):
         tune.best(problem, lambda run: 0.0)
