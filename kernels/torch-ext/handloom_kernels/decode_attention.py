@@ -353,7 +353,9 @@ def blocks_for(
         "num_warps": 8 if widths["DV"] >= 256 or q.dtype == torch.float32 else 4,
         "num_stages": 4 if quantised else 3 if 2 * block_n * row + 16 * columns * q.element_size() < 98304 else 2,
     }
-    if tuning.is_hip():  # few scalar registers, and nothing on its way to shared memory
+    if not tuning.is_hip():
+        default["maxnreg"] = 255  # without a limit the compiler spills a few registers to seat one more program
+    else:  # few scalar registers, and nothing on its way to shared memory
         stages = 1 if quantised or columns > 128 else 2
         warps = 8 if widths["DV"] < 512 else 4
         default.update(BLOCK_N=16, FOLD_SPLITS=8, FOLD_ROWS=1, PROGRAMS=4, num_warps=warps, num_stages=stages)
