@@ -356,8 +356,9 @@ def blocks_for(
     if not tuning.is_hip():
         default["maxnreg"] = 255  # without a limit the compiler spills a few registers to seat one more program
     else:  # few scalar registers, and nothing on its way to shared memory
-        warps = 2 if widths["DV"] == 256 else 4
-        default.update(BLOCK_N=16, FOLD_SPLITS=4, FOLD_ROWS=1, PROGRAMS=4, num_warps=warps, num_stages=1)
+        stages = 1 if quantised or columns > 128 else 2
+        warps = 8 if widths["DV"] < 512 else 4
+        default.update(BLOCK_N=16, FOLD_SPLITS=8, FOLD_ROWS=1, PROGRAMS=4, num_warps=warps, num_stages=stages)
     return config(
         "decode_attention",
         q.device,
