@@ -1,4 +1,5 @@
-"""GGUF files of tiny transformers models, written by the gguf package in the way llama.cpp's converter does it."""
+"""GGUF files of tiny transformers models, written by the gguf package in the way llama.cpp's converter does it;
+and what transformers makes of them."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Storage
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from handloom.checkpoint.gguf import GGUFCheckpoint
 from tiny_models import tiny_tokenizer
 
 ARCHITECTURES = {"llama": "llama", "gpt2": "gpt2", "gemma3_text": "gemma3"}
@@ -125,3 +128,32 @@ def tensors_of(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarra
             value = value.T
         tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = np.ascontiguousarray(value)
     return tensors
+
+
+def open_gguf(path: Path) -> GGUFCheckpoint:
+    return GGUFCheckpoint.open(path, "the name")
+
+
+def read(checkpoint: GGUFCheckpoint, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    out = torch.full(checkpoint.tensors[name].shape, float("nan"), dtype=dtype)
+    checkpoint.read_into(name, out)
+    return out
+
+
+def by_transformers(path: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights that transformers reads from the file for `model`."""
+    tensors: dict[str, torch.Tensor] = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    return tensors
+
+
+def numbers(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as transformers completes it, without what says nothing about the model."""
+    values = AutoConfig.for_model(**config).to_dict()
+    return {
+        key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version", "dtype")
+    }
+
+
+def without_extras(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers makes of a file, less its bookkeeping."""
+    return {key: value for key, value in config.items() if key not in ("_model_name_or_path", "unk_token_id")}

@@ -1,34 +1,19 @@
-"""Options resolved as transformers resolves them, nothing ignored, everything in range."""
+"""Options resolved as transformers resolves them, from the caller, the file and the tokenizer."""
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
-from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList, TextStreamer
-from transformers.generation.utils import GenerationMixin
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
-from handloom.errors import ContextOverflow, HandloomError, InvalidParam, UnsupportedOption
+from handloom.errors import ContextOverflow, HandloomError, InvalidParam
 from handloom.sampling import options as names
-from handloom.sampling.params import GenerationParams, resolve_params
-
-CONTEXT, VOCAB = 64, 100
-
-
-def resolve(
-    options: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **facts: Any
-) -> GenerationParams:
-    given = {"prompt_length": 10, "max_context": CONTEXT, "vocab_size": VOCAB, **facts}
-    return resolve_params(options or {}, generation_config=model or {}, **given)
-
+from option_checks import CONTEXT, VOCAB, resolve
 
 # Against transformers -------------------------------------------------------------------------------
 
@@ -229,197 +214,6 @@ def test_a_request_without_a_seed_gets_a_fresh_one_that_reproduces_it():
     assert first.seed != second.seed
     assert resolve({"temperature": 0.5, "seed": first.seed}) == first
     assert resolve({"seed": 2**64 - 1}).seed == 2**64 - 1
-
-
-# Every name -------------------------------------------------------------------------------------------
-
-FIELDS = sorted(vars(GenerationConfig()))
-OURS = set(GenerationParams.__dataclass_fields__) | {"max_length"}
-LACKING = [name for name in FIELDS if name not in OURS | names.BOOKKEEPING and not name.startswith("_")]
-
-
-@pytest.mark.parametrize("name", LACKING)
-def test_every_other_field_of_generation_config_is_refused_by_name_unless_it_does_nothing(name):
-    for value in (3, "something", [[1]]):
-        with pytest.raises(UnsupportedOption, match=f"^{name}=.*leave it out"):
-            resolve({name: value})
-        with pytest.raises(UnsupportedOption, match=f"^{name}="):
-            resolve({name: value}, {name: names.INERT.get(name)})
-        if name not in names.NO_EFFECT_IN_A_FILE:
-            with pytest.raises(UnsupportedOption, match=f"^{name}=.*generation_config.json.*pass {name}="):
-                resolve({}, {name: value})
-            with pytest.raises(UnsupportedOption, match=f"^{name}=.*generation_config passed"):
-                resolve({"generation_config": {name: value}})
-    inert = names.INERT.get(name)
-    reference = resolve({"seed": 1})
-    assert resolve({"seed": 1, name: inert}) == reference
-    assert resolve({"seed": 1, name: None}) == reference
-    assert resolve({"seed": 1, name: inert}, {name: 3}) == reference
-    assert resolve({"seed": 1}, {name: inert}) == reference
-
-
-@pytest.mark.parametrize("name", sorted(names.NO_EFFECT_IN_A_FILE))
-def test_what_only_steers_transformers_own_computing_is_no_request_in_a_file(name):
-    assert resolve({"seed": 1}, {name: "hybrid"}) == resolve({"seed": 1})
-
-
-@pytest.mark.parametrize(
-    "name", sorted(set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"})
-)
-def test_every_argument_of_generate_works_or_is_refused_by_name(name):
-    if name in ("generation_config", "logits_processor", "stopping_criteria"):
-        resolve({name: {} if name == "generation_config" else [print]})
-        return
-    with pytest.raises(UnsupportedOption, match=f"^{name}="):
-        resolve({name: TextStreamer})
-    assert resolve({name: None, "seed": 1}) == resolve({"seed": 1})
-
-
-@pytest.mark.parametrize("name", ["tokenizer", "trust_remote_code", "input_ids", "attention_mask", "past_key_values"])
-def test_what_generate_hands_on_is_refused_by_name(name):
-    with pytest.raises(UnsupportedOption, match=f"^{name}="):
-        resolve({name: torch.zeros(2, 2)})
-
-
-@pytest.mark.parametrize(
-    ("typo", "meant"),
-    [
-        ("max_tokens", "max_new_tokens"),
-        ("temprature", "temperature"),
-        ("topk", "top_k"),
-        ("stopstrings", "stop_strings"),
-    ],
-)
-def test_an_unknown_name_is_refused_with_the_closest_known_one(typo, meant):
-    with pytest.raises(InvalidParam, match=f"'{typo}' .from the caller. .*did you mean {meant}"):
-        resolve({typo: 3})
-    with pytest.raises(InvalidParam, match=r"generation_config\.json"):
-        resolve({}, {typo: 3})
-
-
-@pytest.mark.parametrize("name", sorted(names.OURS))
-def test_options_of_ours_do_not_belong_in_a_generation_config(name):
-    with pytest.raises(InvalidParam, match=name):
-        resolve({}, {name: 1})
-
-
-def test_bookkeeping_is_accepted_with_any_value():
-    values = {"transformers_version": "4.40.1", "_from_model_config": True, "pad_token_id": -1, "bos_token_id": 10**9}
-    assert resolve({"seed": 1, "return_dict_in_generate": True}, values) == resolve({"seed": 1})
-
-
-def test_an_error_message_stays_short_whatever_the_value():
-    for options in ({"top_k": "x" * 10**6}, {"x" * 10**6: 1}, {"num_beams": list(range(10**5))}, {"seed": 10**5000}):
-        with pytest.raises(HandloomError) as error:
-            resolve(options)
-        assert len(str(error.value)) < 400
-
-
-# Ranges: SAFETY rows 13, 14, 15 -----------------------------------------------------------------------
-
-NOT_NUMBERS: list[Any] = [
-    True,
-    False,
-    "1",
-    {},
-    1j,
-    math.nan,
-    math.inf,
-    -math.inf,
-    torch.tensor(1.0),
-    np.array([1, 2]),
-]
-BAD_VALUES: dict[str, list[Any]] = {
-    "max_new_tokens": [0, -1, 1.0, -(2**63)],
-    "max_length": [0, -1, 1.5],
-    "min_new_tokens": [-1, 1.0],
-    "min_length": [-1, 1.0],
-    "temperature": [-1, -1e-9, 1e-40, 1e39, 10**400],
-    "top_k": [-1, 2**31, 2**63, 5.0],
-    "top_p": [0, 0.0, -0.1, 1.0000001, 2],
-    "min_p": [-0.1, 1.1],
-    "repetition_penalty": [0, -1, 1e-40, 1e39],
-    "seed": [-1, 2**64, 1.0],
-    "logprobs": [-1, 101, 2**63],
-    "prompt_logprobs": [-1, 101, 2**63],
-    "max_time": [0, -1, 1e39],
-    "eos_token_id": [-1, VOCAB, 2**63, [0, VOCAB], [True], [[1]], 1.0],
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [(name, value) for name, values in BAD_VALUES.items() for value in [*values, *NOT_NUMBERS]],
-    ids=str,
-)
-def test_safety_14_15_a_number_out_of_range_is_refused_by_name(name, value):
-    with pytest.raises(InvalidParam, match=f"^{name}="):
-        resolve({name: value})
-
-
-def test_safety_13_a_million_sequences_are_refused_at_parse():
-    with pytest.raises(UnsupportedOption, match="num_return_sequences=1000000"):
-        resolve({"num_return_sequences": 1_000_000})
-
-
-def test_safety_14_prompts_and_limits_beyond_the_context_are_refused_with_the_numbers():
-    with pytest.raises(ContextOverflow, match=f"10 prompt tokens and {2**63} new ones exceed the context of {CONTEXT}"):
-        resolve({"max_new_tokens": 2**63})
-    for length in (CONTEXT, CONTEXT + 1, 10**9):
-        with pytest.raises(ContextOverflow, match=f"the prompt has {length} tokens and the context holds {CONTEXT}"):
-            resolve({"max_new_tokens": 1}, prompt_length=length)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [["a"] * 65, ["x"] * 10**6, "", ["a", ""], [1], 7, {"a": 1}, "\ud800", ["a", None], "s" * 10**6],
-    ids=lambda v: repr(v)[:20],
-)
-@pytest.mark.parametrize("name", ["stop", "stop_strings"])
-def test_safety_15_bad_stop_strings_are_refused(name, value):
-    with pytest.raises(InvalidParam):
-        resolve({name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("do_sample", 1), ("do_sample", "yes"), ("include_stop_text", 0), ("skip_special_tokens", "no"),
-        ("output_scores", 1), ("output_logits", []), ("rng", "cuda"), ("rng", 1), ("logits_processor", print),
-        ("logits_processor", [1]), ("stopping_criteria", "x"), ("stopping_criteria", {print}),
-        ("generation_config", 3), ("generation_config", "file.json"),
-    ],
-)  # fmt: skip
-def test_flags_names_and_callables_of_the_wrong_kind_are_refused(name, value):
-    with pytest.raises(InvalidParam, match=name):
-        resolve({name: value})
-
-
-def test_values_at_the_edge_of_their_range_are_taken_as_they_are():
-    edges: dict[str, Any] = {
-        "temperature": 1e-30, "top_k": 2**31 - 1, "top_p": 1, "min_p": 1, "repetition_penalty": 1e30, "logprobs": 100,
-        "prompt_logprobs": 0, "max_time": 1e-9, "eos_token_id": [0, VOCAB - 1, 0], "seed": 0,
-    }  # fmt: skip
-    params = resolve(edges)
-    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (1e-30, 2**31 - 1, 1.0, 1.0)
-    assert (params.eos_token_id, params.logprobs, params.prompt_logprobs) == ((0, VOCAB - 1), 100, 0)
-    assert resolve({"logprobs": 4}, vocab_size=4).logprobs == 4
-    with pytest.raises(InvalidParam, match="logprobs"):
-        resolve({"logprobs": 5}, vocab_size=4)
-
-
-def test_numbers_of_other_kinds_become_pythons_own():
-    params = resolve(
-        {"top_k": np.int64(3), "temperature": np.float32(0.5), "top_p": Fraction(1, 2), "seed": np.uint8(7)}
-    )
-    assert (params.top_k, params.temperature, params.top_p, params.seed) == (3, 0.5, 0.5, 7)
-    assert [type(value) for value in (params.top_k, params.temperature, params.top_p, params.seed)] == [
-        int,
-        float,
-        float,
-        int,
-    ]
-    json.dumps(params.temperature)
 
 
 # The rest ---------------------------------------------------------------------------------------------
