@@ -31,7 +31,7 @@ def choose_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).tolist()
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as cause:
+    except (RuntimeError, AssertionError, TypeError) as cause:
         why = str(cause).partition("\n")[0][:200]
         raise InvalidParam(f"device {device!r} cannot be used here ({why}); choose 'auto', 'cpu' or 'cuda'") from cause
     return chosen

@@ -14,6 +14,7 @@ This module does not know who asked for what.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,10 +55,15 @@ class HookedBlock:
 
         def entering(span: Span, x: Tensor, norm: Norm | None) -> Tensor:
             x = x if norm is None else normalize(x, norm)
-            return x if rotary is None else rotate(x, Rotary(rotary.cos[span.rows], rotary.sin[span.rows]))
+            if rotary is None:
+                return x
+            return rotate(x, rotary._replace(cos=rotary.cos[span.rows], sin=rotary.sin[span.rows]))
 
         def slots(span: Span) -> Tensor:
             return self.batch.slot_mapping[span.rows]
+
+        def load(written: Tensor, span: Span) -> Tensor:
+            return written[slots(span)]
 
         def store(into: Tensor, span: Span, values: Tensor) -> None:
             into[slots(span)] = values.to(into.dtype)
@@ -73,12 +79,8 @@ class HookedBlock:
             lambda span, x: store(k_slots, span, entering(span, x, layer.k_norm)),
         )
         self.rows("attn.hook_rot_q", q)
-        for name, into in (("attn.hook_rot_k", k_slots), ("attn.hook_v", v_slots)):
-            self.hooks.visit(
-                self.prefix + name,
-                lambda span, into=into: into[slots(span)],  # type: ignore[misc]
-                lambda span, x, into=into: store(into, span, x),  # type: ignore[misc]
-            )
+        for name, written in (("attn.hook_rot_k", k_slots), ("attn.hook_v", v_slots)):
+            self.hooks.visit(self.prefix + name, partial(load, written), partial(store, written))
 
     def attended(self, q: Tensor, pages: Pages, attended: Tensor) -> None:
         """After attention: its output [N, num_heads * head_dim], patched in place."""
