@@ -23,25 +23,26 @@ def run(
     dtype: torch.dtype = BF16,
     pages: torch.dtype | None = None,
     page_size: int = 16,
+    batch: int = 4,
     queries: int = 1,
     sinks: bool = False,
     alibi: bool = False,
     **options: Any,
 ) -> None:
-    """A batch of 4 sequences with room for 8192 keys each."""
-    q = torch.empty(4 * queries, num_heads, head_dim, dtype=dtype)
+    """Sequences with room for 8192 keys each."""
+    q = torch.empty(batch * queries, num_heads, head_dim, dtype=dtype)
     k_pages = torch.empty(4096, page_size, num_kv_heads, head_dim, dtype=pages or dtype)
     # latent attention: the values are columns of the keys
     v_pages = torch.empty_like(k_pages) if v_head_dim is None else k_pages.narrow(-1, 0, v_head_dim)
-    table = torch.empty(4, 8192 // page_size, dtype=torch.int32)
-    lengths = torch.empty(4, dtype=torch.int32)
+    table = torch.empty(batch, 8192 // page_size, dtype=torch.int32)
+    lengths = torch.empty(batch, dtype=torch.int32)
     scales = None if pages is None else torch.empty(4096, page_size, num_kv_heads)
     kernels.decode_attention(
         q,
         k_pages,
         v_pages,
         table,
-        torch.empty(5, dtype=torch.int32),
+        torch.empty(batch + 1, dtype=torch.int32),
         lengths,
         head_dim**-0.5,
         sinks=torch.empty(num_heads, dtype=BF16) if sinks else None,
@@ -57,7 +58,8 @@ def cases() -> Iterator[Case]:
     yield Case("llama 3.1 8b", lambda: run(32, 8, 128), PTX)
     yield Case("llama 3.1 8b, 8 queries, log-sum-exp", lambda: run(32, 8, 128, queries=8, return_lse=True), PTX)
     yield Case("llama 3.1 8b, one page a sequence", lambda: run(32, 8, 128, page_size=8192), PTX)
-    yield Case("qwen3 0.6b", lambda: run(16, 8, 128), PTX)
+    yield Case("llama 3.1 8b, 256 sequences", lambda: run(32, 8, 128, batch=256), PTX)
+    yield Case("qwen3 0.6b, alone", lambda: run(16, 8, 128, batch=1), PTX)
     yield Case("gemma 3, window", lambda: run(8, 4, 256, window=512), PTX)
     yield Case("gemma 2, soft-cap", lambda: run(16, 8, 256, softcap=50.0), PTX)
     yield Case("gpt oss, sinks", lambda: run(64, 8, 64, sinks=True, window=128), PTX)

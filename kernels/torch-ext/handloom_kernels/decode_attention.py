@@ -184,19 +184,20 @@ def first_seen(length, count, window):
     return first
 
 
-@triton.jit(do_not_specialize=["num_sequences", "max_splits"])
+@triton.jit(do_not_specialize=["num_sequences", "max_splits", "max_rows"])
 def _decode_kernel(
     q, k_pages, v_pages, page_table, cu_seqlens, context_lens, sinks, alibi_slopes, k_scales, v_scales, out, lse,
-    split_sums, split_accs, tickets, num_sequences, max_splits, q_stride, q_head_stride, k_page_stride,
+    split_sums, split_accs, tickets, num_sequences, max_splits, max_rows, q_stride, q_head_stride, k_page_stride,
     k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride, table_stride, scale, window, softcap,
-    GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, MAX_ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, TILES: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr,
     V_IN_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     FOLD_SPLITS: tl.constexpr, FOLD_ROWS: tl.constexpr,
 ):  # fmt: skip
-    TILES: tl.constexpr = (MAX_ROWS + BLOCK_M - 1) // BLOCK_M
     ends = list_splits(cu_seqlens, context_lens, num_sequences, window, SPLIT, BLOCK_S)
-    for entry in range(tl.program_id(0), tl.max(ends, axis=0) * (NUM_KV_HEADS * TILES), tl.num_programs(0)):
+    work = tl.max(ends, axis=0) * (NUM_KV_HEADS * TILES)
+    # what is the same for all entries is computed for each: kept in registers, it would leave too few for the keys
+    for entry in tl.range(tl.program_id(0), work, tl.num_programs(0), disable_licm=True):
         # whose split this is: tiles of rows are neighbours in the list, then KV heads, splits, sequences
         tile = entry % TILES
         kv_head = tl.cast(entry // TILES % NUM_KV_HEADS, tl.int64)
@@ -236,8 +237,8 @@ def _decode_kernel(
         if tickets is None or num_splits == 1:
             write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM)
         else:
-            rows_per_split = NUM_KV_HEADS * MAX_ROWS
-            lead = s * max_splits * rows_per_split + kv_head * MAX_ROWS
+            rows_per_split = NUM_KV_HEADS * max_rows
+            lead = s * max_splits * rows_per_split + kv_head * max_rows
             own = lead + nth * rows_per_split + rows
             store_split(split_sums, split_accs, own, inside, top, total, acc, V_HEAD_DIM)
             if is_last(tickets + (s * NUM_KV_HEADS + kv_head) * TILES + tile, num_splits):
@@ -316,10 +317,11 @@ def decode_attention(
     work = num_sequences * max_splits * num_kv_heads * tiles
     _decode_kernel[(min(work, processors(device) * programs),)](
         q, k_pages, v_pages, page_table, cu_seqlens, context_lens, sinks, alibi_slopes, k_scales, v_scales, out, lse,
-        sums, accs, tickets, num_sequences, max_splits, q.stride(0), q.stride(1), *k_pages.stride()[:3],
+        sums, accs, tickets, num_sequences, max_splits, group * max_query_len, *q.stride()[:2], *k_pages.stride()[:3],
         *(v_pages.stride()[:3] if v_pages.stride() != k_pages.stride() else (None, None, None)),
         page_table.stride(0), scale, window, softcap, GROUP=group, NUM_KV_HEADS=num_kv_heads,
-        MAX_ROWS=group * max_query_len, PAGE_SIZE=k_pages.shape[1], BLOCK_S=triton.next_power_of_2(num_sequences),
+        TILES=tiles, PAGE_SIZE=k_pages.shape[1],
+        BLOCK_S=1 if num_sequences == 1 else max(64, triton.next_power_of_2(num_sequences)),
         **tile_widths(k_pages, v_pages), **chosen,
     )  # fmt: skip
     return out if lse is None else (out, lse)
@@ -347,7 +349,7 @@ def blocks_for(
         "BLOCK_M": 16,
         "BLOCK_N": block_n,
         "SPLIT": max(128, min(512, 32 * triton.next_power_of_2(group))),
-        "FOLD_SPLITS": 16,
+        "FOLD_SPLITS": 8,
         "FOLD_ROWS": max(1, min(4, 512 // widths["DV"])),
         "PROGRAMS": 2,
         "num_warps": 8 if widths["DV"] >= 256 or q.dtype == torch.float32 else 4,
@@ -356,9 +358,8 @@ def blocks_for(
     if not tuning.is_hip():
         default["maxnreg"] = 255  # without a limit the compiler spills a few registers to seat one more program
     else:  # few scalar registers, and nothing on its way to shared memory
-        stages = 1 if quantised or columns > 128 else 2
-        warps = 8 if widths["DV"] < 512 else 4
-        default.update(BLOCK_N=16, FOLD_SPLITS=8, FOLD_ROWS=1, PROGRAMS=4, num_warps=warps, num_stages=stages)
+        warps = 2 if widths["DV"] == 256 else 4
+        default.update(BLOCK_N=16, FOLD_SPLITS=4, FOLD_ROWS=1, PROGRAMS=4, num_warps=warps, num_stages=1)
     return config(
         "decode_attention",
         q.device,
