@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 class KernelCase:
     """name: the shape in a few words; run, peers: calls on tensors made beforehand, never zeros; bytes_moved: what must
     be read and written at least; flops: multiplications and additions that must be done. Peers by name ("torch",
-    "torch.compile", "SDPA flash", "cuBLAS", …) compute the same; one that a device cannot run is left out."""
+    "torch.compile", "SDPA flash", "cuBLAS", …) compute the same; missing: peers that cannot run here, and why, for the
+    table."""
 
     name: str
     run: Callable[[], object]
     peers: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
     bytes_moved: int = 0
     flops: int = 0

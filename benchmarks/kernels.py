@@ -120,7 +120,7 @@ def ceilings(clock: Clock, dtype: torch.dtype, small: bool) -> tuple[float, floa
 
 
 def measure(kernel: str, case: KernelCase, clock: Clock, roofs: tuple[float, float]) -> list[Row]:
-    """One row for us and one for each peer."""
+    """One row for us and one for each peer; of a peer that cannot run, with the reason instead of a time."""
     peers = {name: run for name, run in case.peers.items() if clock.on_gpu or "compile" not in name}
     runs = {OURS: case.run, **peers}
     ours = case.run()
@@ -145,6 +145,9 @@ def measure(kernel: str, case: KernelCase, clock: Clock, roofs: tuple[float, flo
             }
         )
         print("  ".join(str(rows[-1][key]) for key in list(rows[-1])[:10]), file=sys.stderr, flush=True)
+    for peer, reason in case.missing.items():
+        row = dict.fromkeys(rows[0], "") | {"kernel": kernel, "case": case.name, "peer": peer}
+        rows.append(row | {"method": f"not available: {reason}"})
     return rows
 
 
@@ -190,7 +193,7 @@ def draw(rows: Iterable[Row], folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     by_kernel: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["us"]):
         by_kernel.setdefault(row["kernel"], {}).setdefault(row["case"], []).append(row)
     folder.mkdir(parents=True, exist_ok=True)
     for kernel, cases in by_kernel.items():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -15,7 +14,8 @@ FORMS = (("int8", 0), ("int4", 128), ("int4", 32), ("fp8", 0))
 
 
 def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[KernelCase]:
-    """The four weights of a layer of Llama-3.1-8B, for 1 and 16 rows. The bytes are those of codes and scales."""
+    """The four weights of a layer of Llama-3.1-8B, for 1 and 16 rows. The bytes are those of codes and scales. Peers:
+    cuBLAS with the weight as it was, torch with the weight dequantised in each call, torch's own quantised products."""
     shapes = ((64, 128),) if small else ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
     for rows, depth in shapes:
         weight = torch.randn(rows, depth, device=device, dtype=dtype) * depth**-0.5
@@ -23,10 +23,16 @@ def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Ker
             q = reference.quantize_weight(weight, kind, group)
             for num_rows in (2,) if small else (1, 16):
                 x = torch.randn(num_rows, depth, device=device, dtype=dtype)
+                own, missing = torchs_own(x, q)
                 yield KernelCase(
                     f"{kind}{f' g{group}' if group else ''} {num_rows} x {depth} to {rows}",
                     lambda x=x, q=q: kernels.quantized_linear(x, q),
-                    peers(x, weight, q),
+                    {
+                        "cuBLAS": lambda x=x, weight=weight: F.linear(x, weight),
+                        "torch": lambda x=x, q=q: reference.quantized_linear(x, q),
+                        **own,
+                    },
+                    missing,
                     bytes_moved=sum(t.nbytes for t in (q.data, q.scales))
                     + x.nbytes
                     + num_rows * rows * x.element_size(),
@@ -34,23 +40,23 @@ def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Ker
                 )
 
 
-def peers(x: torch.Tensor, weight: torch.Tensor, q: QuantizedWeight) -> dict[str, Callable[[], object]]:
-    """cuBLAS with the weight as it was, torch with the weight dequantised in each call, and torch's own products with
-    int8 and int4 weights where this torch and device have them."""
-    found: dict[str, Callable[[], object]] = {
-        "cuBLAS": lambda: F.linear(x, weight),
-        "torch": lambda: reference.quantized_linear(x, q),
-    }
-    with suppress(RuntimeError, NotImplementedError):
-        if q.kind == "int8" and q.group_size == 0:
-            run = int8pack(x, q)
-            run()
-            found["torch int8pack"] = run
-        if q.kind == "int4":
-            run = int4pack(x, q)
-            run()
-            found["torch int4pack"] = run
-    return found
+def torchs_own(x: torch.Tensor, q: QuantizedWeight) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """torch's own products with weights of this kind: those that run here, and what torch says of those that do not."""
+    makers = {}
+    if q.kind == "int8" and q.group_size == 0:
+        makers["torch int8pack"] = int8pack
+    if q.kind == "int4":
+        makers["torch int4pack"] = int4pack
+    found: dict[str, Callable[[], object]] = {}
+    missing: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            found[name] = make(x, q)
+            found[name]()
+        except RuntimeError as error:  # none for this device, dtype or shape
+            found.pop(name, None)
+            missing[name] = str(error).splitlines()[0]
+    return found, missing
 
 
 def int8pack(x: torch.Tensor, q: QuantizedWeight) -> Callable[[], object]:

@@ -200,6 +200,22 @@ def test_pairs_are_sorted_stably_and_cut_into_tiles(tokens: int, top_k: int, exp
     assert (tiles[filled:, 2] == 0).all()
 
 
+def test_pairs_that_cannot_be_sorted_are_refused() -> None:
+    expert_ids = torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    wrong: list[tuple[tuple[Tensor, int, int], str]] = [
+        ((expert_ids.int().float(), 4, 16), "expert_ids has dtype torch.float32"),
+        ((expert_ids[0], 4, 16), r"expert_ids has shape \[2\]; expected \[any, any\]"),
+        ((expert_ids[:0], 4, 16), "there are 0 pairs"),
+        ((torch.zeros(2, 4, dtype=torch.int64, device=DEVICE)[:, ::2], 4, 16), "expert_ids has strides"),
+        ((expert_ids, 0, 16), "num_experts is 0; this kernel takes 1 to 512"),
+        ((expert_ids, 513, 16), "num_experts is 513"),
+        ((expert_ids, 4, 8), "block_m is 8; tiles hold at least 16"),
+    ]
+    for args, message in wrong:
+        with pytest.raises(KernelError, match=message):
+            kernels.sort_pairs(*args)
+
+
 @pytest.mark.parametrize("block_m", [16, 64])
 def test_the_table_of_tiles_has_room_for_the_worst_case_and_for_no_more(block_m: int) -> None:
     for pairs in (1, 15, 16, 17, 100, 257):

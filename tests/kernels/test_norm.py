@@ -63,6 +63,21 @@ def test_a_row_does_not_depend_on_its_company(kind: str) -> None:
     assert_rows_do_not_depend_on_company(lambda rows: kernels.normalize(x[rows], norm), 5)
 
 
+@pytest.mark.parametrize("kind", ["rms", "rms_unit_offset"])
+def test_a_weight_of_another_dtype_leaves_the_dtype_of_x(kind: str) -> None:
+    x, norm = draw(3, 40, dtype=torch.float16), some_norm(kind, 40, torch.float32)
+    assert_as_exact_as(reference.normalize, x, norm, ours=kernels.normalize(x, norm))
+
+
+def test_the_reference_in_float64_is_that_of_the_formula() -> None:
+    """It is what kernels are held to, so it must not fall back to float32 on the way."""
+    x, weight = draw(3, 100).double(), draw(100).double()
+    scaled = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    for kind, factor in (("rms", weight), ("rms_unit_offset", 1 + weight)):
+        ours = reference.normalize(x, Norm(kind, weight, None, 1e-5))
+        assert (ours - scaled * factor).abs().max() <= 1e-14
+
+
 def test_no_rows_are_fine() -> None:
     assert kernels.normalize(draw(0, 8), some_norm("rms", 8, torch.float32)).shape == (0, 8)
 

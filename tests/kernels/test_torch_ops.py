@@ -61,8 +61,8 @@ def norm_qkv(ops: Ops, rng: random.Random, dtype: torch.dtype) -> Tensor:
     rotary = None
     if rng.random() < 0.7:
         angles = torch.rand(num_tokens, rng.randint(1, head_dim // 2)) * 10
-        rotary = Rotary(angles.cos(), angles.sin())
-    qk_norms = maybe(rng, lambda: [some_norm(rng, head_dim, dtype) for _ in "qk"]) or [None, None]
+        rotary = Rotary(angles.cos(), angles.sin(), interleaved=rng.random() < 0.5)
+    qk_norms = [maybe(rng, lambda: some_norm(rng, head_dim, dtype)) for _ in "qk"]
     pages = [torch.full((8, 16, num_kv_heads, head_dim), 7.0, dtype=dtype) for _ in "kv"]
     q = ops.norm_qkv(
         draw(num_tokens, hidden_size, dtype=dtype),

@@ -51,7 +51,7 @@ from torch import Tensor
 from . import tuning
 from .activation import activate_tile, gate_tile
 from .checks import FLOATS, INTS, check, check_device, require
-from .moe_routing import MAX_EXPERTS, sort_pairs
+from .moe_routing import MAX_EXPERTS, MAX_PAIRS, sort_pairs
 from .reference.activation import ACTIVATIONS, GATED_ACTIVATIONS
 from .tuning import Problem, config
 
@@ -199,7 +199,7 @@ def moe_mlp(
             check(name, bias, (experts, size), FLOATS, device)
     pairs, top_k = expert_ids.numel(), expert_ids.shape[1]
     require(top_k > 0, "expert_ids has no choices")
-    require(pairs < 2**31, f"there are {pairs} pairs of a token and a choice; this kernel takes fewer than 2^31")
+    require(pairs <= MAX_PAIRS, f"there are {pairs} pairs of a token and a choice; this kernel takes up to 2^30")
     out = torch.empty((len(x), hidden_size), dtype=x.dtype, device=device)
     if out.numel() == 0:
         return out

@@ -37,6 +37,8 @@ from .tuning import Problem, config
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
+MAX_PAIRS = 2**30  # so that the ends of loops and tiles, past the last pair, fit in 32 bits
+MIN_TILE = 16
 SORT_BLOCK = 4096
 
 LOWEST = tl.constexpr(-(2**63))
@@ -247,15 +249,18 @@ def table_size(pairs: int, experts: int, block_m: int) -> int:
 def sort_pairs(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor]:
     """Sort pairs (token, choice) by expert, and cut each expert's into tiles of block_m.
 
-    expert_ids [N, k] int64 or int32, contiguous; pair p is choice p % k of token p // k. Ids that are not among
-    0 .. num_experts - 1 are left out. Returns (order [N * k] int32, the pairs of expert 0 in rising order, then those
-    of expert 1, ...; tiles [T, 3] int32, of each tile its expert, where in `order` it begins, and its number of pairs,
-    which is 0 for what is left of the worst case's T). Nothing is read on the host. Raises KernelError.
+    expert_ids [N, k] int64 or int32, contiguous, N * k from 1 to 2^30; pair p is choice p % k of token p // k. Ids that
+    are not among 0 .. num_experts - 1 are left out; num_experts up to 512, block_m at least 16. Returns (order [N * k]
+    int32, the pairs of expert 0 in rising order, then those of expert 1, ...; tiles [T, 3] int32, of each tile its
+    expert, where in `order` it begins, and its number of pairs, which is 0 for what is left of the worst case's T).
+    Nothing is read on the host. Raises KernelError.
     """
     device = check_device("expert_ids", expert_ids)
     check("expert_ids", expert_ids, (None, None), INTS, device)
     pairs = expert_ids.numel()
-    require(0 < pairs < 2**31, f"there are {pairs} pairs of a token and a choice; this kernel takes 1 to 2^31 - 1")
+    require(0 < pairs <= MAX_PAIRS, f"there are {pairs} pairs of a token and a choice; this kernel takes 1 to 2^30")
+    require(0 < num_experts <= MAX_EXPERTS, f"num_experts is {num_experts}; this kernel takes 1 to {MAX_EXPERTS}")
+    require(block_m >= MIN_TILE, f"block_m is {block_m}; tiles hold at least {MIN_TILE} pairs")
     order = torch.empty((pairs,), dtype=torch.int32, device=device)
     tiles = torch.empty((table_size(pairs, num_experts, block_m), 3), dtype=torch.int32, device=device)
     counts = torch.empty((num_experts,), dtype=torch.int32, device=device)

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
@@ -21,45 +22,9 @@ import torch
 import triton
 from torch import Tensor
 
-from . import (
-    activation,
-    decode_attention,
-    draw,
-    kv_pages,
-    linear,
-    lm_head,
-    moe,
-    moe_routing,
-    norm,
-    norm_qkv,
-    prefill_attention,
-    quantized_linear,
-    rope,
-    sampling,
-    selection,
-    shared_prefix_attention,
-)
+from . import KERNELS
 from .checks import require
 from .tuning import FOLDER, Problem, device_file, device_name
-
-KERNELS: Mapping[str, Any] = {
-    "activation": activation,
-    "decode_attention": decode_attention,
-    "draw": draw,
-    "kv_pages": kv_pages,
-    "linear": linear,
-    "lm_head": lm_head,
-    "moe": moe,
-    "moe_routing": moe_routing,
-    "norm": norm,
-    "norm_qkv": norm_qkv,
-    "prefill_attention": prefill_attention,
-    "quantized_linear": quantized_linear,
-    "rope": rope,
-    "sampling": sampling,
-    "selection": selection,
-    "shared_prefix_attention": shared_prefix_attention,
-}
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -115,7 +80,7 @@ def tune(kernels: list[str], device: torch.device, folder: Path) -> Path:
     content: dict[str, list[Mapping[str, Any]]] = json.loads(path.read_text()) if path.is_file() else {}
     for kernel in kernels:
         entries: list[Mapping[str, Any]] = []
-        for problem in KERNELS[kernel].tuning_problems(device):
+        for problem in import_module("." + kernel, __package__).tuning_problems(device):
             winner, microseconds = best(problem, time)
             entries.append({"when": dict(problem.when), "config": winner})
             print(f"{kernel} {dict(problem.when)}: {winner}, {microseconds:.2f} us", file=sys.stderr)

@@ -51,6 +51,8 @@ def _rotate_(x: Tensor, rotary: Rotary) -> None:
     half = rotary.cos.shape[-1]
     cos, sin = rotary.cos.to(x.dtype).unsqueeze(1), rotary.sin.to(x.dtype).unsqueeze(1)
     first, second = x[..., :half], x[..., half : 2 * half]
+    if rotary.interleaved:
+        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
     rotated = (first * cos).addcmul_(second, sin, value=-1)
     second.mul_(cos).addcmul_(first, sin)
     first.copy_(rotated)
@@ -73,8 +75,9 @@ def norm_qkv(
     heads = _linear(_norm(hidden, norm), weight, bias).view(len(hidden), -1, head_dim)
     num_heads = heads.shape[1] - 2 * num_kv_heads
     qk, v = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
-    if q_norm is not None and k_norm is not None:
-        qk = cat((_norm(qk[:, :num_heads], q_norm), _norm(qk[:, num_heads:], k_norm)), dim=1)
+    if q_norm is not None or k_norm is not None:
+        q, k = qk[:, :num_heads], qk[:, num_heads:]
+        qk = cat((q if q_norm is None else _norm(q, q_norm), k if k_norm is None else _norm(k, k_norm)), dim=1)
     if rotary is not None:
         _rotate_(qk, rotary)
     flat = (-1, num_kv_heads, head_dim)

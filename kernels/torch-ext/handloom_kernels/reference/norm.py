@@ -28,14 +28,14 @@ class Norm(NamedTuple):
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:
-    """Normalise x [..., H] over its last dimension in float32; the result has x's dtype."""
+    """Normalise x [..., H] over its last dimension in float32 (float64 stays float64); the result has x's dtype."""
     if norm.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    x32 = x.float()
-    x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + norm.eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
     if norm.kind == "rms_unit_offset":
-        return (x32 * (1.0 + norm.weight.float())).to(x.dtype)
-    return norm.weight * x32.to(x.dtype)
+        return (wide * (1.0 + norm.weight.to(wide.dtype))).to(x.dtype)
+    return (norm.weight * wide.to(x.dtype)).to(x.dtype)
 
 
 def add_normalize(x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
