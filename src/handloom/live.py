@@ -18,6 +18,8 @@ from handloom.cache.sequence import PLACEHOLDER, Sequence
 from handloom.cache.snapshot import restore_sequence, save_sequence
 from handloom.engine.engine import MAX_LOGITS_BYTES, MAX_STEP_TOKENS
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt, UnsupportedOption
+from handloom.model.rope import rotary_at
+from handloom.ops import rotate
 from handloom.prompts import check_embeddings, check_token_ids
 from handloom.sampling.sampler import token_logprobs
 
@@ -37,7 +39,7 @@ class LiveSequence(Sequence):
         super().__init__(lm.pool, source.token_ids[source.num_embeddings :], source.embeddings)
         self.lm = lm
         self.num_computed, self.page_table = source.num_computed, source.page_table
-        self.salt, self.private = source.salt, source.private
+        self.salt, self.private, self.evicted = source.salt, source.private, source.evicted
         self._logits: Tensor | None = None
         self._hooks_version = 0
 
@@ -53,7 +55,8 @@ class LiveSequence(Sequence):
     def logprobs(self) -> list[float]:
         """Log-probability of every token but the first, given those before it; computed anew at each reading.
 
-        Costs a forward pass over the whole sequence on pages of its own: K and V held now are neither read nor changed.
+        Costs a forward pass over the whole sequence on pages of its own: K and V held now are neither read nor changed,
+        and evicted tokens are seen.
         Raises UnsupportedOption where it begins with embeddings, OutOfPages.
         """
         if self.num_embeddings:
@@ -119,7 +122,7 @@ class LiveSequence(Sequence):
         """Drop the first num_tokens tokens. What is left is a new sequence that begins at position 0.
 
         Its K and V held both the positions and the dropped tokens in them, so all of them are computed again when next
-        needed: it costs a forward pass over what is left. Raises InvalidParam.
+        needed, evicted ones too: it costs a forward pass over what is left. `remove` does not. Raises InvalidParam.
         """
         if not 0 <= num_tokens <= len(self):
             raise InvalidParam(f"cannot drop the first {num_tokens} tokens: the sequence has {len(self)}")
@@ -151,9 +154,9 @@ class LiveSequence(Sequence):
         return [self.fork() for _ in range(count)]
 
     def kv(self, layer: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Copies of K (normed, rotated: as it is held) and V [stop - start, num_kv_heads, head_dim] of computed tokens.
+        """Copies of K (normed, rotated: as it is held) and V [stop - start, num_kv_heads, head_dim] of cached tokens.
 
-        stop: num_computed if None. Raises InvalidParam.
+        stop: num_computed if None. Raises InvalidParam, where one of them was evicted too.
         """
         stop = self.num_computed if stop is None else stop
         slots = self._slots(layer, start, stop)
@@ -177,13 +180,58 @@ class LiveSequence(Sequence):
             if tuple(values.shape) != (stop - start, *pages[0].shape[2:]):
                 expected = [stop - start, *pages[0].shape[2:]]
                 raise InvalidParam(f"K and V of layer {layer} have shape {list(values.shape)}; expected {expected}")
-        self.own(start, stop)
+        first = self.cached_before(start)
+        self.own(first, first + stop - start)
         self.private = True
         slots = self._slots(layer, start, stop)
         for into, new in zip(pages, (k, v), strict=True):
             if new is not None:
                 into.view(-1, *into.shape[2:])[slots] = new.to(into)
         self._logits = None
+
+    def evict(self, start: int, stop: int) -> None:
+        """Take the K and V of computed tokens start..stop out of the cache. All tokens keep their positions.
+
+        Whatever is computed from now on attends to what is left; pages that are left empty are freed. The tokens stay
+        in token_ids and text, and `evicted` lists them. Forks share the gap, a saved sequence has it, `rewind` into
+        it keeps what is before, `truncate_left` and `logprobs` compute all anew without it. A token that is computed
+        again is in the cache again: the last one, when its logits are read, and all of them in a request that is
+        preempted because the cache is full. Raises InvalidParam, OutOfPages, UnsupportedOption where a layer attends
+        to a window, which is counted in the cache.
+        """
+        if any(layer.mixer.window is not None for layer in self.lm.spec.layers):
+            raise UnsupportedOption(
+                "this model has layers that attend to a window of the cache, which a gap would widen; "
+                "take tokens out with their positions instead: sequence.remove(start, stop)"
+            )
+        super().evict(start, stop)
+        self._logits = None
+
+    def remove(self, start: int, stop: int) -> None:
+        """Take computed tokens start..stop out of the sequence, so that those after them follow at once.
+
+        Unlike `truncate_left` it computes nothing anew: K of the tokens after them is rotated back by stop - start
+        positions, in float32 and rounded to the cache's dtype each time; V stays, and both still hold what these tokens
+        saw. StreamingLLM (Xiao et al. 2023) is this, before each step. Raises InvalidParam, OutOfPages,
+        UnsupportedOption for learned positions, which cannot be rotated.
+        """
+        model = self.lm.transformer
+        if model.position_embedding is not None:
+            raise UnsupportedOption(
+                "this model adds learned positions to its hidden states, so K and V cannot move to others; "
+                "sequence.truncate_left(n) computes them anew"
+            )
+        moved = self.num_cached - self.cached_before(stop) if 0 <= start < stop <= self.num_computed else 0
+        super().remove(start, stop)
+        self._logits = None
+        if moved:
+            slots = self._cache_slots(self.num_cached - moved, self.num_cached)
+            back = torch.full((moved,), start - stop, device=self.pool.device)
+            for layer, (k_pages, _) in zip(model.layers, self.pool.layers, strict=True):
+                if layer.rope is not None:
+                    k = k_pages.view(-1, *k_pages.shape[2:])
+                    wide = k[slots].to(torch.promote_types(k.dtype, torch.float32))
+                    k[slots] = rotate(wide, rotary_at(model.inv_freqs[layer.rope], back)).to(k)
 
     def _slots(self, layer: int, start: int, stop: int) -> Tensor:
         """Flat cache slots [stop - start] of computed tokens. Raises InvalidParam."""
@@ -194,6 +242,14 @@ class LiveSequence(Sequence):
                 f"tokens {start} to {stop} have no K and V: {self.num_computed} of {len(self)} tokens are computed; "
                 "reading logits computes the rest"
             )
+        for first, end in self.evicted:
+            if max(first, start) < min(end, stop):
+                raise InvalidParam(f"tokens {first} to {end} were evicted and have no K and V; ask for others")
+        before = self.cached_before(start)
+        return self._cache_slots(before, before + stop - start)
+
+    def _cache_slots(self, start: int, stop: int) -> Tensor:
+        """Flat cache slots [stop - start] of the cached tokens start..stop, counted among these."""
         at = torch.arange(start, stop, device=self.pool.device)
         table = torch.tensor(self.page_table, dtype=torch.int64, device=self.pool.device)
         return table[at // self.pool.page_size] * self.pool.page_size + at % self.pool.page_size
@@ -255,8 +311,8 @@ def step(lm: LM, sequences: Seq[LiveSequence]) -> Tensor:
     """
     _check(lm, sequences)
     for sequence in sequences:
-        if sequence._known_logits is None and not sequence.num_pending:
-            sequence.forget(len(sequence) - 1)
+        if sequence._known_logits is None:
+            sequence.recompute_last()
     runner = lm.runner()
     while pending := [sequence for sequence in sequences if sequence.num_pending]:
         works: list[Work] = []

@@ -53,8 +53,9 @@ def build_batch(works: Iterable[Work], pool: PagePool) -> ForwardBatch:
             logits
         ]
         starts.append(starts[-1] + num_tokens)
-        contexts.append(end)
-        tables.append(sequence.page_table[: -(-end // pool.page_size)])
+        context = end - sequence.num_evicted
+        contexts.append(context)
+        tables.append(sequence.page_table[: -(-context // pool.page_size)])
     width = max(map(len, tables))
     for row in embedded_rows:
         ids[row] = 0

@@ -1,5 +1,7 @@
 """A sequence: token ids, how many of them are computed, and the pages their K and V live in.
 
+A token's position is its index. Its place in the cache is the same, less the evicted tokens before it.
+
 Append, rewind and fork are page-table operations. A fork shares every page with its parent; whoever
 writes to a shared page first takes a copy of it (copy-on-write). Sequences that begin alike find each other's full
 pages through the pool's prefix index, if they look (`adopt_prefix`) and offer (`publish`).
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from handloom.cache.pages import PagePool
@@ -22,7 +25,9 @@ PLACEHOLDER = -1
 class Sequence:
     """Token ids [n] and their pages.
 
-    Invariant: num_computed <= len(token_ids), and the page table covers at least the computed tokens.
+    Invariant: num_computed <= len(token_ids), and the page table covers at least the cached tokens, which are the
+    computed ones less the evicted. `evicted`: ranges (start, stop) of tokens, in order, that were computed and whose K
+    and V are gone. One that is computed again (`forget`, `recompute_last`) is cached again.
     `embeddings` [e, hidden_size], if given, stand in for the first e tokens, whose ids are PLACEHOLDER.
     `salt`: only sequences of the same one find each other's pages. `private`: its K and V are not what the model makes
     of the tokens (they were edited, or come from elsewhere), so nobody finds them; nor those of one with embeddings.
@@ -33,6 +38,7 @@ class Sequence:
         self.embeddings = embeddings
         self.token_ids: list[int] = [PLACEHOLDER] * self.num_embeddings + list(token_ids)
         self.num_computed = 0
+        self.evicted: tuple[tuple[int, int], ...] = ()
         self.page_table: list[int] = []
         self.salt = ""
         self.private = False
@@ -50,6 +56,15 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def num_evicted(self) -> int:
+        return sum(stop - start for start, stop in self.evicted) if self.evicted else 0
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens whose K and V are in the cache."""
+        return self.num_computed - self.num_evicted
+
+    @property
     def _shares(self) -> bool:
         return not self.private and self.embeddings is None
 
@@ -58,12 +73,12 @@ class Sequence:
 
     def pages_missing(self, num_tokens: int) -> int:
         """Free pages needed before the sequence can hold num_tokens tokens and write those not computed yet."""
-        wanted = -(-num_tokens // self.pool.page_size)
+        wanted = -(-(num_tokens - self.num_evicted) // self.pool.page_size)
         return max(0, wanted - len(self.page_table)) + len(self._shared(wanted))
 
     def _shared(self, end: int) -> list[int]:
         """Indices below `end` in the page table of the pages to write to that another sequence holds too."""
-        first, end = self.num_computed // self.pool.page_size, min(end, len(self.page_table))
+        first, end = self.num_cached // self.pool.page_size, min(end, len(self.page_table))
         return [index for index in range(first, end) if self.pool.references(self.page_table[index]) > 1]
 
     def grow(self, num_tokens: int) -> None:
@@ -75,27 +90,28 @@ class Sequence:
                 f"{free} of {self.pool.num_pages} are free; free other sequences, or load the model with a larger "
                 "kv_cache_tokens"
             )
-        self.own(self.num_computed, num_tokens)
-        while len(self.page_table) * self.pool.page_size < num_tokens:
+        num_slots = num_tokens - self.num_evicted
+        self.own(self.num_cached, num_slots)
+        while len(self.page_table) * self.pool.page_size < num_slots:
             self.page_table.append(self.pool.allocate())
 
     def own(self, start: int, stop: int) -> None:
-        """Make the pages of tokens start..stop writable: copies of those that others hold, and none that others may
-        find. Raises OutOfPages."""
+        """Make the pages of the cached tokens start..stop, counted among these, writable: copies of those that others
+        hold, and none that others may find. Raises OutOfPages."""
         page_size = self.pool.page_size
         for index in range(start // page_size, min(-(-stop // page_size), len(self.page_table))):
             page = self.page_table[index]
             if self.pool.references(page) > 1:
-                computed = min(page_size, max(0, self.num_computed - index * page_size))
-                self.page_table[index] = self.pool.copy(page, computed)
+                cached = min(page_size, max(0, self.num_cached - index * page_size))
+                self.page_table[index] = self.pool.copy(page, cached)
                 self.pool.release(page)
             else:
                 self.pool.prefixes.discard(page)
 
     def slots(self, num_tokens: int) -> list[int]:
         """Flat cache slots (page * page_size + offset) of the next num_tokens pending tokens; grows as needed."""
-        page_size, first = self.pool.page_size, self.num_computed
-        self.grow(first + num_tokens)
+        page_size, first = self.pool.page_size, self.num_cached
+        self.grow(self.num_computed + num_tokens)
         return [
             self.page_table[at // page_size] * page_size + at % page_size for at in range(first, first + num_tokens)
         ]
@@ -112,16 +128,89 @@ class Sequence:
 
     def forget(self, num_computed: int) -> None:
         """Keep the K and V of the first num_computed tokens only; the others are pending again."""
-        self.num_computed = num_computed
+        self._set_computed(num_computed)
         self._keep_pages(num_computed)
+
+    def recompute_last(self) -> None:
+        """Make the last token pending again, where nothing is: its logits are wanted. Keeps the pages."""
+        if not self.num_pending:
+            self._set_computed(len(self) - 1)
+
+    def _set_computed(self, num_computed: int) -> None:
+        self.num_computed = num_computed
+        if self.evicted:
+            self.evicted = tuple(
+                (start, min(stop, num_computed)) for start, stop in self.evicted if start < num_computed
+            )
 
     def trim(self) -> None:
         """Give back the pages past the last token, which were taken ahead."""
         self._keep_pages(len(self.token_ids))
 
     def _keep_pages(self, num_tokens: int) -> None:
-        while len(self.page_table) > -(-num_tokens // self.pool.page_size):
+        while len(self.page_table) > -(-(num_tokens - self.num_evicted) // self.pool.page_size):
             self.pool.release(self.page_table.pop())
+
+    # Taking tokens out of the middle --------------------------------------------------------------
+
+    def cached_before(self, at: int) -> int:
+        """How many tokens before token `at` are in the cache: the place there of a cached one."""
+        return at - sum(min(stop, at) - start for start, stop in self.evicted if start < at)
+
+    def evict(self, start: int, stop: int) -> None:
+        """Take the K and V of computed tokens start..stop out of the cache; all tokens keep their ids and positions.
+
+        Those that follow in the cache move up, and pages that nothing is left in are freed. Raises InvalidParam,
+        OutOfPages where a page to write to is shared and none is free for a copy: then nothing is evicted.
+        """
+        self._close_gap(start, stop)
+        ranges: list[tuple[int, int]] = []
+        for first, end in sorted([*self.evicted, (start, stop)]):
+            if ranges and first <= ranges[-1][1]:
+                ranges[-1] = ranges[-1][0], max(end, ranges[-1][1])
+            elif first < end:
+                ranges.append((first, end))
+        self.evicted = tuple(ranges)
+        self._keep_pages(self.num_computed)
+
+    def remove(self, start: int, stop: int) -> None:
+        """Take computed tokens start..stop out of the sequence, with their K and V; those after them move up.
+
+        Their positions are then lower, and their K are what they were. Raises as `evict`.
+        """
+        self._close_gap(start, stop)
+        moved = stop - start
+        ranges = [tuple(at if at <= start else max(start, at - moved) for at in pair) for pair in self.evicted]
+        self.evicted = tuple((first, end) for first, end in ranges if first < end)
+        del self.token_ids[start:stop]
+        if self.embeddings is not None and start < self.num_embeddings:
+            rest = torch.cat((self.embeddings[:start], self.embeddings[stop:]))
+            self.embeddings = rest if len(rest) else None
+        self.num_computed -= moved
+        self._keep_pages(self.num_computed)
+
+    def _close_gap(self, start: int, stop: int) -> None:
+        """Move the K and V of the cached tokens from `stop` on to where those from `start` on are."""
+        if not 0 <= start <= stop <= self.num_computed:
+            raise InvalidParam(
+                f"tokens {start} to {stop} are not in the cache: {self.num_computed} of {len(self)} tokens are computed"
+            )
+        into, source, end = self.cached_before(start), self.cached_before(stop), self.num_cached
+        if into == source:
+            return
+        if source < end:
+            self._move(source, end, into)
+        self.private = True
+
+    def _move(self, start: int, stop: int, into: int) -> None:
+        """Copy cached tokens start..stop, counted among these, down to `into`, in every layer. Raises OutOfPages."""
+        self.own(into, into + stop - start)
+        table, page_size = torch.tensor(self.page_table, device=self.pool.device), self.pool.page_size
+        at = torch.arange(into, stop, device=self.pool.device)
+        slots = table[at // page_size] * page_size + at % page_size
+        for storage in self.pool.storages.values():
+            flat = storage.flatten(2, 3)
+            flat[:, :, slots[: stop - start]] = flat[:, :, slots[start - into :]]
 
     def adopt_prefix(self) -> None:
         """Take over the known pages that hold its first tokens, where they are more than it has computed.
@@ -169,7 +258,8 @@ class Sequence:
         """A copy that shares every computed page; K and V are copied only when one of the two writes to such a page."""
         child = Sequence(self.pool, self.token_ids[self.num_embeddings :], self.embeddings)
         child.num_computed, child.salt, child.private = self.num_computed, self.salt, self.private
-        child.page_table = self.page_table[: -(-self.num_computed // self.pool.page_size)]
+        child.evicted = self.evicted
+        child.page_table = self.page_table[: -(-self.num_cached // self.pool.page_size)]
         for page in child.page_table:
             self.pool.share(page)
         return child

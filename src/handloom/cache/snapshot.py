@@ -1,9 +1,10 @@
 """A sequence in a file: its token ids and the K and V of what is computed, so that it goes on where it stopped.
 
-The file is safetensors: `token_ids` [n] int64 (-1 for an embedded one), `layers.{i}.k` and `.v` [num_computed,
-num_kv_heads, head_dim] in the cache's dtype and, where there are any, `embeddings` [e, hidden_size] and `logits`
-[vocab_size] float32 after the last token. Its metadata holds the format's version, a fingerprint of the model and a
-CRC-32 of all tensors' bytes in that order (embeddings and logits before the layers).
+The file is safetensors: `token_ids` [n] int64 (-1 for an embedded one), `layers.{i}.k` and `.v` [num_cached,
+num_kv_heads, head_dim] in the cache's dtype and, where there are any, `embeddings` [e, hidden_size], `logits`
+[vocab_size] float32 after the last token and `evicted` [r, 2] int64, the ranges of computed tokens that are not among
+the cached ones. Its metadata holds the format's version, a fingerprint of the model and a
+CRC-32 of all tensors' bytes in that order (the layers last).
 
 The CRC finds damage; it is no signature. Whoever can write the file can put any K and V into it, which then decide what
 is generated from this sequence, and nothing else.
@@ -36,6 +37,8 @@ FORMAT, VERSION = "handloom sequence", "1"
 SAMPLED_VALUES = 64
 _STORAGE = {dtype: storage for storage, dtype in READABLE.items()}
 _WRITE_BUFFER = 1 << 20
+
+Ranges = tuple[tuple[int, int], ...]
 
 
 class Fingerprint(NamedTuple):
@@ -111,19 +114,20 @@ def save_sequence(
 
 def _entries(sequence: Sequence, logits: Tensor | None) -> Iterator[_Entry]:
     ids = torch.tensor(sequence.token_ids, dtype=torch.int64)
-    extra = {"embeddings": sequence.embeddings, "logits": logits}
+    evicted = torch.tensor(sequence.evicted, dtype=torch.int64) if sequence.evicted else None
+    extra = {"embeddings": sequence.embeddings, "logits": logits, "evicted": evicted}
     for name, tensor in {"token_ids": ids, **extra}.items():
         if tensor is not None:
             tensor = tensor if tensor.dtype in _STORAGE else tensor.float()
             yield _Entry(name, tensor.dtype, tuple(tensor.shape), [tensor])
     for i, layer in enumerate(sequence.pool.layers):
         for kind, pages in zip("kv", layer, strict=True):
-            shape = (sequence.num_computed, *pages.shape[2:])
-            yield _Entry(f"layers.{i}.{kind}", pages.dtype, shape, _runs(sequence, sequence.num_computed, pages))
+            shape = (sequence.num_cached, *pages.shape[2:])
+            yield _Entry(f"layers.{i}.{kind}", pages.dtype, shape, _runs(sequence, sequence.num_cached, pages))
 
 
 def _runs(sequence: Sequence, num_tokens: int, pages: Tensor) -> list[Tensor]:
-    """Views [run, num_kv_heads, head_dim] of its first num_tokens tokens in order, pages that touch taken together."""
+    """Views [run, num_kv_heads, head_dim] of its first num_tokens cached tokens, touching pages taken together."""
     page_size, slots = sequence.pool.page_size, pages.flatten(0, 1)
     spans: list[list[int]] = []
     for at, page in enumerate(sequence.page_table[: -(-num_tokens // page_size)]):
@@ -194,8 +198,8 @@ def restore_sequence(
     file = SafetensorsFile(Path(path))
     try:
         _check_model(file, transformer)
-        length, num_computed = _check_tensors(file, pool, transformer, max_context)
-        return _read(file, pool, transformer, length, num_computed)
+        length, evicted = _check_tensors(file, pool, transformer, max_context)
+        return _read(file, pool, transformer, length, evicted)
     finally:
         file.close()
 
@@ -219,10 +223,10 @@ def _check_model(file: SafetensorsFile, transformer: Transformer) -> None:
 
 def _check_tensors(
     file: SafetensorsFile, pool: PagePool, transformer: Transformer, max_context: int
-) -> tuple[int, int]:
-    """(tokens, computed tokens) of a file whose tensors are those of this model."""
+) -> tuple[int, Ranges]:
+    """(tokens, evicted ranges) of a file whose tensors are those of this model."""
     spec = transformer.spec
-    length, num_computed = _length(file, "token_ids"), _length(file, "layers.0.k")
+    length, num_cached = _length(file, "token_ids"), _length(file, "layers.0.k")
     if length > max_context:
         raise ContextOverflow(
             f"{file.path}: {length} tokens, and the context holds {max_context}; load the model with a larger "
@@ -230,9 +234,15 @@ def _check_tensors(
         )
     embedded = file.tensors.get("embeddings")
     num_embedded = _length(file, "embeddings") if embedded is not None else 0
-    if max(num_computed, num_embedded) > length:
-        raise CheckpointError(f"{file.path}: {num_computed} computed, {num_embedded} embedded of {length} tokens")
     expected: dict[str, tuple[str, tuple[int, ...]]] = {"token_ids": ("I64", (length,))}
+    evicted = _evicted(file, length)
+    if evicted:
+        expected["evicted"] = ("I64", (len(evicted), 2))
+    num_computed = num_cached + sum(stop - start for start, stop in evicted)
+    if max(num_computed, num_embedded) > length or (evicted and evicted[-1][1] > num_computed):
+        raise CheckpointError(
+            f"{file.path}: {num_computed} computed, {num_embedded} embedded of {length} tokens, evicted {evicted}"
+        )
     if embedded is not None:
         storage = embedded.storage if embedded.storage in ("F64", "F32", "F16", "BF16") else "F32"
         expected["embeddings"] = (storage, (num_embedded, spec.hidden_size))
@@ -240,7 +250,7 @@ def _check_tensors(
         expected["logits"] = ("F32", (spec.vocab_size,))
     for i, layer in enumerate(pool.layers):
         for kind, pages in zip("kv", layer, strict=True):
-            expected[f"layers.{i}.{kind}"] = (_STORAGE[pages.dtype], (num_computed, *pages.shape[2:]))
+            expected[f"layers.{i}.{kind}"] = (_STORAGE[pages.dtype], (num_cached, *pages.shape[2:]))
     for name in sorted(expected.keys() ^ file.tensors.keys()):
         raise CheckpointError(
             f"{file.path}: tensor {quote(name)} is {'missing' if name in expected else 'not expected'} in a sequence "
@@ -252,7 +262,24 @@ def _check_tensors(
             raise CheckpointError(
                 f"{file.path}: tensor {name} is {info.storage} {list(info.shape)}; expected {storage} {list(shape)}"
             )
-    return length, num_computed
+    return length, evicted
+
+
+def _evicted(file: SafetensorsFile, length: int) -> Ranges:
+    """The ranges that a file says were evicted: in order, apart, within its tokens."""
+    if "evicted" not in file.tensors:
+        return ()
+    info = file.tensors["evicted"]
+    if info.storage != "I64" or len(info.shape) != 2 or info.shape[1] != 2 or not 0 < info.shape[0] <= length:
+        raise CheckpointError(f"{file.path}: tensor evicted is {info.storage} {list(info.shape)}; expected I64 [r, 2]")
+    ranges = torch.empty(info.shape, dtype=torch.int64)
+    file.read_into("evicted", ranges)
+    at = 0
+    for start, stop in ranges.tolist():
+        if not at <= start < stop <= length:
+            raise CheckpointError(f"{file.path}: evicted tokens {start} to {stop} after {at}, of {length} tokens")
+        at = stop + 1
+    return tuple((start, stop) for start, stop in ranges.tolist())
 
 
 def _length(file: SafetensorsFile, name: str) -> int:
@@ -262,7 +289,7 @@ def _length(file: SafetensorsFile, name: str) -> int:
 
 
 def _read(
-    file: SafetensorsFile, pool: PagePool, transformer: Transformer, length: int, num_computed: int
+    file: SafetensorsFile, pool: PagePool, transformer: Transformer, length: int, evicted: Ranges
 ) -> tuple[Sequence, Tensor | None]:
     crc = 0
 
@@ -275,22 +302,23 @@ def _read(
     ids = read("token_ids", torch.empty(length, dtype=torch.int64)).tolist()
     read_whole = {
         name: read(name, torch.empty(info.shape, dtype=READABLE[info.storage]))
-        for name, info in ((name, file.tensors.get(name)) for name in ("embeddings", "logits"))
+        for name, info in ((name, file.tensors.get(name)) for name in ("embeddings", "logits", "evicted"))
         if info is not None
     }
     embeddings, logits = read_whole.get("embeddings"), read_whole.get("logits")
     _check_ids(file, ids, embeddings, transformer.spec.vocab_size)
     embedded = 0 if embeddings is None else len(embeddings)
     sequence = Sequence(pool, ids[embedded:], None if embeddings is None else embeddings.to(pool.device))
+    num_cached = _length(file, "layers.0.k")
     try:
-        sequence.grow(num_computed)
+        sequence.grow(num_cached)
         for i, layer in enumerate(pool.layers):
             for kind, pages in zip("kv", layer, strict=True):
-                runs = _runs(sequence, num_computed, pages)
+                runs = _runs(sequence, num_cached, pages)
                 if len(runs) == 1 and pages.device.type == "cpu":
                     read(f"layers.{i}.{kind}", runs[0])
                     continue
-                staged = read(f"layers.{i}.{kind}", torch.empty((num_computed, *pages.shape[2:]), dtype=pages.dtype))
+                staged = read(f"layers.{i}.{kind}", torch.empty((num_cached, *pages.shape[2:]), dtype=pages.dtype))
                 for run, values in zip(runs, staged.split([len(run) for run in runs]), strict=True):
                     run.copy_(values)
         if f"{crc:08x}" != file.metadata.get("crc32"):
@@ -300,7 +328,8 @@ def _read(
     except BaseException:
         sequence.free()
         raise
-    sequence.num_computed = num_computed
+    sequence.evicted = evicted
+    sequence.num_computed = num_cached + sequence.num_evicted
     return sequence, None if logits is None else logits.to(pool.device)
 
 

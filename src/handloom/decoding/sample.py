@@ -75,8 +75,7 @@ class SampleDecoder:
         wants_prompt = self.params.prompt_logprobs is not None and len(self.sequence) == self.prompt_length
         if wants_prompt:
             self.sequence.forget(min(self.sequence.num_computed, self._next_prompt_logprob - 1))
-        if self.sequence.num_pending == 0:  # computed before, or by the caller meanwhile: its last logits are wanted
-            self.sequence.num_computed -= 1
+        self.sequence.recompute_last()  # computed before, or by the caller meanwhile: its last logits are wanted
         return [Work(self.sequence, self.sequence.num_pending, "all" if wants_prompt else "last")]
 
     def advance(self, logits: Tensor) -> list[Event]:

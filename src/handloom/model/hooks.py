@@ -36,7 +36,7 @@ Points = dict[str, tuple[int | str, ...]]
 def hook_points(spec: ModelSpec) -> Points:
     """Every point by name, in the order of computing, with the shape of its values for one sequence.
 
-    "n" stands for the tokens of the sequence in this pass, "context" for those it has then.
+    "n" stands for the tokens of the sequence in this pass, "context" for those it has in the cache then.
     """
     points: Points = {"hook_embed": ("n", spec.hidden_size)}
     for i, layer in enumerate(spec.layers):
