@@ -100,7 +100,12 @@ class NonFiniteLogits(HandloomError, ArithmeticError):
 
 
 class RequestFailed(HandloomError, RuntimeError):
-    """A request ended because code of the caller's (a processor, a criterion) raised; the cause is attached."""
+    """A request ended because code of the caller's (a processor, a criterion, a patch, a decoder) raised; the cause is
+    attached."""
+
+
+class EngineError(HandloomError, RuntimeError):
+    """An engine cannot do this: it is in a step already, is closed, or failed in the step a request was in."""
 
 
 # The installation ------------------------------------------------------------------------------

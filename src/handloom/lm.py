@@ -349,8 +349,8 @@ class LM:
         function(values, at) is called for each sequence and pass with a copy of its values (shapes: hook_points; rows
         are the tokens at.positions) and returns new ones, or None after changing them in place. Other sequences are not
         touched. Tokens whose K and V are there already are not computed; those computed meanwhile keep theirs when the
-        block ends, until something computes them again. Raises InvalidParam; where the function raises, the call that
-        runs it ends with RequestFailed, which has the cause.
+        block ends, until something computes them again. Raises InvalidParam; where the function raises, the
+        request that it was called for ends with RequestFailed, which has the cause, and others go on.
         """
         with self.hooks.opened(points, function, changes=True, sequence=sequence):
             yield

@@ -8,13 +8,21 @@ A page that is let go by its last holder while the prefix index knows it keeps i
 given up when no other is, the one let go longest ago first. Sequences let go of their last page first, and hold all
 pages before one they hold, so a page is never given up before those that follow it.
 
+Pages may be taken and given back from any thread: whatever touches the counts holds the pool's lock, which is never
+held while a model runs.
+
 This module does not know sequences, tokens, or why a page is shared.
 """
 
 from __future__ import annotations
 
+import functools
 import heapq
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +30,30 @@ from torch import Tensor
 from handloom.cache.prefix import PrefixIndex
 from handloom.errors import OutOfPages
 from handloom.model.spec import ModelSpec
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Lockable(Protocol):
+    """What has a reentrant lock."""
+
+    @property
+    def lock(self) -> AbstractContextManager[object]: ...
+
+
+Locking = TypeVar("Locking", bound=Lockable)
+
+
+def locked(method: Callable[Concatenate[Locking, P], R]) -> Callable[Concatenate[Locking, P], R]:
+    """A method that runs while its object's lock is held."""
+
+    @functools.wraps(method)
+    def run(self: Locking, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class PagePool:
@@ -32,6 +64,7 @@ class PagePool:
     ) -> None:
         self.num_pages, self.page_size = num_pages, page_size
         self.device = device
+        self.lock = threading.RLock()
         shapes = [(layer.mixer.num_kv_heads, layer.mixer.head_dim) for layer in spec.layers]
         counts = {shape: shapes.count(shape) for shape in shapes}
         self.storages: dict[tuple[int, int], Tensor] = {
@@ -70,6 +103,7 @@ class PagePool:
         """How many page tables hold this page."""
         return self._references[page] if page < len(self._references) else 0
 
+    @locked
     def allocate(self) -> int:
         """A page with one reference; gives up a cached page if no other is left. Raises OutOfPages."""
         if not self._free and len(self._references) < self.num_pages:
@@ -88,6 +122,7 @@ class PagePool:
         self._references[page] = 1
         return page
 
+    @locked
     def share(self, page: int) -> None:
         """Add a reference to a page in use, or to a cached one."""
         if self.references(page) == 0 and page not in self._cached:
@@ -95,6 +130,7 @@ class PagePool:
         self._cached.pop(page, None)
         self._references[page] += 1
 
+    @locked
     def release(self, page: int) -> None:
         """Drop a reference; the last one frees the page, which stays cached if the prefix index knows it."""
         if self.references(page) == 0:
@@ -106,6 +142,7 @@ class PagePool:
             else:
                 heapq.heappush(self._free, page)
 
+    @locked
     def forget_cached(self) -> None:
         """Let no sequence find pages computed until now: for measurements, or after weights were edited.
 
@@ -116,6 +153,7 @@ class PagePool:
             heapq.heappush(self._free, page)
         self._cached.clear()
 
+    @locked
     def copy(self, source: int, num_tokens: int) -> int:
         """A new page holding the first num_tokens tokens of `source`, in every layer. Raises OutOfPages."""
         target = self.allocate()

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from handloom.cache.pages import PagePool
+from handloom.cache.pages import PagePool, locked
 from handloom.errors import InvalidParam, OutOfPages
 
 PLACEHOLDER = -1
@@ -34,7 +34,7 @@ class Sequence:
     """
 
     def __init__(self, pool: PagePool, token_ids: Iterable[int] = (), embeddings: Tensor | None = None) -> None:
-        self.pool = pool
+        self.pool, self.lock = pool, pool.lock
         self.embeddings = embeddings
         self.token_ids: list[int] = [PLACEHOLDER] * self.num_embeddings + list(token_ids)
         self.num_computed = 0
@@ -81,6 +81,7 @@ class Sequence:
         first, end = self.num_cached // self.pool.page_size, min(end, len(self.page_table))
         return [index for index in range(first, end) if self.pool.references(self.page_table[index]) > 1]
 
+    @locked
     def grow(self, num_tokens: int) -> None:
         """Own pages for num_tokens tokens, writable from num_computed on. Raises OutOfPages, changing nothing."""
         missing, free = self.pages_missing(num_tokens), self.pool.num_free
@@ -95,6 +96,7 @@ class Sequence:
         while len(self.page_table) * self.pool.page_size < num_slots:
             self.page_table.append(self.pool.allocate())
 
+    @locked
     def own(self, start: int, stop: int) -> None:
         """Make the pages of the cached tokens start..stop, counted among these, writable: copies of those that others
         hold, and none that others may find. Raises OutOfPages."""
@@ -126,6 +128,7 @@ class Sequence:
             del self.token_ids[-num_tokens:]
         self.forget(min(self.num_computed, len(self.token_ids)))
 
+    @locked
     def forget(self, num_computed: int) -> None:
         """Keep the K and V of the first num_computed tokens only; the others are pending again."""
         self._set_computed(num_computed)
@@ -147,6 +150,7 @@ class Sequence:
         """Give back the pages past the last token, which were taken ahead."""
         self._keep_pages(len(self.token_ids))
 
+    @locked
     def _keep_pages(self, num_tokens: int) -> None:
         while len(self.page_table) > -(-(num_tokens - self.num_evicted) // self.pool.page_size):
             self.pool.release(self.page_table.pop())
@@ -212,6 +216,7 @@ class Sequence:
             flat = storage.flatten(2, 3)
             flat[:, :, slots[: stop - start]] = flat[:, :, slots[start - into :]]
 
+    @locked
     def adopt_prefix(self) -> None:
         """Take over the known pages that hold its first tokens, where they are more than it has computed.
 
@@ -238,6 +243,7 @@ class Sequence:
             return False
         return self.token_ids[:end] == other.token_ids[:end]
 
+    @locked
     def publish(self) -> None:
         """Let others find its full computed pages. Where equal ones are known already, it goes on with those."""
         if not self._shares:
@@ -254,6 +260,7 @@ class Sequence:
                 self.pool.share(table[index])
                 self.pool.release(own)
 
+    @locked
     def fork(self) -> Sequence:
         """A copy that shares every computed page; K and V are copied only when one of the two writes to such a page."""
         child = Sequence(self.pool, self.token_ids[self.num_embeddings :], self.embeddings)

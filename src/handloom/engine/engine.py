@@ -6,18 +6,19 @@ This module does not know chat, the Hub, files, or how results are shown.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
-from handloom.decoding.decoder import Decoder, Event
+from handloom.decoding.decoder import Decoder, Event, FinishedEvent
 from handloom.decoding.sample import SampleDecoder
 from handloom.engine.events import EngineEvent, EngineStats
 from handloom.engine.runner import Runner
 from handloom.engine.scheduler import Request, Scheduler
-from handloom.errors import InvalidParam, InvalidPrompt, UnsupportedOption
+from handloom.errors import EngineError, InvalidParam, InvalidPrompt, UnsupportedOption
 from handloom.model.hooks import Hooks
 from handloom.model.transformer import Transformer
 from handloom.sampling.params import GenerationParams, resolve_params
@@ -45,7 +46,15 @@ class Engine:
 
     max_step_tokens: most tokens in one forward pass (longer prompts run in chunks); max_running: most requests in
     flight at once, the others wait; prefix_cache: whether requests take over pages that others with the same first
-    tokens have computed, and leave theirs to later ones. Raises InvalidParam. Not for use from several threads at once.
+    tokens have computed, and leave theirs to later ones. Raises InvalidParam.
+
+    Every method may be called from any thread. One thread steps at a time, others that want to wait for it; the other
+    methods never do: what they ask for while a step runs is done when it ends. Each event is returned once, by the step
+    it came from, to whoever called that. A request's tokens do not depend on which threads did what (but for
+    rng="torch", whose generator all share). A sequence of the caller's belongs to its request until that is over. What
+    the caller gives to run inside a step (processors, criteria, hooks, decoders) may call anything here except `step`.
+
+    Where a step raises (out of memory, a bug), no request is lost: step again, abort, or close.
     """
 
     def __init__(
@@ -68,10 +77,16 @@ class Engine:
             max_rows=max(1, MAX_LOGITS_BYTES // row_bytes),
         )
         self._ids = itertools.count()
+        self._stepping = threading.Lock()  # held while the scheduler is worked on
+        self._stepper: int | None = None  # the thread that steps
+        self._door = threading.RLock()  # held for what is short; guards the three below
+        self._alive: dict[int, Request] = {}
+        self._arrived: deque[Request] = deque()
+        self._leaving: deque[Request] = deque()
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return bool(self._arrived or self._leaving or self.scheduler.has_work)
 
     def resolve(self, sequence: Sequence, options: dict[str, Any]) -> GenerationParams:
         """A request's parameters. Raises InvalidPrompt, InvalidParam, UnsupportedOption, ContextOverflow."""
@@ -105,8 +120,6 @@ class Engine:
             raise InvalidParam("a sequence has its own salt; leave cache_salt out, or pass the sequence's token_ids")
         if prompt.pool is not self.model.pool:
             raise InvalidPrompt("the sequence lives in the cache of another model; pass its token_ids instead")
-        if any(prompt in request.decoder.sequences for request in self.scheduler):
-            raise InvalidPrompt("the sequence is in use by another request of this engine; fork it")
         return SampleDecoder(prompt, self.resolve(prompt, options), self.model.tokenizer, owns_sequence=False)
 
     def add_request(self, prompt: Any, /, *, priority: int = 0, cache_salt: str = "", **options: Any) -> int:
@@ -121,29 +134,88 @@ class Engine:
         return self.add(self.prepare(prompt, options, cache_salt=cache_salt), priority=priority)
 
     def add(self, decoder: Decoder, *, priority: int = 0) -> int:
-        """Queue a decoder of any mode; returns its request id. Raises InvalidParam."""
+        """Queue a decoder of any mode; returns its request id.
+
+        Raises InvalidParam, InvalidPrompt for a sequence of the caller's that another request has.
+        """
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidParam(f"priority is {priority!r}; expected an integer, where higher comes first")
-        request = Request(next(self._ids), decoder, priority)
-        self.scheduler.add(request)
+        with self._door:
+            theirs = _borrowed(decoder)
+            others = (*self._alive.values(), *self._leaving) if theirs is not None else ()
+            if any(not request.over and _borrowed(request.decoder) is theirs for request in others):
+                raise InvalidPrompt("the sequence is in use by another request of this engine; fork it")
+            request = Request(next(self._ids), decoder, priority)
+            self._alive[request.id] = request
+            self._arrived.append(request)
+        self._settle()
         return request.id
 
     def abort(self, request_id: int) -> bool:
-        """End a request now and free its pages; False if it is already over."""
-        return self.scheduler.remove(request_id)
+        """End a request and free its pages: now, or where a step is running, when it ends. False if it is already over.
+
+        No step gives events of it any more, except the one that is running.
+        """
+        with self._door:
+            request = self._alive.pop(request_id, None)
+            if request is None or request.over:
+                return False
+            self._leaving.append(request)
+        self._settle()
+        return True
 
     def step(self) -> list[Event]:
-        """Run one step: plan, forward, choose, advance. Returns the events; nothing to do gives none."""
+        """Run one step: plan, forward, choose, advance. Returns the events; nothing to do gives none.
+
+        Raises EngineError if called from inside a step, and what the forward pass raises.
+        """
+        if self._stepper == threading.get_ident():
+            raise EngineError("a step is running, and this was called from inside it: call it after the step")
+        try:
+            with self._stepping:
+                self._stepper = threading.get_ident()
+                try:
+                    return self._step()
+                finally:
+                    self._stepper = None
+        finally:
+            self._settle()
+
+    def _step(self) -> list[Event]:
+        self._take_over()
         self.scheduler.sharing = self.prefix_cache and not self.model.hooks  # what is taken over, no hook would see
-        plan, events = self.scheduler.plan()
+        with self.model.pool.lock:
+            plan, events = self.scheduler.plan()
         if plan.works:
-            logits = self.runner.forward(plan.works)
-            events += self.scheduler.advance(plan, logits)
+            try:
+                logits, errors = self.runner.run(plan.works)
+                events = [*events, *self.scheduler.advance(plan, logits, errors)]
+            except BaseException:
+                self.scheduler.put_back(events)
+                raise
             self.scheduler.journal.stepped(plan.num_tokens)
+        with self._door:
+            for event in events:
+                if isinstance(event, FinishedEvent):
+                    self._alive.pop(event.request_id, None)
         return events
 
+    def _settle(self) -> None:
+        """Do what was asked meanwhile, unless a step is running: whoever runs it does so at its end."""
+        while (self._arrived or self._leaving) and self._stepping.acquire(blocking=False):
+            try:
+                self._take_over()
+            finally:
+                self._stepping.release()
+
+    def _take_over(self) -> None:
+        while self._arrived:
+            self.scheduler.add(self._arrived.popleft())
+        while self._leaving:
+            self.scheduler.remove(self._leaving.popleft().id)
+
     def run(self) -> Iterator[Event]:
-        """Step until no request is left; events as they come."""
+        """Step until no request is left; events as they come. Raises what `step` raises."""
         while self.has_work:
             yield from self.step()
 
@@ -153,20 +225,23 @@ class Engine:
         Read it with popleft, from any thread; see `handloom.engine.events`. End it with `unwatch`.
         """
         queue: deque[EngineEvent] = deque(maxlen=limit)
-        self.scheduler.journal.queues.append(queue)
+        journal = self.scheduler.journal
+        with self._door:
+            journal.queues = (*journal.queues, queue)
         return queue
 
     def unwatch(self, queue: deque[EngineEvent]) -> None:
         """Put no more into a queue of `watch`."""
-        queues = self.scheduler.journal.queues
-        queues[:] = [other for other in queues if other is not queue]
+        journal = self.scheduler.journal
+        with self._door:
+            journal.queues = tuple(other for other in journal.queues if other is not queue)
 
     def stats(self) -> EngineStats:
         """What the engine is doing and has done."""
         pool, journal = self.model.pool, self.scheduler.journal
         return EngineStats(
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            waiting=len(self.scheduler.waiting) + len(self._arrived),
             pages_used=pool.num_pages - pool.num_free,
             pages_cached=pool.num_cached,
             pages_free=pool.num_free - pool.num_cached,
@@ -180,5 +255,12 @@ class Engine:
 
     def close(self) -> None:
         """Abort every request."""
-        for request in tuple(self.scheduler):
-            self.abort(request.id)
+        with self._door:
+            requests = tuple(self._alive)
+        for request in requests:
+            self.abort(request)
+
+
+def _borrowed(decoder: Decoder) -> Sequence | None:
+    """The sequence of the caller's that a decoder runs on, if it does."""
+    return decoder.sequence if isinstance(decoder, SampleDecoder) and not decoder.owns_sequence else None

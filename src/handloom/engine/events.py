@@ -101,7 +101,7 @@ class Journal:
     """Counts what happens, and tells it to those who listen, if any."""
 
     def __init__(self) -> None:
-        self.queues: list[deque[EngineEvent]] = []
+        self.queues: tuple[deque[EngineEvent], ...] = ()  # replaced as a whole: whoever reads it sees one or the other
         self.num_admitted_tokens = self.num_cached_tokens = 0
         self.num_finished = self.num_preempted = self.num_computed = self.num_chosen = 0
         self._steps: deque[tuple[float, int]] = deque(maxlen=RATE_STEPS)  # when each ended, and num_chosen then

@@ -6,12 +6,13 @@ This module does not know requests or how tokens are chosen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 
 from torch import Tensor
 
 from handloom.cache.batch import Work, build_batch
 from handloom.cache.pages import PagePool
+from handloom.errors import HandloomError
 from handloom.model.hooks import Hooks
 from handloom.model.transformer import Transformer
 
@@ -23,15 +24,25 @@ class Runner:
         self.transformer, self.pool, self.hooks = transformer, pool, hooks
 
     def forward(self, works: Iterable[Work], owners: Sequence[Sized] | None = None) -> Tensor:
-        """Logits [R, vocab_size] float32 of the works' rows, in order. A sequence that ran under hooks is private then.
+        """Logits [R, vocab_size] float32 of the works' rows, in order. A sequence that a patch saw is private then.
 
-        owners: whose hooks each work runs under, by default its sequence's. Raises OutOfPages, and what hooks raise.
+        owners: whose hooks each work runs under, by default its sequence's. Raises OutOfPages, and the first error of
+        a patch.
         """
+        logits, errors = self.run(works, owners)
+        for error in errors.values():
+            raise error
+        return logits
+
+    def run(
+        self, works: Iterable[Work], owners: Sequence[Sized] | None = None
+    ) -> tuple[Tensor, Mapping[int, HandloomError]]:
+        """As `forward`, and what went wrong in whose patch: errors by index of the work, whose rows are void."""
         works = list(works)
         batch = build_batch(works, self.pool)
-        if not self.hooks:
-            return self.transformer.forward(batch, self.pool.layers)
-        hooks = self.hooks.step(owners or [work.sequence for work in works], batch)
-        for work in works if hooks else ():
-            work.sequence.private = True
-        return self.transformer.forward(batch, self.pool.layers, hooks)
+        hooks = self.hooks.step(owners or [work.sequence for work in works], batch) if self.hooks else None
+        if hooks is None:
+            return self.transformer.forward(batch, self.pool.layers), {}
+        for which in hooks.patched:
+            works[which].sequence.private = True
+        return self.transformer.forward(batch, self.pool.layers, hooks), hooks.errors

@@ -21,9 +21,10 @@ from __future__ import annotations
 import heapq
 import itertools
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -35,6 +36,8 @@ from handloom.decoding.sample import Ready, SampleDecoder, advance_together
 from handloom.engine.events import Journal
 from handloom.errors import HandloomError, OutOfPages, RequestFailed
 
+NO_ERRORS: Mapping[int, HandloomError] = MappingProxyType({})
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -45,6 +48,7 @@ class Request:
     priority: int = 0
     running: bool = False
     prefilling: bool = False  # it has not computed all the tokens it was admitted with
+    over: bool = False
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -77,13 +81,14 @@ class Scheduler:
         self.running: list[Request] = []
         self.journal = Journal()
         self.sharing = True
+        self._events: list[Event] = []  # not handed out yet
 
     def __iter__(self) -> Iterator[Request]:
         return itertools.chain(self.running, self.waiting)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self._events)
 
     def add(self, request: Request) -> None:
         insort(self.waiting, request, key=_rank)
@@ -102,7 +107,6 @@ class Scheduler:
     def plan(self) -> tuple[Plan, list[Event]]:
         """The next step's work; and the failures of requests that cannot run."""
         plan, budget = Plan(), self.max_tokens
-        failed: list[Event] = []
         may_start = True
         places = self.max_running - len(self.running)
         for request in heapq.merge(tuple(self.running), self.waiting[:places], key=_rank):
@@ -120,8 +124,8 @@ class Scheduler:
                 if isinstance(error, OutOfPages) and others_run and self._fits(request):
                     may_start = False  # it waits, with what it has: until others end, or one before it needs that
                 else:
-                    failed.append(self._fail(request, error))
-        return plan, failed
+                    self._emit(request, [FinishedEvent("error", error=error)])
+        return plan, self._hand_out()
 
     def _run(self, request: Request, plan: Plan, budget: int) -> int:
         """Start the request if it waits, and place its work; returns what is left of the budget. Raises OutOfPages."""
@@ -145,7 +149,7 @@ class Scheduler:
             for before in self.running
             if before.prefilling and before.rank < request.rank
             for other in before.decoder.sequences
-            for work in request.decoder.plan()
+            for work in _works(request)
         )
 
     def _start(self, request: Request) -> None:
@@ -176,7 +180,7 @@ class Scheduler:
 
     def _adopt_prefixes(self, request: Request) -> None:
         """Take over cached pages, except where logits of all tokens are wanted."""
-        for sequence, _, logits in request.decoder.plan():
+        for sequence, _, logits in _works(request):
             if logits != "all":
                 sequence.adopt_prefix()
 
@@ -198,7 +202,7 @@ class Scheduler:
         Raises OutOfPages, or RequestFailed for a decoder without work, with nothing of the request in the plan.
         """
         works: list[Work] = []
-        for sequence, pending, logits in request.decoder.plan():
+        for sequence, pending, logits in _works(request):
             num_tokens = min(pending, budget, self.max_rows if logits == "all" else pending)
             if num_tokens <= 0:
                 break
@@ -242,49 +246,95 @@ class Scheduler:
         for sequence in request.decoder.sequences:
             sequence.free()
 
-    def _fail(self, request: Request, error: HandloomError) -> Event:
-        self._drop(request)
-        event = FinishedEvent("error", error=error, request_id=request.id)
-        self.journal.emitted([event])
-        return event
-
     def _drop(self, request: Request) -> None:
         (self.running if request.running else self.waiting).remove(request)
+        request.over = True
         request.decoder.close()
+
+    # Events ------------------------------------------------------------------------------------
+
+    def _emit(self, request: Request, events: Seq[Event]) -> None:
+        """Keep a request's events to be handed out, and let go of it where the last one ends it."""
+        for event in events:
+            event.request_id = request.id
+        self._events += events
+        self.journal.emitted(events)
+        if events and isinstance(events[-1], FinishedEvent):
+            self._drop(request)
+
+    def _hand_out(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def put_back(self, events: Iterable[Event]) -> None:
+        """Hand these out first the next time: their step did not come to its end."""
+        self._events[:0] = events
 
     # After the forward pass ----------------------------------------------------------------------
 
-    def advance(self, plan: Plan, logits: Tensor) -> list[Event]:
-        """Mark the plan's tokens as computed and hand every decoder its logits. Returns the events."""
-        spans: dict[Request, list[int]] = {}
-        at = 0
+    def advance(self, plan: Plan, logits: Tensor, errors: Mapping[int, HandloomError] = NO_ERRORS) -> list[Event]:
+        """Mark the plan's tokens as computed and hand every decoder its logits. Returns the events.
+
+        errors: by index of the work, what went wrong while it ran; its request ends with that.
+        """
+        failed: dict[Request, HandloomError] = {}
+        for index, error in errors.items():
+            failed.setdefault(plan.owners[index], error)
+        rows = self._mark_computed(plan, failed)
+        for request, error in failed.items():
+            self._emit(request, [FinishedEvent("error", error=error)])
+        sampling: list[Request] = []
+        ready: list[Ready] = []
+        for request, (start, end) in rows.items():
+            request.prefilling = request.prefilling and any(s.num_pending for s in request.decoder.sequences)
+            if type(request.decoder) is SampleDecoder:
+                sampling.append(request)
+                ready.append(Ready(request.decoder, start, end))
+            else:
+                self._emit(request, _advanced(request, logits[start:end]))
+        for request, events in zip(sampling, advance_together(ready, logits) if ready else (), strict=True):
+            self._emit(request, events)
+        return self._hand_out()
+
+    def _mark_computed(self, plan: Plan, failed: Container[Request]) -> dict[Request, tuple[int, int]]:
+        """Count the tokens that ran, but for those that failed; returns where each request's logits are."""
+        rows: dict[Request, tuple[int, int]] = {}
+        end = 0
         for work, request in zip(plan.works, plan.owners, strict=True):
+            start, end = end, end + work.num_rows
+            if request in failed:
+                continue
             if request.prefilling:
                 self.journal.prefilled(request.id, work.sequence.num_computed, work.num_tokens)
             work.sequence.num_computed += work.num_tokens
             if self.sharing:
                 work.sequence.publish()
             if work.num_rows:
-                spans.setdefault(request, [at, at])[1] = at + work.num_rows
-                at += work.num_rows
-        for request in spans:
-            request.prefilling = request.prefilling and any(s.num_pending for s in request.decoder.sequences)
-        sampling = [r for r in spans if isinstance(r.decoder, SampleDecoder)]
-        ready = [Ready(r.decoder, *spans[r]) for r in sampling if isinstance(r.decoder, SampleDecoder)]
-        results = dict(zip(sampling, advance_together(ready, logits), strict=True)) if ready else {}
-        for request, (start, end) in spans.items():
-            if request not in results:
-                results[request] = request.decoder.advance(logits[start:end])
-        events: list[Event] = []
-        for request, own in results.items():
-            for event in own:
-                event.request_id = request.id
-            events += own
-            self.journal.emitted(own)
-            if own and isinstance(own[-1], FinishedEvent):
-                self._drop(request)
-        return events
+                rows[request] = rows.get(request, (start, end))[0], end
+        return rows
 
 
 def _rank(request: Request) -> tuple[int, int]:
     return request.rank
+
+
+def _works(request: Request) -> Seq[Work]:
+    """What the request's decoder plans. Raises the HandloomError it raises; RequestFailed where it raises another."""
+    try:
+        return tuple(request.decoder.plan())
+    except HandloomError:
+        raise
+    except Exception as cause:
+        raise RequestFailed(f"the decoder {request.decoder!r} raised {cause!r} when asked for its work") from cause
+
+
+def _advanced(request: Request, logits: Tensor) -> Seq[Event]:
+    """The events a decoder makes of its logits, or the end of the request where it raises."""
+    try:
+        return list(request.decoder.advance(logits))
+    except HandloomError as error:
+        return [FinishedEvent("error", error=error)]
+    except Exception as cause:
+        failure = RequestFailed(f"the decoder {request.decoder!r} raised {cause!r} when given its logits")
+        failure.__cause__ = cause
+        return [FinishedEvent("error", error=failure)]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from handloom.errors import InvalidParam, RequestFailed
+from handloom.errors import HandloomError, InvalidParam, RequestFailed
 from handloom.model.batch import ForwardBatch
 from handloom.model.spec import LayerSpec, ModelSpec
 
@@ -124,12 +124,12 @@ class Hooks:
 
     def step(self, sequences: Sequence[Sized], batch: ForwardBatch) -> StepHooks | None:
         """What is to be done in one pass over these sequences, the batch's in order; None for nothing."""
-        starts = batch.cu_seqlens.tolist()
+        starts, opened = batch.cu_seqlens.tolist(), tuple(self._open)
         visits: dict[str, list[Visit]] = {}
         for i, sequence in enumerate(sequences):
             rows = slice(starts[i], starts[i + 1])
             span = Span(i, rows, batch.positions[rows], sequence)
-            own = [hook for hook in self._open if hook.sequence is None or hook.sequence is sequence]
+            own = [hook for hook in opened if hook.sequence is None or hook.sequence is sequence]
             for point in {point for hook in own for point in hook.points}:
                 visits.setdefault(point, []).append(Visit(span, [hook for hook in own if point in hook.points]))
         return StepHooks(visits) if visits else None
@@ -150,12 +150,26 @@ class Visit(NamedTuple):
     span: Span
     hooks: list[Hook]
 
+    @property
+    def changes(self) -> bool:
+        return any(hook.changes for hook in self.hooks)
+
 
 class StepHooks:
-    """The hooks of one forward pass, by point."""
+    """The hooks of one forward pass, by point.
+
+    errors: what went wrong in a patch, by the index of its sequence in the batch. No hook sees that sequence again in
+    this pass, and what the pass computes of it is worth nothing; the other rows are what they would have been.
+    """
 
     def __init__(self, visits: Mapping[str, list[Visit]]) -> None:
         self._visits = visits
+        self.errors: dict[int, HandloomError] = {}
+
+    @property
+    def patched(self) -> set[int]:
+        """Indices in the batch of the sequences whose values a hook may change."""
+        return {visit.span.which for own in self._visits.values() for visit in own if visit.changes}
 
     def within(self, prefix: str) -> bool:
         """Whether a point whose name begins so is hooked."""
@@ -164,16 +178,24 @@ class StepHooks:
     def visit(self, point: str, read: Callable[[Span], Tensor], write: Callable[[Span, Tensor], object]) -> None:
         """Show the point's values of each hooked sequence to its hooks; write back what a patch made of them.
 
-        Raises RequestFailed where a function raises, InvalidParam where it returns something else than such values.
+        Where a patch raises, its sequence has a RequestFailed in `errors`; where it returns something else than such
+        values, an InvalidParam.
         """
-        for span, hooks in self._visits.get(point, ()):
-            at, values, changed = At(point, span.positions, span.sequence), read(span), False
-            for hook in hooks:
-                if hook.changes:
-                    values, changed = _patched(hook.function, values.clone(), at), True
-                else:
-                    hook.function(values, at)
-            if changed:
+        for visit in self._visits.get(point, ()):
+            span = visit.span
+            if span.which in self.errors:
+                continue
+            at, values = At(point, span.positions, span.sequence), read(span)
+            try:
+                for hook in visit.hooks:
+                    if hook.changes:
+                        values = _patched(hook.function, values.clone(), at)
+                    else:
+                        hook.function(values, at)
+            except HandloomError as error:
+                self.errors[span.which] = error
+                continue
+            if visit.changes:
                 write(span, values)
 
     def rows(self, point: str, values: Tensor) -> None:
@@ -182,6 +204,7 @@ class StepHooks:
 
 
 def _patched(function: Function, values: Tensor, at: At) -> Tensor:
+    """What a patch makes of the values. Raises RequestFailed with the caller's exception as its cause, InvalidParam."""
     try:
         new = function(values, at)
     except Exception as cause:
