@@ -20,8 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate.generate, chat.chat, inspect.inspect, parity.parity, bench.bench, env.env):
+for command in (generate.generate, chat.chat, inspect.inspect, parity.parity, env.env):
     app.command()(guarded(command))
+app.add_typer(bench.bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

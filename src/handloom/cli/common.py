@@ -249,6 +249,7 @@ class ModelOptions:
     dtype: str = "auto"
     backend: str = "auto"
     max_context: int | None = None
+    kv_cache_tokens: int | None = None
     revision: str | None = None
 
 
@@ -268,6 +269,7 @@ def load_model(options: ModelOptions, *, quiet: bool = False) -> LM:
             dtype=options.dtype,
             backend=options.backend,
             max_context=options.max_context,
+            kv_cache_tokens=options.kv_cache_tokens,
             revision=options.revision,
             progress=progress,
         )
@@ -286,6 +288,28 @@ def waiting(what: str, quiet: bool = False) -> Iterator[None]:
         return
     with console.status(f"{what} …"):
         yield
+
+
+@contextmanager
+def tokens_bar(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A callback for how many of `total` tokens there are, which shows them and their rate until the block ends."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = error_console()
+    columns = (
+        TextColumn(f"{printable(what)}:"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens, {task.fields[rate]}"),
+    )
+    started = time.perf_counter()
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=total, rate="")
+        yield lambda done: bar.update(
+            task, completed=done, rate=f"{done / max(1e-9, time.perf_counter() - started):.0f} tok/s"
+        )
 
 
 @contextmanager

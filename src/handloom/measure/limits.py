@@ -9,9 +9,11 @@ This module does not know how a model is run.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import torch
 
+from handloom import machine
 from handloom.model.spec import ModelSpec, model_parameters
 
 SIZE = 1536
@@ -57,3 +59,20 @@ def prefill_flops(spec: ModelSpec, num_tokens: int) -> int:
 def prefill_limit(spec: ModelSpec, num_tokens: int, rate: float) -> float:
     """Tokens per second that prefill of `num_tokens` cannot exceed at `rate` operations per second."""
     return num_tokens * rate / prefill_flops(spec, num_tokens)
+
+
+def serving_seconds(
+    spec: ModelSpec, dtype: torch.dtype, requests: Iterable[tuple[int, int]], bandwidth: float, rate: float
+) -> float:
+    """Seconds in which no schedule serves these requests of (prompt, new) tokens, none sharing a prefix.
+
+    The larger of all operations at `rate`, and at `bandwidth` bytes per second all K and V that new tokens read and the
+    weights as often as the longest output has tokens. Both can only be reached together where they overlap.
+    """
+    flops, moved, steps = 0, 0, 0
+    for prompt, new in requests:
+        flops += prefill_flops(spec, prompt + new - 1) + (new - 1) * 2 * spec.vocab_size * spec.hidden_size
+        moved += sum(machine.kv_bytes_read(spec, dtype, prompt + at) for at in range(1, new))
+        steps = max(steps, new)
+    moved += steps * machine.weight_bytes_per_token(spec, dtype)
+    return max(flops / rate, moved / bandwidth)

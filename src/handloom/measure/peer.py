@@ -79,18 +79,33 @@ class Transformers:
         return logits.float()
 
     @torch.no_grad()
-    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
-        """`handloom.measure.speed.run` on transformers: one batch, padded on the left to its longest prompt."""
+    def generate_padded(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        """`new_tokens` greedy tokens for each prompt in one batch, padded on the left; eos does not stop it."""
+        ids, mask = self._padded(prompts)
+        with self._without_eos():
+            out = self.model.generate(
+                ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
+            )
+        rows: list[list[int]] = out[:, ids.shape[1] :].tolist()
+        return rows
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [n, width] of prompts padded on the left to the longest."""
         width = max(map(len, prompts))
         ids = self._tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = self._tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        return ids, self._tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+    @torch.no_grad()
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
+        """`handloom.measure.speed.run` on transformers: one batch, padded on the left to its longest prompt."""
+        ids, mask = self._padded(prompts)
         options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0}
         clock = _Clock()
         with self._without_eos():
             started = time.perf_counter()
             out = self.model.generate(ids, attention_mask=mask, streamer=clock, **options).cpu()
             ended = time.perf_counter()
-        check_counts("transformers", [len(row) - width for row in out], new_tokens)
+        check_counts("transformers", [len(row) - ids.shape[1] for row in out], new_tokens)
         first = clock.times[1] - started  # times[0] is when it was handed the prompt
         return Run(len(prompts), sum(map(len, prompts)), new_tokens, first, first, ended - started)
 

@@ -1,0 +1,179 @@
+"""transformers on the same requests, in the two ways it has: `generate` on padded batches, and continuous batching.
+
+Both have all requests at once, greedily, without eos, and count only the tokens that were asked for.
+
+This module does not know how results are shown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from handloom.errors import MissingDependency, RequestFailed
+from handloom.lm import LM
+from handloom.measure.peer import Transformers
+from handloom.measure.serving import Progress, ServingRun, check_served, serve
+from handloom.measure.speed import peak_memory
+from handloom.measure.workload import Asked
+
+BLOCK = 256
+"""Tokens of a block of transformers' paged cache, by default."""
+STEP_TOKENS = 512
+STALLED_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRun:
+    """Seconds for all requests, and the tokens they asked for."""
+
+    num_requests: int
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+    @property
+    def output_rate(self) -> float:
+        """New tokens per second."""
+        return self.new_tokens / self.seconds
+
+    @property
+    def total_rate(self) -> float:
+        """Prompt and new tokens per second."""
+        return (self.prompt_tokens + self.new_tokens) / self.seconds
+
+    @property
+    def request_rate(self) -> float:
+        return self.num_requests / self.seconds
+
+
+def _run(requests: Sequence[Asked], seconds: float) -> PeerRun:
+    prompt_tokens = sum(len(request.prompt) for request in requests)
+    return PeerRun(len(requests), prompt_tokens, sum(request.new_tokens for request in requests), seconds)
+
+
+@torch.no_grad()
+def padded(peer: Transformers, requests: Sequence[Asked], batch_size: int, progress: Progress | None = None) -> PeerRun:
+    """`generate` on batches padded on the left, each run until its longest output is done.
+
+    Requests of like output, then like prompt length share a batch, which wastes least. Raises RequestFailed where a row
+    is not as long as its batch has to be.
+    """
+    ordered = sorted(requests, key=lambda request: (request.new_tokens, len(request.prompt)))
+    done, started = 0, time.perf_counter()
+    for at in range(0, len(ordered), batch_size):
+        batch = ordered[at : at + batch_size]
+        longest = max(request.new_tokens for request in batch)
+        rows = peer.generate_padded([request.prompt for request in batch], longest)
+        if [len(row) for row in rows] != [longest] * len(batch):
+            raise RequestFailed(f"transformers generated {[len(row) for row in rows]} tokens; {longest} were asked for")
+        check_served("transformers", batch, [len(row[: r.new_tokens]) for row, r in zip(rows, batch, strict=True)])
+        done += sum(request.new_tokens for request in batch)
+        if progress is not None:
+            progress(done)
+    return _run(requests, time.perf_counter() - started)
+
+
+@torch.no_grad()
+def continuous(peer: Transformers, requests: Sequence[Asked], progress: Progress | None = None) -> PeerRun:
+    """transformers' continuous batching, with a cache that holds all requests at once; making it is not in the time.
+
+    Raises MissingDependency where this transformers has none, RequestFailed where a request fails, none ends for
+    five minutes, or one yields another number of tokens.
+    """
+    try:
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+    except ImportError as cause:
+        raise MissingDependency(f"continuous batching needs a newer transformers: {cause}") from cause
+
+    blocks = sum(-(-(len(request.prompt) + request.new_tokens) // BLOCK) for request in requests)
+    longest = max(request.new_tokens for request in requests)
+    generation = GenerationConfig(do_sample=False, max_new_tokens=longest, eos_token_id=-1, pad_token_id=0)
+    settings = ContinuousBatchingConfig(num_blocks=blocks + 1, max_batch_tokens=STEP_TOKENS)
+    counts: dict[str, int] = {}
+    before = peer.model.config._attn_implementation
+    try:
+        with peer.model.continuous_batching_context_manager(
+            generation_config=generation, continuous_batching_config=settings, block=True, timeout=STALLED_SECONDS
+        ) as manager:
+            started = time.perf_counter()
+            names = [
+                manager.add_request(request.prompt, max_new_tokens=request.new_tokens, eos_token_id=-1)
+                for request in requests
+            ]
+            while len(counts) < len(requests):
+                result = manager.get_result(timeout=STALLED_SECONDS)
+                if result is None or result.error:
+                    why = "nothing" if result is None else result.error
+                    raise RequestFailed(f"continuous batching of transformers: {why} after {len(counts)} requests")
+                counts[result.request_id] = len(result.generated_tokens)
+                if progress is not None:
+                    progress(sum(counts.values()))
+            seconds = time.perf_counter() - started
+    finally:
+        peer.model.set_attn_implementation(before)
+    check_served("transformers", requests, [counts[name] for name in names])
+    return _run(requests, seconds)
+
+
+Runner = Callable[[Sequence[Asked], Progress | None], PeerRun]
+Watch = Callable[[str, int], AbstractContextManager[Progress]]
+"""Called with who is about to run and how many tokens there will be."""
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Runs of handloom and of its peers by name; peak_memory: bytes this process had held before a peer was loaded."""
+
+    ours: list[ServingRun] = field(default_factory=list)
+    theirs: dict[str, list[PeerRun]] = field(default_factory=dict)
+    peak_memory: int = 0
+
+
+def in_turn(
+    lm: LM,
+    requests: Sequence[Asked],
+    watch: Watch,
+    *,
+    repeat: int = 1,
+    max_running: int = 256,
+    load_peer: Callable[[], Transformers] | None = None,
+    batch_sizes: Iterable[int] = (),
+    with_continuous: bool = True,
+) -> Comparison:
+    """Every engine serves the requests `repeat` times, one after the other, after two tokens each to warm up.
+
+    load_peer: called once, after handloom's first run, if there is to be a peer; batch_sizes: of the padded batches.
+    Raises what `serve`, `padded` and `continuous` raise.
+    """
+    found = Comparison()
+    peers: dict[str, Runner] = {}
+    total = sum(request.new_tokens for request in requests)
+    short = [replace(request, new_tokens=2, at=0.0) for request in requests[:2]]
+    serve(lm, short)
+    for _ in range(repeat):
+        with watch("handloom", total) as progress:
+            found.ours.append(serve(lm, requests, max_running=max_running, progress=progress))
+        found.peak_memory = found.peak_memory or peak_memory()
+        if load_peer is not None and not peers:
+            peers = _peers(load_peer(), batch_sizes, with_continuous)
+            for run in peers.values():
+                run(short, None)
+        for name, run in peers.items():
+            with watch(name, total) as progress:
+                found.theirs.setdefault(name, []).append(run(requests, progress))
+    return found
+
+
+def _peers(peer: Transformers, batch_sizes: Iterable[int], with_continuous: bool) -> dict[str, Runner]:
+    def batches_of(size: int) -> Runner:
+        return lambda requests, progress: padded(peer, requests, size, progress)
+
+    peers = {f"transformers, batches of {size}": batches_of(size) for size in batch_sizes}
+    if with_continuous:
+        peers["transformers, continuous"] = lambda requests, progress: continuous(peer, requests, progress)
+    return peers
