@@ -167,6 +167,13 @@ def test_top_n_with_ties_to_the_lowest_id(top_n: int) -> None:
     torch.testing.assert_close(ours.top_logprobs[1].tolist(), [value for _, value in theirs[0]], atol=1e-6, rtol=1e-6)
 
 
+def test_top_n_of_more_tiles_than_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_MAX_KEYS", 64)
+    logits = draw(1, 300).mul(2).round()
+    ours = kernels.draw(logits, None, None, top_n=20, blocks={"BLOCK": 64, "num_warps": 1})
+    assert_same(ours, reference.draw(logits, None, None, top_n=20))
+
+
 def test_cuts_leave_out_tokens_that_were_never_written_away() -> None:
     scores = draw(4, 100)
     scores[1, [3, 50, 90]] = 4.0

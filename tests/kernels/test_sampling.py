@@ -66,6 +66,7 @@ def test_everything_at_once(vocab_size: int, dtype: torch.dtype) -> None:
     assert torch.equal(ours == -torch.inf, expected == -torch.inf)
     alive = expected > -torch.inf
     torch.testing.assert_close(ours[alive], expected[alive], rtol=2**-22, atol=2**-20)
+    assert torch.equal(ours, expected), "nothing is fused: the very bits"
 
 
 def test_repetition_penalty_has_the_bits_of_transformers_and_of_the_engine() -> None:
@@ -130,6 +131,27 @@ def test_a_list_longer_than_a_chunk_reaches_every_tile() -> None:
     ids, bans, bias = lists(2, 90, 200), lists(2, 50, 200), draw(2, 90)
     ours = kernels.adjust_logits(logits, None, None, ids, bias, bans, blocks=SMALL)
     assert torch.equal(ours, reference.adjust_logits(logits, None, None, ids, bias, bans))
+
+
+def test_bans_that_fill_a_tile_stand_twice_or_name_nothing() -> None:
+    logits = draw(2, 300)
+    bans = torch.cat((torch.arange(64, 128), torch.arange(100, 140), torch.tensor([299, 300, 2**31 - 1, -(2**31)])))
+    bans = bans.expand(2, -1).to(DEVICE, torch.int32).contiguous()
+    for blocks in (SMALL, {**SMALL, "CHUNK": 256}):
+        ours = kernels.adjust_logits(logits, ban_ids=bans, blocks=blocks)
+        assert torch.equal(ours, reference.adjust_logits(logits, ban_ids=bans))
+        assert (ours[0] == -torch.inf).nonzero()[:, 0].tolist() == [*range(64, 140), 299]
+
+
+def test_a_token_with_a_bias_and_a_ban_is_banned() -> None:
+    logits, ids = draw(1, 100), torch.tensor([[70, 3]], device=DEVICE)
+    bias = torch.tensor([[torch.inf, 2.0]], device=DEVICE)
+    ours = kernels.adjust_logits(logits, bias_ids=ids, bias=bias, ban_ids=ids[:, :1].contiguous(), blocks=SMALL)
+    assert ours[0, 70] == -torch.inf
+    assert ours[0, 3] == logits[0, 3] + 2
+    none = ids[:, :0]
+    empty = kernels.adjust_logits(logits, bias_ids=none, bias=bias[:, :0], ban_ids=none, blocks=SMALL)
+    assert torch.equal(empty, logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)

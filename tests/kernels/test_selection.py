@@ -202,6 +202,22 @@ def test_a_row_does_not_depend_on_its_company() -> None:
         assert torch.equal(run(part), everything[part])
 
 
+def test_a_rule_that_is_not_a_number_is_off() -> None:
+    """Never a silent cut: who calls the kernels has checked what the user said."""
+    scores, nan, off = draw(2, 100, scale=2), floats(torch.nan, 0.5), floats(1.0, 0.5)
+    ours = kernels.select(scores, None, None, nan, nan, blocks=SMALL)
+    assert torch.equal(ours[0], scores[0])
+    assert torch.equal(ours[1], reference.select(scores, None, None, off, off)[1])
+
+
+def test_hundreds_of_equal_scores_of_no_mass_across_the_cut() -> None:
+    scores = torch.full((2, 140), -200.0, device=DEVICE)
+    scores[0, 70] = scores[1, 139] = 0.0
+    given = None, ints(30, 0), floats(1 - 2**-24, 1.0), floats(0.0, 1e-30)
+    for blocks in (SMALL, NO_LIST):
+        assert torch.equal(kernels.select(scores, *given, blocks=blocks), reference.select(scores, *given))
+
+
 def test_no_rows_are_fine() -> None:
     assert kernels.select(draw(0, 8), None, ints()).shape == (0, 8)
 
@@ -217,6 +233,7 @@ def test_what_does_not_fit_is_named() -> None:
         ((scores, None, None, floats(1)), r"top_p has shape \[1\]; expected \[2\]"),
         ((scores, None, None, None, scores), "min_p has shape"),
         ((draw(2, 0),), "scores have 0 columns"),
+        ((torch.zeros(1, device=DEVICE).expand(1, 2**22 + 1).contiguous(),), "scores have 4194305 columns"),
     ]
     for args, message in wrong:
         with pytest.raises(KernelError, match=message):

@@ -34,10 +34,13 @@ from torch import Tensor
 from .checks import FLOATS, check, check_device, require
 from .gumbel import gumbel_noise, natural_log
 from .reference.sampling import Choice, Cuts
+from .threshold import key_of, score_of
 from .tuning import Problem, config
 
 MAX_TOP = 32
 _NONE = tl.constexpr(2147483647)  # no token id is as high
+_LOWEST_KEY = tl.constexpr(-9223372036854775808)
+_MAX_KEYS = 2048  # of a row that are in registers at a time
 
 
 @triton.jit
@@ -78,9 +81,7 @@ def is_greedy(row, greedy, temperature, mask, HAS_GREEDY: tl.constexpr, HAS_TEMP
 @triton.jit
 def token_keys(logits, token_ids):
     """int64 keys in the order of (logit, then lowest token id first): the highest is the most likely."""
-    bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    return (ordered << 32) | (token_ids ^ 0x7FFFFFFF).to(tl.int64)
+    return (key_of(logits).to(tl.int64) << 32) | (token_ids ^ 0x7FFFFFFF).to(tl.int64)
 
 
 @triton.jit
@@ -137,6 +138,54 @@ def _tile_kernel(
 
 
 @triton.jit
+def _best_of_tiles(best_of, ids_of, tiles, tile_stride, CHUNK: tl.constexpr):
+    """(best score of a row, its token id, its logit, highest logit), from its tiles in their order."""
+    best = float("-inf")
+    logit = float("-inf")
+    most = float("-inf")
+    token_id = _NONE
+    for start in range(0, tiles, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        inside = at < tiles
+        bests = tl.load(best_of + at, mask=inside, other=float("-inf"))
+        ids = tl.load(ids_of + at, mask=inside, other=_NONE)
+        logits = tl.load(best_of + tile_stride + at, mask=inside, other=float("-inf"))
+        chunk_best = tl.max(bests, axis=0)
+        chunk_id = tl.min(tl.where(bests == chunk_best, ids, _NONE), axis=0)
+        chunk_logit = tl.max(tl.where(ids == chunk_id, logits, float("-inf")), axis=0)
+        better = chunk_best > best
+        best = tl.where(better, chunk_best, best)
+        token_id = tl.where(better, chunk_id, token_id)
+        logit = tl.where(better, chunk_logit, logit)
+        highest = tl.load(best_of + 2 * tile_stride + at, mask=inside, other=float("-inf"))
+        most = tl.maximum(most, tl.max(highest, axis=0))
+    return best, token_id, logit, most
+
+
+@triton.jit
+def _sum_of_tiles(best_of, most, tiles, tile_stride, CHUNK: tl.constexpr):
+    """The sum of a row's exp(logit - most)."""
+    total = 0.0
+    for start in range(0, tiles, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        highest = tl.load(best_of + 2 * tile_stride + at, mask=at < tiles, other=float("-inf"))
+        sums = tl.load(best_of + 3 * tile_stride + at, mask=at < tiles, other=0.0)
+        total += tl.sum(sums * tl.exp(highest - most), axis=0)
+    return total
+
+
+@triton.jit
+def _highest_keys(keys, count, TOP: tl.constexpr, CHUNK: tl.constexpr):
+    """The TOP highest of `count` keys in memory, falling; CHUNK of them at a time, so that registers always do."""
+    found = tl.full([TOP], _LOWEST_KEY, tl.int64)
+    for start in range(0, count, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        more = tl.topk(tl.load(keys + at, mask=at < count, other=_LOWEST_KEY), TOP)
+        found = tl.topk(tl.reshape(tl.join(found, more), [2 * TOP]), TOP)
+    return found
+
+
+@triton.jit
 def _combine_kernel(
     best_of,
     ids_of,
@@ -159,35 +208,8 @@ def _combine_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     best_of += row * tiles
-    ids_of += row * tiles
-    each = tl.arange(0, CHUNK)
-    best = float("-inf")
-    logit = float("-inf")
-    most = float("-inf")
-    token_id = _NONE
-    for start in range(0, tiles, CHUNK):
-        at = start + each
-        inside = at < tiles
-        bests = tl.load(best_of + at, mask=inside, other=float("-inf"))
-        ids = tl.load(ids_of + at, mask=inside, other=_NONE)
-        logits = tl.load(best_of + tile_stride + at, mask=inside, other=float("-inf"))
-        chunk_best = tl.max(bests, axis=0)
-        chunk_id = tl.min(tl.where(bests == chunk_best, ids, _NONE), axis=0)
-        chunk_logit = tl.max(tl.where(ids == chunk_id, logits, float("-inf")), axis=0)
-        better = chunk_best > best
-        best = tl.where(better, chunk_best, best)
-        token_id = tl.where(better, chunk_id, token_id)
-        logit = tl.where(better, chunk_logit, logit)
-        chunk_most = tl.load(best_of + 2 * tile_stride + at, mask=inside, other=float("-inf"))
-        most = tl.maximum(most, tl.max(chunk_most, axis=0))
-    total = 0.0
-    for start in range(0, tiles, CHUNK):
-        at = start + each
-        inside = at < tiles
-        chunk_most = tl.load(best_of + 2 * tile_stride + at, mask=inside, other=float("-inf"))
-        sums = tl.load(best_of + 3 * tile_stride + at, mask=inside, other=0.0)
-        total += tl.sum(sums * tl.exp(chunk_most - most), axis=0)
-
+    best, token_id, logit, most = _best_of_tiles(best_of, ids_of + row * tiles, tiles, tile_stride, CHUNK)
+    total = _sum_of_tiles(best_of, most, tiles, tile_stride, CHUNK)
     is_best, _ = is_greedy(row, greedy, temperature, row >= 0, HAS_GREEDY, HAS_TEMPERATURE)
     if ALL_GREEDY:
         is_best = row >= 0
@@ -197,12 +219,8 @@ def _combine_kernel(
     tl.store(out_ids + row, tl.where(well, token_id, -1).to(tl.int64))
     tl.store(out_logprobs + row, tl.where(well, (logit - most) - log_total, float("nan")))
     if TOP > 0:
-        at = tl.arange(0, KEYS)
-        every = tl.load(keys + row * tiles * TOP + at, mask=at < tiles * TOP, other=-9223372036854775808)
-        top = tl.topk(every, TOP)
-        ordered = (top >> 32).to(tl.int32)
-        bits = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-        logprobs = (bits.to(tl.float32, bitcast=True) - most) - log_total
+        top = _highest_keys(keys + row * tiles * TOP, tiles * TOP, TOP, KEYS)
+        logprobs = (score_of((top >> 32).to(tl.int32)) - most) - log_total
         ids = (top & 0x7FFFFFFF) ^ 0x7FFFFFFF
         rank = tl.arange(0, TOP)
         tl.store(out_top_ids + row * top_n + rank, tl.where(well, ids, -1), mask=rank < top_n)
@@ -236,7 +254,6 @@ def combine(
     top_ids = torch.empty(rows, top_n, dtype=torch.int64, device=device)
     top_logprobs = torch.empty(rows, top_n, dtype=torch.float32, device=device)
     if rows:
-        keys = triton.next_power_of_2(tiles * top)
         _combine_kernel[(rows,)](
             parts.values,
             parts.token_ids,
@@ -254,9 +271,9 @@ def combine(
             HAS_TEMPERATURE=temperature is not None,
             HAS_GREEDY=greedy is not None,
             TOP=top,
-            KEYS=keys,
+            KEYS=min(_MAX_KEYS, triton.next_power_of_2(tiles * top)),
             CHUNK=min(1024, triton.next_power_of_2(tiles)),
-            num_warps=8 if keys > 4096 else 4,
+            num_warps=4,
             enable_fp_fusion=True,
         )
     return Choice(token_ids, logprobs, top_ids, top_logprobs)

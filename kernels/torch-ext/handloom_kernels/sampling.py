@@ -3,8 +3,8 @@
     s = float32(logit)
     seen:     s < 0 ? s * r : s / r            repetition penalty, once per distinct token of prompt and answer
               s - count * f - [count > 0] * p  frequency and presence penalties, over the answer
-    forbidden by the grammar's bitmask: -inf
-    s + bias at some token ids, -inf at others
+    forbidden by the grammar's bitmask, or on the row's list of bans: -inf
+    s + bias at some token ids
 
 One program owns one tile of one row; rows and vocabulary share the grid, so that one row uses the whole chip:
 
@@ -13,11 +13,15 @@ One program owns one tile of one row; rows and vocabulary share the grid, so tha
     seen   [ 1 bit each | ...                              ]   1/8 byte a token
     counts [  .      .  | .                                ]   4 bytes, read only where `seen` has its bit
     allowed[ 1 bit each | ...                              ]   1/8 byte a token
-    lists  bias and bans: every program reads the row's short lists, and changes what lies in its own tile
+    bans   every program reads the row's short list and counts, in a histogram, those that lie in its own tile
+
+Biases are added by a small second launch, one thread an entry, so that each reads a score that is finished: no thread
+waits for another's write. It happens only where there are biases.
 
 A dense count of each token would double the traffic (4 bytes beside a logit's 4 or 2), but a sequence holds few
 distinct tokens: the bits say where a count can be other than 0, and only these are loaded, 32 bytes of memory each.
-What is None moves nothing. About 10 FLOPs a token. Bound by memory.
+What is None moves nothing. About 10 FLOPs a token. Bound by memory. Multiplications and additions are not fused: in
+float32 the scores have the bits of the reference.
 
 This module does not know requests, grammars, or how a token is chosen. Meaning: `reference.adjust_logits`.
 """
@@ -78,13 +82,18 @@ def _penalized(
 
 
 @triton.jit
-def _listed(ids, row, size, start, end, each):
-    """(the ids of this part of a row's list, which of them lie in the tile)."""
-    token_ids = tl.load(ids + row * size + each, mask=each < size, other=-1)
-    return token_ids, (token_ids >= start) & (token_ids < end)
+def _is_banned(ban_ids, row, size, start, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Which tokens of the tile [BLOCK] the row's list names; CHUNK entries of it at a time."""
+    found = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, size, CHUNK):
+        each = first + tl.arange(0, CHUNK)
+        place = tl.load(ban_ids + row * size + each, mask=each < size, other=-1) - start
+        mine = (place >= 0) & (place < BLOCK)
+        found += tl.histogram(tl.where(mine, place, 0).to(tl.int32), BLOCK, mask=mine)
+    return found > 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ban_size"])
 def _adjust_kernel(
     logits,
     out,
@@ -94,15 +103,12 @@ def _adjust_kernel(
     repetition,
     frequency,
     presence,
-    bias_ids,
-    bias,
     ban_ids,
     allowed,
     row_stride,
     vocab_size,
     tiles,
     words,
-    bias_size,
     ban_size,
     HAS_ROWS: tl.constexpr,
     HAS_SEEN: tl.constexpr,
@@ -110,7 +116,6 @@ def _adjust_kernel(
     HAS_REPETITION: tl.constexpr,
     HAS_FREQUENCY: tl.constexpr,
     HAS_PRESENCE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_BANS: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -119,10 +124,8 @@ def _adjust_kernel(
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64)
     start = program % tiles * BLOCK
-    end = tl.minimum(start + BLOCK, vocab_size)
     token_ids = start + tl.arange(0, BLOCK)
     inside = token_ids < vocab_size
-    out += row * vocab_size
     scores = tl.load(logits + row * row_stride + token_ids, mask=inside, other=0.0).to(tl.float32)
     if HAS_SEEN:
         state_row = row
@@ -134,21 +137,22 @@ def _adjust_kernel(
         )  # fmt: skip
     if HAS_ALLOWED:
         scores = tl.where(_bit(allowed + row * words, token_ids, inside) == 1, scores, float("-inf"))
-    tl.store(out + token_ids, scores, mask=inside)
-    if HAS_BIAS:
-        tl.debug_barrier()  # the tile is written: from here on, threads change what others wrote
-        for first in range(0, bias_size, CHUNK):
-            each = first + tl.arange(0, CHUNK)
-            ids, mine = _listed(bias_ids, row, bias_size, start, end, each)
-            old = tl.load(out + ids, mask=mine, other=0.0)
-            added = old + tl.load(bias + row * bias_size + each, mask=mine, other=0.0)
-            tl.store(out + ids, tl.where(old == float("-inf"), old, added), mask=mine)
     if HAS_BANS:
-        tl.debug_barrier()
-        for first in range(0, ban_size, CHUNK):
-            each = first + tl.arange(0, CHUNK)
-            ids, mine = _listed(ban_ids, row, ban_size, start, end, each)
-            tl.store(out + ids, tl.full([CHUNK], float("-inf"), tl.float32), mask=mine)
+        scores = tl.where(_is_banned(ban_ids, row, ban_size, start, BLOCK, CHUNK), float("-inf"), scores)
+    tl.store(out + row * vocab_size + token_ids, scores, mask=inside)
+
+
+@triton.jit(do_not_specialize=["size", "chunks"])
+def _bias_kernel(scores, bias_ids, bias, vocab_size, size, chunks, CHUNK: tl.constexpr):
+    """CHUNK entries of one row's list, in place; ids are distinct, so no two threads meet."""
+    program = tl.program_id(0)
+    row = (program // chunks).to(tl.int64)
+    each = program % chunks * CHUNK + tl.arange(0, CHUNK)
+    token_ids = tl.load(bias_ids + row * size + each, mask=each < size, other=-1).to(tl.int64)
+    inside = (token_ids >= 0) & (token_ids < vocab_size)
+    old = tl.load(scores + row * vocab_size + token_ids, mask=inside, other=0.0)
+    new = old + tl.load(bias + row * size + each, mask=inside, other=0.0)
+    tl.store(scores + row * vocab_size + token_ids, tl.where(old == float("-inf"), old, new), mask=inside)
 
 
 def adjust_logits(
@@ -172,28 +176,15 @@ def adjust_logits(
     or int64 in [0, S). All on the device; what is None costs nothing. blocks: overrides the block sizes of the tuning
     table. Raises KernelError.
     """
-    device = check_device("logits", logits)
-    check("logits", logits, (None, None), FLOATS, device, strided=True)
-    count, vocab_size = logits.shape
-    require(vocab_size < 2**31 - 2**16, f"logits have {vocab_size} columns; there must be fewer than 2^31 - 2^16")
-    words = -(-vocab_size // 32)
     penalties = penalties or Penalties()
-    penalized = any(each is not None for each in penalties)
-    if penalized:
-        _check_penalties(count, vocab_size, device, state, penalties, rows)
-    require((bias_ids is None) == (bias is None), "bias_ids and bias come together, or not at all")
-    if bias_ids is not None and bias is not None:
-        check("bias_ids", bias_ids, (count, None), INTS, device)
-        check("bias", bias, tuple(bias_ids.shape), torch.float32, device)
-    if ban_ids is not None:
-        check("ban_ids", ban_ids, (count, None), INTS, device)
-    if allowed is not None:
-        check("allowed", allowed, (count, words), torch.int32, device)
+    device, count, vocab_size = _check(logits, state, penalties, bias_ids, bias, ban_ids, allowed, rows)
     out = torch.empty(count, vocab_size, dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out
     chosen = blocks_for(logits, blocks)
     tiles = -(-vocab_size // chosen["BLOCK"])
+    require(count * tiles < 2**31, f"{count} rows of {vocab_size} logits are too many for one launch")
+    penalized = any(each is not None for each in penalties)
     counted = penalties.frequency is not None or penalties.presence is not None
     _adjust_kernel[(count * tiles,)](
         logits,
@@ -202,15 +193,12 @@ def adjust_logits(
         state.seen if penalized and state is not None else None,
         state.counts if counted and state is not None else None,
         *penalties,
-        bias_ids,
-        bias,
         ban_ids,
         allowed,
         logits.stride(0),
         vocab_size,
         tiles,
-        words,
-        0 if bias_ids is None else bias_ids.shape[1],
+        -(-vocab_size // 32),
         0 if ban_ids is None else ban_ids.shape[1],
         HAS_ROWS=penalized and rows is not None,
         HAS_SEEN=penalized,
@@ -218,12 +206,43 @@ def adjust_logits(
         HAS_REPETITION=penalties.repetition is not None,
         HAS_FREQUENCY=penalties.frequency is not None,
         HAS_PRESENCE=penalties.presence is not None,
-        HAS_BIAS=bias_ids is not None,
         HAS_BANS=ban_ids is not None,
         HAS_ALLOWED=allowed is not None,
         **chosen,
     )
+    if bias_ids is not None and bias_ids.numel():
+        size, chunk = bias_ids.shape[1], chosen["CHUNK"]
+        chunks = -(-size // chunk)
+        _bias_kernel[(count * chunks,)](out, bias_ids, bias, vocab_size, size, chunks, CHUNK=chunk, num_warps=4)
     return out
+
+
+def _check(
+    logits: Tensor,
+    state: TokenState | None,
+    penalties: Penalties,
+    bias_ids: Tensor | None,
+    bias: Tensor | None,
+    ban_ids: Tensor | None,
+    allowed: Tensor | None,
+    rows: Tensor | None,
+) -> tuple[torch.device, int, int]:
+    """(device, rows, vocabulary) of what `adjust_logits` is given."""
+    device = check_device("logits", logits)
+    check("logits", logits, (None, None), FLOATS, device, strided=True)
+    count, vocab_size = logits.shape
+    require(vocab_size < 2**31 - 2**16, f"logits have {vocab_size} columns; there must be fewer than 2^31 - 2^16")
+    if any(each is not None for each in penalties):
+        _check_penalties(count, vocab_size, device, state, penalties, rows)
+    require((bias_ids is None) == (bias is None), "bias_ids and bias come together, or not at all")
+    if bias_ids is not None and bias is not None:
+        check("bias_ids", bias_ids, (count, None), INTS, device)
+        check("bias", bias, tuple(bias_ids.shape), torch.float32, device)
+    if ban_ids is not None:
+        check("ban_ids", ban_ids, (count, None), INTS, device)
+    if allowed is not None:
+        check("allowed", allowed, (count, -(-vocab_size // 32)), torch.int32, device)
+    return device, count, vocab_size
 
 
 def _check_penalties(
@@ -312,11 +331,12 @@ def count_tokens(
 
 
 def blocks_for(logits: Tensor, override: Mapping[str, int] | None = None) -> dict[str, int]:
-    """BLOCK (scores of a tile) and CHUNK (entries of a list read at a time)."""
+    """BLOCK (scores of a tile) and CHUNK (entries of a list read at a time). Nothing is fused, see above."""
     block = max(64, min(2048, triton.next_power_of_2(logits.shape[1])))
     default = {"BLOCK": block, "CHUNK": min(512, block), "num_warps": max(1, block // 256)}
     dtype = str(logits.dtype).removeprefix("torch.")
-    return config("sampling", logits.device, default, override, vocab_size=logits.shape[1], dtype=dtype)
+    chosen = config("sampling", logits.device, default, override, vocab_size=logits.shape[1], dtype=dtype)
+    return {**chosen, "enable_fp_fusion": False}
 
 
 def tuning_problems(device: torch.device) -> Iterator[Problem]:

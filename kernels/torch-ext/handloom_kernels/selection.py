@@ -50,18 +50,16 @@ from .threshold import (
     bin_of,
     bin_width,
     bracket,
-    key_of,
     load_divisor,
-    load_limits,
-    load_rules,
+    load_row,
     load_scores,
     mass_of,
     store_cut,
-    threshold_of,
-    threshold_of_list,
+    threshold_of_row,
 )
 from .tuning import Problem, config
 
+MAX_VOCABULARY = 1 << 22  # tokens whose masses, of at most 2^40 units each, still add up in int64
 _STATE = 16  # int64 words of a row's state, see below
 _COUNTED = tl.constexpr(0)  # tiles that have counted
 _GATHERED = tl.constexpr(1)  # tiles that have gathered
@@ -102,10 +100,11 @@ def _range_kernel(
     lowest = tl.min(tl.where(scores == float("-inf"), float("inf"), scores), axis=0)
     tl.store(limits + row * tiles + tile, highest)
     tl.store(limits + limits_stride + row * tiles + tile, lowest)
-    if COUNTED:  # noqa: SIM102 (the outer one is decided when it is compiled)
-        if tile == 0:
-            tl.store(counts + row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
-            tl.store(state + row * STATE + tl.arange(0, STATE), tl.zeros([STATE], tl.int64))
+    if COUNTED:
+        own_bins, own_words = tl.where(tile == 0, BINS, 0), tl.where(tile == 0, STATE, 0)
+        bins, words = tl.arange(0, BINS), tl.arange(0, STATE)
+        tl.store(counts + row * BINS + bins, tl.zeros([BINS], tl.int32), mask=bins < own_bins)
+        tl.store(state + row * STATE + words, tl.zeros([STATE], tl.int64), mask=words < own_words)
 
 
 @triton.jit
@@ -132,10 +131,10 @@ def _count_kernel(
     program = tl.program_id(0)
     tile = program % tiles
     row = (program // tiles).to(tl.int64)
-    divisor, greedy = load_divisor(temperature, row, HAS_TEMPERATURE)
-    k, p = load_rules(row, top_k, top_p, vocab_size, HAS_K, HAS_P)
-    highest, lowest, fit = load_limits(limits, row, tiles, limits_stride, TILES)
-    if fit & (greedy == 0) & ((k > 0) | (p < 1.0)):
+    divisor, k, p, highest, lowest, _, searched = load_row(
+        row, temperature, top_k, top_p, limits, vocab_size, tiles, limits_stride, HAS_TEMPERATURE, HAS_K, HAS_P, TILES
+    )
+    if searched:
         counts += row * BINS
         state += row * STATE
         width = bin_width(highest, lowest, BINS)
@@ -150,6 +149,28 @@ def _count_kernel(
             tl.store(state + _LAST, last.to(tl.int64))
             tl.store(state + _K_BIN, k_bin.to(tl.int64))
             tl.store(state + _RANK, rank.to(tl.int64))
+
+
+@triton.jit
+def _list_tile(state, scores, token_ids, bins, highest, list_scores, list_ids, HAS_P: tl.constexpr, LIST: tl.constexpr):
+    """The tile's tokens in bins where the threshold may lie go to the row's list, the others' masses into sums."""
+    first = tl.load(state + _FIRST)
+    last = tl.load(state + _LAST)
+    k_bin = tl.load(state + _K_BIN)
+    alive = scores > float("-inf")
+    listed = alive & (((bins >= first) & (bins <= last)) | (bins == k_bin))
+    count = tl.sum(listed.to(tl.int32), axis=0)
+    if count > 0:
+        start = tl.atomic_add(state + _LISTED, count.to(tl.int64), sem="relaxed")
+        place = start + tl.cumsum(listed.to(tl.int32), axis=0) - 1
+        tl.store(list_scores + place, scores, mask=listed & (place < LIST))
+        tl.store(list_ids + place, token_ids, mask=listed & (place < LIST))
+    if HAS_P:
+        mass = mass_of(scores, highest)
+        above = tl.sum(tl.where(alive & (bins < first), mass, 0), axis=0)
+        below = tl.sum(tl.where(alive & (bins > last) & (bins < k_bin), mass, 0), axis=0)
+        tl.atomic_add(state + _MASS_ABOVE, above, mask=above > 0, sem="relaxed")
+        tl.atomic_add(state + _MASS_BELOW, below, mask=below > 0, sem="relaxed")
 
 
 @triton.jit
@@ -183,60 +204,35 @@ def _gather_kernel(
     program = tl.program_id(0)
     tile = program % grid_tiles
     row = (program // grid_tiles).to(tl.int64)
-    divisor, greedy = load_divisor(temperature, row, HAS_TEMPERATURE)
-    k, p = load_rules(row, top_k, top_p, vocab_size, HAS_K, HAS_P)
-    highest, lowest, fit = load_limits(limits, row, tiles, limits_stride, TILES)
-    nothing = tl.zeros_like(row) + MINUS_INF
-    every_id = tl.zeros_like(tile) + LAST_ID
-    if (fit == 0) | greedy:
+    divisor, k, p, highest, lowest, fit, searched = load_row(
+        row, temperature, top_k, top_p, limits, vocab_size, tiles, limits_stride, HAS_TEMPERATURE, HAS_K, HAS_P, TILES
+    )
+    if searched == 0:
         if tile == 0:
-            store_cut(nothing, every_id, highest, min_p, cut_scores, cut_ids, row, False)
-    elif (k == 0) & (p >= 1.0):
-        if tile == 0:
-            store_cut(nothing, every_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
-    else:
-        if HAS_K or HAS_P:
-            logits += row * row_stride
-            state += row * STATE
-            list_scores += row * LIST
-            list_ids += row * LIST
-            first = tl.load(state + _FIRST)
-            last = tl.load(state + _LAST)
-            k_bin = tl.load(state + _K_BIN)
-            token_ids = tile * BLOCK + tl.arange(0, BLOCK)
-            scores = load_scores(logits, token_ids, vocab_size, divisor, HAS_TEMPERATURE)
-            bins = bin_of(scores, highest, bin_width(highest, lowest, BINS), BINS)
-            alive = scores > float("-inf")
-            listed = alive & (((bins >= first) & (bins <= last)) | (bins == k_bin))
-            count = tl.sum(listed.to(tl.int32), axis=0)
-            if count > 0:
-                start = tl.atomic_add(state + _LISTED, count.to(tl.int64), sem="relaxed")
-                place = start + tl.cumsum(listed.to(tl.int32), axis=0) - 1
-                tl.store(list_scores + place, scores, mask=listed & (place < LIST))
-                tl.store(list_ids + place, token_ids, mask=listed & (place < LIST))
-            if HAS_P:
-                mass = mass_of(scores, highest)
-                above = tl.sum(tl.where(alive & (bins < first), mass, 0), axis=0)
-                below = tl.sum(tl.where(alive & (bins > last) & (bins < k_bin), mass, 0), axis=0)
-                tl.atomic_add(state + _MASS_ABOVE, above, mask=above > 0, sem="relaxed")
-                tl.atomic_add(state + _MASS_BELOW, below, mask=below > 0, sem="relaxed")
-            tl.debug_barrier()
-            if tl.atomic_add(state + _GATHERED, 1, sem="acq_rel") == tiles - 1:
-                size = tl.load(state + _LISTED, cache_modifier=".cg")
-                above = tl.load(state + _MASS_ABOVE, cache_modifier=".cg")
-                below = tl.load(state + _MASS_BELOW, cache_modifier=".cg")
-                source = (logits, vocab_size, divisor, highest)
-                if size <= LIST:
-                    rank = tl.load(state + _RANK)
-                    key, last_id = threshold_of_list(
-                        list_scores, list_ids, size, rank, p, above, below, source, HAS_K, HAS_P, LIST
-                    )
-                else:
-                    rank = tl.where(k_bin < BINS, k, 0).to(tl.int64)
-                    low, high = key_of(lowest).to(tl.int64), key_of(highest).to(tl.int64)
-                    none = above * 0
-                    key, last_id = threshold_of(rank, p, none, none, low, high, (), source, HAS_K, HAS_P, False, BLOCK)
-                store_cut(key, last_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
+            nothing, every_id = tl.zeros_like(row) + MINUS_INF, tl.zeros_like(tile) + LAST_ID
+            store_cut(nothing, every_id, highest, fit, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
+    elif HAS_K or HAS_P:
+        logits += row * row_stride
+        state += row * STATE
+        list_scores += row * LIST
+        list_ids += row * LIST
+        token_ids = tile * BLOCK + tl.arange(0, BLOCK)
+        scores = load_scores(logits, token_ids, vocab_size, divisor, HAS_TEMPERATURE)
+        bins = bin_of(scores, highest, bin_width(highest, lowest, BINS), BINS)
+        rank = tl.load(state + _RANK)
+        _list_tile(state, scores, token_ids, bins, highest, list_scores, list_ids, HAS_P, LIST)
+        tl.debug_barrier()
+        if tl.atomic_add(state + _GATHERED, 1, sem="acq_rel") == tiles - 1:
+            # what other programs wrote in this launch is read past the first-level cache, which is not coherent
+            size = tl.load(state + _LISTED, cache_modifier=".cg")
+            above = tl.load(state + _MASS_ABOVE, cache_modifier=".cg")
+            below = tl.load(state + _MASS_BELOW, cache_modifier=".cg")
+            source = (logits, vocab_size, divisor, highest)
+            key, last_id = threshold_of_row(
+                list_scores, list_ids, size, rank, k, p, above, below, lowest, source,
+                HAS_K, HAS_P, LIST, BLOCK,
+            )  # fmt: skip
+            store_cut(key, last_id, highest, fit, min_p, cut_scores, cut_ids, row, HAS_MIN_P)
 
 
 @triton.jit
@@ -368,7 +364,7 @@ def _check(
     device = check_device("scores", scores)
     check("scores", scores, (None, None), FLOATS, device, strided=True)
     rows, vocab_size = scores.shape
-    require(0 < vocab_size < 2**31 - 2**16, f"scores have {vocab_size} columns; there must be 1 to 2^31 - 2^16")
+    require(0 < vocab_size <= MAX_VOCABULARY, f"scores have {vocab_size} columns; there must be 1 to {MAX_VOCABULARY}")
     for name, x, dtype in (
         ("temperature", temperature, torch.float32),
         ("top_k", top_k, torch.int32),

@@ -45,8 +45,23 @@ def load_divisor(temperature, row, HAS_TEMPERATURE: tl.constexpr):
 
 
 @triton.jit
-def load_rules(row, top_k, top_p, vocab_size, HAS_K: tl.constexpr, HAS_P: tl.constexpr):
-    """(k, 0 if off; p, 1 if off)."""
+def load_row(
+    row,
+    temperature,
+    top_k,
+    top_p,
+    limits,
+    vocab_size,
+    tiles,
+    stride,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_K: tl.constexpr,
+    HAS_P: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """What every program must know of its row: (what scores are divided by; k, 0 if off; p, 1 if off; highest and
+    lowest finite score; may it be cut: not greedy, all scores well; must its threshold be searched)."""
+    divisor, greedy = load_divisor(temperature, row, HAS_TEMPERATURE)
     k = 0
     p = 1.0
     if HAS_K:
@@ -54,16 +69,11 @@ def load_rules(row, top_k, top_p, vocab_size, HAS_K: tl.constexpr, HAS_P: tl.con
         k = tl.where((k < 0) | (k >= vocab_size), 0, k)
     if HAS_P:
         p = tl.load(top_p + row)
-    return k, p
-
-
-@triton.jit
-def load_limits(limits, row, tiles, stride, TILES: tl.constexpr):
-    """(highest, lowest finite score of the row, is the row fit to be cut)."""
     at = tl.arange(0, TILES)
     highest = tl.max(tl.load(limits + row * tiles + at, mask=at < tiles, other=float("-inf")), axis=0)
     lowest = tl.min(tl.load(limits + stride + row * tiles + at, mask=at < tiles, other=float("inf")), axis=0)
-    return highest, lowest, (highest > float("-inf")) & (highest < float("inf"))
+    fit = (highest > float("-inf")) & (highest < float("inf")) & (greedy == 0)
+    return divisor, k, p, highest, lowest, fit, fit & ((k > 0) | (p < 1.0))
 
 
 @triton.jit
@@ -204,16 +214,30 @@ def _highest_key(
 
 
 @triton.jit
-def _last_tie(stay, key, listed, row, IN_LIST: tl.constexpr, CHUNK: tl.constexpr):
-    """The highest id among the `stay` lowest ids with this key."""
+def _last_tie(missing, each, key, listed, row, IN_LIST: tl.constexpr, CHUNK: tl.constexpr):
+    """The lowest id with which the tokens of this key, of mass `each`, make up the mass that is missing."""
     low = (key * 0).to(tl.int32)
     high = low + row[1] - 1
     while low < high:
         middle = (low + high) >> 1
-        enough = _ties_up_to(middle, key, listed, row, IN_LIST, CHUNK) >= stay
+        enough = each * _ties_up_to(middle, key, listed, row, IN_LIST, CHUNK) >= missing
         low = tl.where(enough, low, middle + 1)
         high = tl.where(enough, middle, high)
     return low
+
+
+@triton.jit
+def _up_to_mass(p, above, below, key, last_id, high, listed, row, IN_LIST: tl.constexpr, CHUNK: tl.constexpr):
+    """`threshold_of` under top-p, from what top-k keeps: the keys in [key, high]."""
+    if p < 1.0:
+        whole = above + below + _from_key(key, listed, row, True, IN_LIST, CHUNK)
+        need = tl.maximum(tl.ceil(p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64), 1)
+        key = _highest_key(need, above, key, high, listed, row, True, IN_LIST, CHUNK)
+        missing = need - above - _from_key(key + 1, listed, row, True, IN_LIST, CHUNK)
+        each = mass_of(score_of(key.to(tl.int32)), row[3])
+        if each * (_ties_up_to(LAST_ID, key, listed, row, IN_LIST, CHUNK) - 1) >= missing:
+            last_id = _last_tie(missing, each, key, listed, row, IN_LIST, CHUNK)
+    return key, last_id
 
 
 @triton.jit
@@ -238,19 +262,10 @@ def threshold_of(
     """
     key = low
     last_id = (low * 0).to(tl.int32) + LAST_ID
-    if HAS_K:  # noqa: SIM102 (the outer one is decided when it is compiled)
-        if rank > 0:
-            key = _highest_key(rank, 0, low, high, listed, row, False, IN_LIST, CHUNK)
-    if HAS_P:  # noqa: SIM102
-        if p < 1.0:
-            whole = above + below + _from_key(key, listed, row, True, IN_LIST, CHUNK)
-            need = tl.maximum(tl.ceil(p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64), 1)
-            key = _highest_key(need, above, key, high, listed, row, True, IN_LIST, CHUNK)
-            better = above + _from_key(key + 1, listed, row, True, IN_LIST, CHUNK)
-            each = mass_of(score_of(key.to(tl.int32)), row[3])
-            stay = (need - better + each - 1) // each
-            if stay < _ties_up_to(LAST_ID, key, listed, row, IN_LIST, CHUNK):
-                last_id = _last_tie(stay, key, listed, row, IN_LIST, CHUNK)
+    if HAS_K:
+        key = _highest_key(rank, 0, low, tl.where(rank > 0, high, low), listed, row, False, IN_LIST, CHUNK)
+    if HAS_P:
+        key, last_id = _up_to_mass(p, above, below, key, last_id, high, listed, row, IN_LIST, CHUNK)
     return key, last_id
 
 
@@ -281,12 +296,40 @@ def threshold_of_list(
 
 
 @triton.jit
-def store_cut(key, last_id, highest, min_p, cut_scores, cut_ids, row, HAS_MIN_P: tl.constexpr):
-    """The row's cut, raised to what min-p asks: score >= highest + log(min_p), in float64."""
+def threshold_of_row(
+    list_scores,
+    list_ids,
+    size,
+    rank,
+    k,
+    p,
+    above,
+    below,
+    lowest,
+    row,
+    HAS_K: tl.constexpr,
+    HAS_P: tl.constexpr,
+    LIST: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`threshold_of` from a row's list, or from the row itself if the list, of LIST places, was too short."""
+    if size <= LIST:
+        key, last_id = threshold_of_list(list_scores, list_ids, size, rank, p, above, below, row, HAS_K, HAS_P, LIST)
+    else:
+        low, high = key_of(lowest).to(tl.int64), key_of(row[3]).to(tl.int64)
+        rank = tl.where(rank > 0, k, 0).to(tl.int64)
+        none = rank * 0
+        key, last_id = threshold_of(rank, p, none, none, low, high, (), row, HAS_K, HAS_P, False, CHUNK)
+    return key, last_id
+
+
+@triton.jit
+def store_cut(key, last_id, highest, fit, min_p, cut_scores, cut_ids, row, HAS_MIN_P: tl.constexpr):
+    """The row's cut, raised to what min-p asks of a row that is fit: score >= highest + log(min_p), in float64."""
     if HAS_MIN_P:
-        share = tl.minimum(tl.load(min_p + row), 1.0)
-        if share > 0.0:
-            least = highest.to(tl.float64) + tl.log(share.to(tl.float64))
+        share = tl.load(min_p + row)
+        if fit & (share > 0.0):
+            least = highest.to(tl.float64) + tl.log(tl.minimum(share, 1.0).to(tl.float64))
             nearest = least.to(tl.float32)
             least_key = key_of(nearest).to(tl.int64) + (nearest.to(tl.float64) < least).to(tl.int64)
             last_id = tl.where(least_key > key, LAST_ID, last_id)
