@@ -15,16 +15,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from handloom.conversation import Conversation
     from handloom.engine import Engine
+    from handloom.engine.async_engine import AsyncEngine
     from handloom.errors import HandloomError
     from handloom.live import LiveSequence
     from handloom.lm import LM
     from handloom.output import Output, Piece, Score, Timing
 
-__all__ = ["LM", "Conversation", "Engine", "HandloomError", "LiveSequence", "Output", "Piece", "Score", "Timing"]
+__all__ = [
+    "LM",
+    "AsyncEngine",
+    "Conversation",
+    "Engine",
+    "HandloomError",
+    "LiveSequence",
+    "Output",
+    "Piece",
+    "Score",
+    "Timing",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
     "LM": "lm",
+    "AsyncEngine": "engine.async_engine",
     "Conversation": "conversation",
     "Engine": "engine",
     "HandloomError": "errors",

@@ -108,6 +108,10 @@ class EngineError(HandloomError, RuntimeError):
     """An engine cannot do this: it is in a step already, is closed, or failed in the step a request was in."""
 
 
+class EngineFull(EngineError):
+    """As many requests wait as may, and this one was not to wait for them."""
+
+
 # The installation ------------------------------------------------------------------------------
 
 

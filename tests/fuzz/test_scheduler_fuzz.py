@@ -72,7 +72,7 @@ ACTIONS = st.one_of(
     REQUESTS,
     REQUESTS,
     st.tuples(st.just("step"), st.integers(1, 12)),
-    st.tuples(st.sampled_from(("abort", "fork", "read")), st.integers(0, 9)),
+    st.tuples(st.sampled_from(("abort", "fork", "read", "pause", "pause", "resume")), st.integers(0, 9)),
 )
 
 
@@ -122,6 +122,9 @@ class Life:
         elif name == "abort" and self.asked:
             request = list(self.asked)[number % len(self.asked)]
             self.aborted |= {request} if self.engine.abort(request) else set()
+        elif name in ("pause", "resume"):
+            for request in list(self.asked)[number : number + 1]:
+                getattr(self.engine, name)(request)
         elif self.live:
             sequence = self.live[list(self.live)[number % len(self.live)]]
             if name == "fork":
@@ -130,7 +133,10 @@ class Life:
                 _ = sequence.logits
 
     def step(self) -> None:
-        self.results.take(self.engine.step())
+        paused = {request.id for request in self.engine.scheduler if request.paused}
+        events = self.engine.step()
+        assert not paused & {event.request_id for event in events}, "who is paused says nothing"
+        self.results.take(events)
         held = {page for page in range(self.lm.pool.num_pages) if self.lm.pool.references(page)}
         assert len(held) == self.lm.pool.num_pages - self.lm.pool.num_free
         for request in self.engine.scheduler.waiting:
@@ -138,6 +144,8 @@ class Life:
                 assert not request.decoder.sequences[0].page_table, "who waits holds nothing"
 
     def finish(self) -> None:
+        for request in self.asked:
+            self.engine.resume(request)
         for _ in range(MAX_STEPS):
             if not self.engine.has_work:
                 break

@@ -79,14 +79,25 @@ class Engine:
         self._ids = itertools.count()
         self._stepping = threading.Lock()  # held while the scheduler is worked on
         self._stepper: int | None = None  # the thread that steps
-        self._door = threading.RLock()  # held for what is short; guards the three below
+        self._door = threading.RLock()  # held for what is short; guards what is below
         self._alive: dict[int, Request] = {}
         self._arrived: deque[Request] = deque()
         self._leaving: deque[Request] = deque()
+        self._pausing: deque[tuple[Request, bool]] = deque()
 
     @property
     def has_work(self) -> bool:
-        return bool(self._arrived or self._leaving or self.scheduler.has_work)
+        """Whether a step would do anything: there is a request that is not paused."""
+        return self._is_asked or self.scheduler.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that do not run: not yet, or not at the moment."""
+        return len(self.scheduler.waiting) + len(self._arrived)
+
+    @property
+    def _is_asked(self) -> bool:
+        return bool(self._arrived or self._leaving or self._pausing)
 
     def resolve(self, sequence: Sequence, options: dict[str, Any]) -> GenerationParams:
         """A request's parameters. Raises InvalidPrompt, InvalidParam, UnsupportedOption, ContextOverflow."""
@@ -164,6 +175,27 @@ class Engine:
         self._settle()
         return True
 
+    def pause(self, request_id: int) -> bool:
+        """Give a request no more steps until `resume`; False if it is over.
+
+        It keeps its place and its pages as long as no other request wants them, and goes on with the same tokens. A
+        step that is running may still give events of it.
+        """
+        return self._pause(request_id, True)
+
+    def resume(self, request_id: int) -> bool:
+        """Let a paused request go on; False if it is over."""
+        return self._pause(request_id, False)
+
+    def _pause(self, request_id: int, paused: bool) -> bool:
+        with self._door:
+            request = self._alive.get(request_id)
+            if request is None or request.over:
+                return False
+            self._pausing.append((request, paused))
+        self._settle()
+        return True
+
     def step(self) -> list[Event]:
         """Run one step: plan, forward, choose, advance. Returns the events; nothing to do gives none.
 
@@ -202,7 +234,7 @@ class Engine:
 
     def _settle(self) -> None:
         """Do what was asked meanwhile, unless a step is running: whoever runs it does so at its end."""
-        while (self._arrived or self._leaving) and self._stepping.acquire(blocking=False):
+        while self._is_asked and self._stepping.acquire(blocking=False):
             try:
                 self._take_over()
             finally:
@@ -211,11 +243,14 @@ class Engine:
     def _take_over(self) -> None:
         while self._arrived:
             self.scheduler.add(self._arrived.popleft())
+        while self._pausing:
+            request, paused = self._pausing.popleft()
+            request.paused = paused
         while self._leaving:
             self.scheduler.remove(self._leaving.popleft().id)
 
     def run(self) -> Iterator[Event]:
-        """Step until no request is left; events as they come. Raises what `step` raises."""
+        """Step until no request is left that is not paused; events as they come. Raises what `step` raises."""
         while self.has_work:
             yield from self.step()
 
@@ -236,12 +271,12 @@ class Engine:
         with self._door:
             journal.queues = tuple(other for other in journal.queues if other is not queue)
 
-    def stats(self) -> EngineStats:
-        """What the engine is doing and has done."""
+    def stats(self, *, num_outside: int = 0) -> EngineStats:
+        """What the engine is doing and has done. num_outside: requests that wait elsewhere, to be counted in."""
         pool, journal = self.model.pool, self.scheduler.journal
         return EngineStats(
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting) + len(self._arrived),
+            waiting=self.num_waiting + num_outside,
             pages_used=pool.num_pages - pool.num_free,
             pages_cached=pool.num_cached,
             pages_free=pool.num_free - pool.num_cached,

@@ -48,6 +48,7 @@ class Request:
     priority: int = 0
     running: bool = False
     prefilling: bool = False  # it has not computed all the tokens it was admitted with
+    paused: bool = False  # it gets no work
     over: bool = False
 
     @property
@@ -88,7 +89,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running or self._events)
+        """Whether there are requests to go on with, or events to hand out."""
+        return bool(self._events) or any(not request.paused for request in self)
 
     def add(self, request: Request) -> None:
         insort(self.waiting, request, key=_rank)
@@ -108,8 +110,8 @@ class Scheduler:
         """The next step's work; and the failures of requests that cannot run."""
         plan, budget = Plan(), self.max_tokens
         may_start = True
-        places = self.max_running - len(self.running)
-        for request in heapq.merge(tuple(self.running), self.waiting[:places], key=_rank):
+        may_run = [request for request in self.running if not request.paused]
+        for request in heapq.merge(may_run, self._next_to_start(len(may_run)), key=_rank):
             if budget == 0:
                 break
             if not request.running and not may_start:
@@ -126,6 +128,15 @@ class Scheduler:
                 else:
                     self._emit(request, [FinishedEvent("error", error=error)])
         return plan, self._hand_out()
+
+    def _next_to_start(self, num_running: int) -> list[Request]:
+        """Waiting requests for which there are places, in order. Those that are paused give theirs up for them."""
+        can_start = (request for request in self.waiting if not request.paused)
+        first = list(itertools.islice(can_start, self.max_running - num_running))
+        for request in self.running[::-1]:
+            if request.paused and len(self.running) + len(first) > self.max_running:
+                self._preempt(request)
+        return first[: self.max_running - len(self.running)]
 
     def _run(self, request: Request, plan: Plan, budget: int) -> int:
         """Start the request if it waits, and place its work; returns what is left of the budget. Raises OutOfPages."""
@@ -147,7 +158,7 @@ class Scheduler:
         return self.sharing and any(
             work.logits != "all" and work.sequence.awaits(other)
             for before in self.running
-            if before.prefilling and before.rank < request.rank
+            if before.prefilling and not before.paused and before.rank < request.rank
             for other in before.decoder.sequences
             for work in _works(request)
         )
@@ -223,6 +234,10 @@ class Scheduler:
             for sequence in other.decoder.sequences:
                 sequence.trim()
             if self.pool.num_free > free:
+                return True
+        for other in reversed(self.running):
+            if other.paused and other is not request:
+                self._preempt(other)
                 return True
         last = self.running[-1] if self.running else request
         if last.rank > request.rank:
