@@ -6,8 +6,11 @@ This module does not know models or how events come about.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from handloom.decoding.decoder import Event, FinishedEvent, PromptLogprobsEvent, TokenEvent
 from handloom.engine import Engine
@@ -27,6 +30,9 @@ class Collector:
 
     def add(self, prompt: Any, /, **options: Any) -> None:
         """Queue a prompt. Raises what Engine.add_request raises."""
+        allowed = options.get("prefix_allowed_tokens_fn")
+        if callable(allowed):  # as in transformers, it is told which prompt of the call it is about
+            options["prefix_allowed_tokens_fn"] = partial(_about, len(self.outputs), allowed)
         decoder = self.engine.prepare(prompt, options)
         self._index[self.engine.add(decoder)] = len(self.outputs)
         self.outputs.append(_empty(decoder.sequence.token_ids, decoder.params))
@@ -61,6 +67,10 @@ class Collector:
         started, first = self._started[index], self._first[index] or now
         output.timing = Timing(first - started, now - started, len(output.prompt_token_ids), len(output.token_ids))
         return Piece(index, event.text, None, finish_reason=event.reason, error=event.error)
+
+
+def _about(index: int, function: Callable[[int, Tensor], Any], _: int, token_ids: Tensor) -> Any:
+    return function(index, token_ids)
 
 
 def _empty(prompt: list[int], params: GenerationParams) -> Output:

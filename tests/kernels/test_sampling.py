@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-from handloom.sampling import processors
+from handloom.sampling import repetition
 from handloom_kernels import reference
 from handloom_kernels import sampling as kernels
 from handloom_kernels.checks import KernelError
@@ -81,7 +81,7 @@ def test_repetition_penalty_has_the_bits_of_transformers_and_of_the_engine() -> 
         theirs = RepetitionPenaltyLogitsProcessor(value)(token_ids[row : row + 1], logits[row : row + 1])
         assert torch.equal(ours[row], theirs[0])
     engine = logits.cpu()
-    processors.repetition_penalty(engine, values, token_ids.tolist())
+    repetition.repetition_penalty(engine, values, token_ids.tolist())
     assert torch.equal(ours.cpu(), engine)
 
 

@@ -51,6 +51,9 @@ def test_every_argument_of_generate_works_or_is_refused_by_name(name):
     if name in ("generation_config", "logits_processor", "stopping_criteria"):
         resolve({name: {} if name == "generation_config" else [print]})
         return
+    if name == "prefix_allowed_tokens_fn":
+        assert resolve({name: print}).prefix_allowed_tokens_fn is print
+        return
     with pytest.raises(UnsupportedOption, match=f"^{name}="):
         resolve({name: TextStreamer})
     assert resolve({name: None, "seed": 1}) == resolve({"seed": 1})

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.generation import logits_process as hf
 from transformers.generation.utils import GenerationMixin
 
+from handloom.sampling import constraints, repetition
 from handloom.sampling import processors as ours
 
 INF = torch.inf
@@ -48,6 +49,10 @@ WARPERS: list[tuple[Any, Any, list[Any]]] = [
     (ours.top_k, hf.TopKLogitsWarper, [1, 2, 50, 10**6]),
     (ours.top_p, hf.TopPLogitsWarper, [1e-9, 0.1, 0.5, 0.9, 0.999]),
     (ours.min_p, hf.MinPLogitsWarper, [0.0, 0.01, 0.3, 1.0]),
+    (ours.top_h, hf.TopHLogitsWarper, [1e-6, 0.3, 0.7, 1.0]),
+    (ours.typical_p, hf.TypicalLogitsWarper, [1e-6, 0.2, 0.9, 0.999]),
+    (ours.epsilon_cutoff, hf.EpsilonLogitsWarper, [1e-9, 3e-4, 0.1, 0.9]),
+    (ours.eta_cutoff, hf.EtaLogitsWarper, [1e-9, 3e-4, 0.1, 0.9]),
 ]
 
 
@@ -67,7 +72,17 @@ def test_a_rule_gives_the_bits_of_transformers_with_a_value_of_its_own_in_each_r
 
 @pytest.mark.parametrize(
     ("rule", "on", "off"),
-    [(ours.temperature, 0.5, 1.0), (ours.top_k, 3, 0), (ours.top_p, 0.5, 1.0), (ours.min_p, 0.3, None)],
+    [
+        (ours.temperature, 0.5, 1.0),
+        (ours.top_k, 3, 0),
+        (ours.top_p, 0.5, 1.0),
+        (ours.min_p, 0.3, None),
+        (ours.top_h, 0.5, None),
+        (ours.typical_p, 0.3, 1.0),
+        (ours.epsilon_cutoff, 0.1, 0.0),
+        (ours.eta_cutoff, 0.1, 0.0),
+        (ours.renormalize_logits, True, False),
+    ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_rows_where_a_rule_is_off_keep_every_bit(rule, on, off):
@@ -84,7 +99,10 @@ def test_rows_where_a_rule_is_off_keep_every_bit(rule, on, off):
     assert same_bits(mine, scores)
 
 
-@pytest.mark.parametrize("rule", [ours.top_k, ours.top_p, ours.min_p])
+@pytest.mark.parametrize(
+    "rule",
+    [ours.top_k, ours.top_p, ours.min_p, ours.top_h, ours.typical_p, ours.epsilon_cutoff, ours.eta_cutoff],
+)
 def test_a_row_with_nothing_left_or_not_a_number_harms_no_other_row(rule):
     scores = random_scores(4, 64, seed=3)
     scores[1], scores[2, 7] = -INF, torch.nan
@@ -119,7 +137,7 @@ def test_repetition_penalty_gives_the_bits_of_transformers(case):
     generator = torch.Generator().manual_seed(6)
     sequences = [torch.randint(0, vocab_size + 3, (length,), generator=generator).tolist() for length in (1, 7, 40, 90)]
     mine = scores.clone()
-    ours.repetition_penalty(mine, penalties, sequences)
+    repetition.repetition_penalty(mine, penalties, sequences)
     for row, (penalty, sequence) in enumerate(zip(penalties, sequences, strict=True)):
         one = scores[row : row + 1]
         if penalty != 1.0:
@@ -132,8 +150,8 @@ def test_minimum_lengths_mask_the_end_tokens_as_transformers_does():
     scores = random_scores(5, 50, seed=7)
     minimums, lengths, eos = [5, 5, 0, 9, 9], [4, 5, 1, 8, 2], [(3,), (3,), (3,), (1, 49), ()]
     mine, new = scores.clone(), scores.clone()
-    ours.min_length(mine, minimums, lengths, eos)
-    ours.min_new_tokens(new, minimums, lengths, eos)
+    constraints.min_length(mine, minimums, lengths, eos)
+    constraints.min_new_tokens(new, minimums, lengths, eos)
     for row, (minimum, length, ids) in enumerate(zip(minimums, lengths, eos, strict=True)):
         input_ids, one = torch.zeros(1, length, dtype=torch.int64), scores[row : row + 1]
         assert same_bits(mine[row : row + 1], hf.MinLengthLogitsProcessor(minimum, list(ids))(input_ids, one))
@@ -201,9 +219,11 @@ def test_rules_in_any_combination_give_the_bits_of_transformers_list(rows, vocab
     sequences = torch.randint(0, vocab_size, (len(rows), prompt_length + 4), generator=generator)
     mine, length = scores.clone(), sequences.shape[1]
     everyone = [eos] * len(rows)
-    ours.repetition_penalty(mine, [row.repetition_penalty for row in rows], sequences.tolist())
-    ours.min_length(mine, [row.min_length for row in rows], [length] * len(rows), everyone)
-    ours.min_new_tokens(mine, [row.min_new_tokens for row in rows], [length - prompt_length] * len(rows), everyone)
+    repetition.repetition_penalty(mine, [row.repetition_penalty for row in rows], sequences.tolist())
+    constraints.min_length(mine, [row.min_length for row in rows], [length] * len(rows), everyone)
+    constraints.min_new_tokens(
+        mine, [row.min_new_tokens for row in rows], [length - prompt_length] * len(rows), everyone
+    )
     ours.temperature(mine, [row.temperature for row in rows])
     ours.top_k(mine, [row.top_k for row in rows])
     ours.top_p(mine, [row.top_p for row in rows])

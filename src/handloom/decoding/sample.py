@@ -20,6 +20,7 @@ from handloom.decoding.decoder import Event, FinishedEvent, FinishReason, Prompt
 from handloom.decoding.stream_text import StreamText
 from handloom.errors import HandloomError, InvalidPrompt, RequestFailed
 from handloom.sampling.params import GenerationParams
+from handloom.sampling.rules import RequestRules
 from handloom.sampling.sampler import Choice, Row, choose, token_logprobs
 from handloom.text.tokenizer import Tokenizer
 
@@ -45,7 +46,9 @@ class SampleDecoder:
         self.sequence, self.params, self.owns_sequence = sequence, params, owns_sequence
         self.prompt_length = len(sequence)
         # the sampler sees no ids for embedded positions, and counts no length for them
-        self._rules = replace(params, min_length=max(0, params.min_length - sequence.num_embeddings))
+        hidden = sequence.num_embeddings
+        self._params = replace(params, min_length=max(0, params.min_length - hidden))
+        self._rules = RequestRules(self._params, self.prompt_length - hidden)
         self.started = time.monotonic()
         self.finished = False
         self._scores: list[Tensor] = []
@@ -91,7 +94,8 @@ class SampleDecoder:
     def row(self) -> Row:
         """What the sampler needs to know; embedded prompt positions have no ids and are left out."""
         hidden, token_ids = self.sequence.num_embeddings, self.sequence.token_ids
-        return Row(self._rules, token_ids[hidden:] if hidden else token_ids, self.prompt_length - hidden)
+        token_ids = token_ids[hidden:] if hidden else token_ids
+        return Row(self._params, token_ids, self.prompt_length - hidden, self._rules)
 
     def prompt_logprobs(self, logits: Tensor) -> list[Event]:
         """Log-probabilities of the prompt tokens that these rows [r, vocab_size] of prompt positions predict."""

@@ -27,7 +27,8 @@ LARGEST_FACTOR = 1e30  # a score times or divided by a factor in [1e-30, 1e30] s
 
 # Options that transformers' GenerationConfig does not have.
 OURS = frozenset(
-    "include_stop_text seed rng logprobs prompt_logprobs logits_processor stopping_criteria skip_special_tokens".split()
+    "include_stop_text seed rng logprobs prompt_logprobs logits_processor stopping_criteria prefix_allowed_tokens_fn "
+    "skip_special_tokens".split()
 )
 # Any value is fine: nothing is padded, and an output always is a full object.
 BOOKKEEPING = frozenset(
@@ -47,12 +48,6 @@ INERT: dict[str, int | float | str] = {
     "num_return_sequences": 1,
     "length_penalty": 1.0,
     "diversity_penalty": 0.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
     "guidance_scale": 1.0,
     "num_assistant_tokens": 20,
     "num_assistant_tokens_schedule": "constant",
@@ -212,6 +207,14 @@ def factor(value: Any) -> float:
     return real(1 / LARGEST_FACTOR, LARGEST_FACTOR)(value)
 
 
+def below_one(value: Any) -> float:
+    """A probability to cut at."""
+    number = real(0, 1)(value)
+    if number == 1:
+        raise Expected("a number from 0 up to 1, without 1")
+    return number
+
+
 def zero_or_factor(value: Any) -> float:
     """A temperature."""
     if not isinstance(value, bool) and isinstance(value, numbers.Real) and value == 0:
@@ -243,6 +246,14 @@ def callables(value: Any) -> tuple[Callable[..., Any], ...]:
     if not isinstance(value, list | tuple) or not all(callable(item) for item in value):
         raise Expected("a list of callables")
     return tuple(value)
+
+
+def function(value: Any) -> Callable[..., Any]:
+    """Anything that can be called."""
+    if not callable(value):
+        raise Expected("a function")
+    checked: Callable[..., Any] = value
+    return checked
 
 
 def show(value: Any) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -25,9 +25,11 @@ from handloom.sampling.options import (
     LARGEST_FACTOR,
     MODEL,
     Options,
+    below_one,
     callables,
     factor,
     flag,
+    function,
     integer,
     is_integer,
     random_source,
@@ -36,13 +38,34 @@ from handloom.sampling.options import (
     zero_or_factor,
 )
 from handloom.sampling.rng import fresh_seed
+from handloom.sampling.token_lists import (
+    MAX_LISTED_IDS,
+    start_and_factor,
+    token_biases,
+    token_sequences,
+    watermarking,
+)
+from handloom.sampling.watermark import SynthID, Watermark
 from handloom.text.stop import check_stop_strings
 
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 StoppingCriterion = Callable[..., Any]
 
+Ids = TypeVar("Ids", int | None, tuple[int, ...])
+
 DEFAULT_NEW_TOKENS = 20
 MAX_LOGPROBS = 100
+# The options that only sampling has a use for, and the values that ask for nothing.
+_KNOBS: dict[str, float | None] = {
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +76,22 @@ class GenerationParams:
         max_new_tokens: at most so many tokens are generated.
         min_new_tokens, min_length: no end-of-sequence token before so many new, and so many tokens with the prompt.
         do_sample: draw tokens, or take the most likely. An explicit do_sample decides; else temperature=0 is greedy;
-            else an explicit temperature, top_k, top_p, min_p or seed means sampling; else the model's own
-            generation_config.json; else greedy. do_sample=False with one of the first four is an error.
-        temperature, top_k, top_p, min_p: see `handloom.sampling.processors`; used where do_sample is true.
-            Off: 1.0, 0, 1.0, None.
+            else an explicit temperature, top_k, top_p, min_p or seed, or one of top_h, typical_p, epsilon_cutoff and
+            eta_cutoff that is not off, means sampling; else the model's own generation_config.json; else greedy.
+            do_sample=False with one of these, the seed excepted, is an error.
+        temperature, top_h, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: see
+            `handloom.sampling.processors`; used where do_sample is true. Off: 1.0, None, 0, 1.0, None, 1.0, 0.0, 0.0.
         repetition_penalty: over prompt and output. Off: 1.0.
+        encoder_repetition_penalty: over the prompt, the other way round. Off: 1.0.
+        no_repeat_ngram_size, encoder_no_repeat_ngram_size: no n-gram a second time, or none of the prompt's. Off: 0.
+        sequence_bias: (token ids, bias) pairs; the bias goes to the token that completes the sequence.
+        bad_words_ids: sequences that are never completed; a single eos among them is left out, as in transformers.
+        prefix_allowed_tokens_fn: function(index of the prompt in the call, ids int64 [n]) -> the ids allowed next.
+        forced_bos_token_id: the token after a prompt of one; forced_eos_token_id: one of them is the last.
+        remove_invalid_values: NaN and infinite scores become finite, and the request goes on.
+        exponential_decay_length_penalty: (start, factor), which after `start` new tokens raises the eos more and more.
+        suppress_tokens, begin_suppress_tokens: never, and not as the first new token.
+        watermarking_config: see `handloom.sampling.watermark`; renormalize_logits: scores are log-probabilities.
         eos_token_id: tokens that end the sequence; one stays in the output. Ids outside the vocabulary
             are refused from the caller and left out from the model's files, for they cannot come up.
         stop_strings: texts that end the output; include_stop_text: keep them in it, as transformers does.
@@ -82,7 +116,25 @@ class GenerationParams:
     top_k: int = 50
     top_p: float = 1.0
     min_p: float | None = None
+    top_h: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     repetition_penalty: float = 1.0
+    encoder_repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], Any] | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: tuple[int, ...] = ()
+    remove_invalid_values: bool = False
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    watermarking_config: Watermark | SynthID | None = None
+    renormalize_logits: bool = False
     eos_token_id: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     include_stop_text: bool = True
@@ -124,6 +176,9 @@ def resolve_params(
     do_sample, temperature = _sampling(asked)
     rng, seed = _random_source(asked)
     logprobs = integer(0, min(MAX_LOGPROBS, vocab_size))
+    ngram = integer(0, 2**31 - 1)
+    eos = _token_ids(asked, "eos_token_id", vocab_size, eos_token_id)
+    suppressed = _token_ids(asked, "suppress_tokens", vocab_size)
     return GenerationParams(
         max_new_tokens=new_tokens,
         min_new_tokens=min_new_tokens,
@@ -134,7 +189,31 @@ def resolve_params(
         top_p=asked.read("top_p", real(0, 1, above=True), default=1.0, off=1.0),
         min_p=asked.read("min_p", real(0, 1), default=None, off=None),
         repetition_penalty=asked.read("repetition_penalty", factor, default=1.0, off=1.0),
-        eos_token_id=_eos(asked, eos_token_id, vocab_size),
+        top_h=asked.read("top_h", real(0, 1, above=True), default=None, off=None),
+        typical_p=asked.read("typical_p", real(0, 1, above=True), default=1.0, off=1.0),
+        epsilon_cutoff=asked.read("epsilon_cutoff", below_one, default=0.0, off=0.0),
+        eta_cutoff=asked.read("eta_cutoff", below_one, default=0.0, off=0.0),
+        encoder_repetition_penalty=asked.read("encoder_repetition_penalty", factor, default=1.0, off=1.0),
+        no_repeat_ngram_size=asked.read("no_repeat_ngram_size", ngram, default=0, off=0),
+        encoder_no_repeat_ngram_size=asked.read("encoder_no_repeat_ngram_size", ngram, default=0, off=0),
+        sequence_bias=asked.read("sequence_bias", token_biases(vocab_size), default=(), off=()),
+        bad_words_ids=_bad_words(asked, vocab_size, eos),
+        prefix_allowed_tokens_fn=asked.read("prefix_allowed_tokens_fn", function, default=None, off=None),
+        forced_bos_token_id=_forced(
+            "forced_bos_token_id",
+            asked.read("forced_bos_token_id", integer(0, vocab_size - 1), default=None, off=None),
+            suppressed,
+        ),
+        forced_eos_token_id=_forced(
+            "forced_eos_token_id", _token_ids(asked, "forced_eos_token_id", vocab_size), suppressed
+        ),
+        remove_invalid_values=asked.read("remove_invalid_values", flag, default=False, off=False),
+        exponential_decay_length_penalty=_decay(asked, eos),
+        suppress_tokens=suppressed,
+        begin_suppress_tokens=_token_ids(asked, "begin_suppress_tokens", vocab_size),
+        watermarking_config=asked.read("watermarking_config", watermarking, default=None, off=None),
+        renormalize_logits=asked.read("renormalize_logits", flag, default=False, off=False),
+        eos_token_id=eos,
         stop_strings=_stop_strings(asked),
         include_stop_text=asked.read("include_stop_text", flag, default=True, off=True),
         seed=seed,
@@ -208,11 +287,12 @@ def _sampling(asked: Options) -> tuple[bool, float]:
 def _knobs(asked: Options) -> list[str]:
     """The sampling options the caller set; not temperature=0, and not the defaults that a passed config spells out."""
     knobs = []
-    for name, default in (("temperature", 1.0), ("top_k", 50), ("top_p", 1.0), ("min_p", None)):
+    for name, default in _KNOBS.items():
         value, source = asked.find(name) or (None, MODEL)
         if value is None or source == MODEL or (name == "temperature" and value == 0):
             continue
-        if source == CALLER or not isinstance(value, int | float) or value != default:
+        said_aloud = source == CALLER and name in ("temperature", "top_k", "top_p", "min_p")
+        if said_aloud or not isinstance(value, int | float) or value != default:
             knobs.append(name)
     return knobs
 
@@ -230,14 +310,45 @@ def _random_source(asked: Options) -> tuple[Literal["counter", "torch"], int]:
     return "counter", fresh_seed() if seed is None else seed
 
 
-def _eos(asked: Options, last_resort: int | Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:
-    value, source = asked.find("eos_token_id") or (last_resort, MODEL)
+def _token_ids(
+    asked: Options, name: str, vocab_size: int, last_resort: int | Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """A token id or a list of them, each once; those of a model's file that are not in the vocabulary are left out."""
+    value, source = asked.find(name) or (last_resort, MODEL)
     ids = [value] if is_integer(value) else [] if value is None else value
     if not isinstance(ids, list | tuple) or any(not is_integer(id_) for id_ in ids):
-        raise InvalidParam(f"eos_token_id={show(value)} ({source}) must be a token id or a list of them")
+        raise InvalidParam(f"{name}={show(value)} ({source}) must be a token id or a list of them")
+    if len(ids) > MAX_LISTED_IDS:
+        raise InvalidParam(f"{name} ({source}) has {len(ids)} token ids; the limit is {MAX_LISTED_IDS}")
     if source != MODEL and any(not 0 <= id_ < vocab_size for id_ in ids):
-        raise InvalidParam(f"eos_token_id={show(value)} ({source}): ids must be in [0, {vocab_size}), the vocabulary")
+        raise InvalidParam(f"{name}={show(value)} ({source}): ids must be in [0, {vocab_size}), the vocabulary")
     return tuple(dict.fromkeys(int(id_) for id_ in ids if 0 <= id_ < vocab_size))
+
+
+def _bad_words(asked: Options, vocab_size: int, eos: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    listed = asked.read("bad_words_ids", token_sequences(vocab_size), default=(), off=())
+    banned = tuple(sequence for sequence in listed if len(sequence) > 1 or sequence[0] not in eos)
+    if listed and not banned:
+        raise InvalidParam(
+            f"bad_words_ids={show(listed)} names only end-of-sequence tokens, which it never bans; to put the end off, "
+            "give min_new_tokens or suppress_tokens"
+        )
+    return banned
+
+
+def _forced(name: str, forced: Ids, suppressed: tuple[int, ...]) -> Ids:
+    """The forced tokens. Raises InvalidParam where suppress_tokens has all of them."""
+    ids = (forced,) if isinstance(forced, int) else forced or ()
+    if ids and set(ids) <= set(suppressed):
+        raise InvalidParam(f"{name}={show(forced)}: suppress_tokens has it too, so nothing is left where it is forced")
+    return forced
+
+
+def _decay(asked: Options, eos: tuple[int, ...]) -> tuple[int, float] | None:
+    penalty = asked.read("exponential_decay_length_penalty", start_and_factor, default=None, off=None)
+    if penalty is not None and not eos:
+        raise InvalidParam("exponential_decay_length_penalty raises the end-of-sequence token: give an eos_token_id")
+    return penalty
 
 
 def _stop_strings(asked: Options) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
-"""The rules that reshape scores before a token is chosen: one function per rule, in the order of application.
+"""The rules that look at scores alone: temperature, and the ways of leaving out unlikely tokens. One function per rule.
 
 Each function takes `scores`, float32 [R, V], one value per row, and writes into `scores`. A row whose value
 means "off" keeps every bit. On a CPU the results are those of transformers' `LogitsProcessor` classes, bit for
 bit; on other devices a sum may differ in its last bit.
 
-This module does not know requests, which rules a request has on, or the caller's own processors.
+This module does not know tokens seen before, requests, or which rules a request has on.
 """
 
 from __future__ import annotations
@@ -14,44 +14,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+TOP_H_TOKENS = 100  # top_h looks at no more than these
 _FEW = 8  # with at most V // _FEW finite scores in a row, top_p sorts these alone
-
-
-def repetition_penalty(scores: Tensor, penalties: Sequence[float], token_ids: Sequence[Sequence[int]]) -> None:
-    """Negative scores times the penalty, others divided by it, once per distinct token of the row's sequence.
-
-    `token_ids` has one sequence (prompt and generated) per row; ids that `scores` has no column for are passed
-    over. Off: 1.0. Keskar et al., "CTRL", 2019 (arXiv 1909.05858), for both signs as in transformers.
-    """
-    for row, (penalty, sequence) in enumerate(zip(penalties, token_ids, strict=True)):
-        if penalty == 1.0:
-            continue
-        seen = torch.tensor(sequence, dtype=torch.int64, device=scores.device)
-        seen = seen[seen < scores.shape[1]]
-        score = scores[row, seen]
-        scores[row, seen] = torch.where(score < 0, score * penalty, score / penalty)
-
-
-def min_length(
-    scores: Tensor, minimums: Sequence[int], lengths: Sequence[int], eos_token_ids: Sequence[Sequence[int]]
-) -> None:
-    """End-of-sequence tokens to -inf while a row's length, prompt included, is below its minimum. Off: 0."""
-    for row, (minimum, length, eos) in enumerate(zip(minimums, lengths, eos_token_ids, strict=True)):
-        if length < minimum:
-            scores[row, list(eos)] = -torch.inf
-
-
-def min_new_tokens(
-    scores: Tensor, minimums: Sequence[int], new_lengths: Sequence[int], eos_token_ids: Sequence[Sequence[int]]
-) -> None:
-    """End-of-sequence tokens to -inf while a row has generated fewer tokens than its minimum. Off: 0."""
-    min_length(scores, minimums, new_lengths, eos_token_ids)
 
 
 def temperature(scores: Tensor, temperatures: Sequence[float]) -> None:
     """Scores divided by the row's temperature, > 0. Off: 1.0."""
     if any(value != 1.0 for value in temperatures):
         scores.div_(_column(temperatures, scores))
+
+
+def top_h(scores: Tensor, hs: Sequence[float | None]) -> None:
+    """Of the 100 highest scores, the best first, those stay whose part of the entropy adds up to h of it. Off: None.
+
+    The best always stays; what lies below the 100 goes to -inf. Baghaei Potraghloo et al., "Top-H decoding", 2025
+    (arXiv 2509.02510).
+    """
+    on = {row: h for row, h in enumerate(hs) if h is not None}
+    if not on:
+        return
+    part = _take(scores, list(on))
+    values, token_ids = part.topk(min(TOP_H_TOKENS, part.shape[1]))
+    probabilities, entropy = _distribution(values)
+    terms = -probabilities * probabilities.log()
+    keep = terms.cumsum(dim=-1) <= entropy * _column(list(on.values()), scores)
+    keep[:, 0] = True
+    part.masked_fill_(~torch.zeros_like(part, dtype=torch.bool).scatter_(1, token_ids, keep), -torch.inf)
+    _put(scores, list(on), part)
 
 
 def top_k(scores: Tensor, ks: Sequence[int]) -> None:
@@ -105,6 +94,70 @@ def min_p(scores: Tensor, ps: Sequence[float | None]) -> None:
     threshold = probabilities.amax(dim=-1, keepdim=True) * _column(list(on.values()), scores)
     part.masked_fill_(probabilities < threshold, -torch.inf)
     _put(scores, list(on), part)
+
+
+def typical_p(scores: Tensor, masses: Sequence[float]) -> None:
+    """The tokens whose surprise is nearest to the expected one stay, until they have the mass. Off: 1.0.
+
+    Meister et al., "Locally typical sampling", 2022 (arXiv 2202.00666). Tokens as near as the last one stay too.
+    """
+    on = {row: mass for row, mass in enumerate(masses) if mass < 1.0}
+    if not on:
+        return
+    part = _take(scores, list(on))
+    logprobs = part.log_softmax(dim=-1)
+    entropy = -(logprobs * logprobs.exp()).nansum(dim=-1, keepdim=True)
+    distance, token_ids = (-logprobs - entropy).abs_().sort(dim=-1)
+    total = part.gather(1, token_ids).softmax(dim=-1).cumsum(dim=-1)
+    last = (total < _column(list(on.values()), scores)).sum(dim=-1, keepdim=True).clamp_(max=part.shape[1] - 1)
+    cut = distance > distance.gather(1, last)
+    cut[:, 0] = False
+    part.masked_fill_(torch.zeros_like(cut).scatter_(1, token_ids, cut), -torch.inf)
+    _put(scores, list(on), part)
+
+
+def epsilon_cutoff(scores: Tensor, epsilons: Sequence[float]) -> None:
+    """Tokens less likely than epsilon to -inf; the best stays. Off: 0.0.
+
+    Hewitt et al., "Truncation sampling as language model desmoothing", 2022 (arXiv 2210.15191).
+    """
+    on = {row: epsilon for row, epsilon in enumerate(epsilons) if epsilon > 0.0}
+    if not on:
+        return
+    part = _take(scores, list(on))
+    unlikely = part.softmax(dim=-1) < _column(list(on.values()), scores)
+    part.masked_fill_(unlikely & (part < part.amax(dim=-1, keepdim=True)), -torch.inf)
+    _put(scores, list(on), part)
+
+
+def eta_cutoff(scores: Tensor, epsilons: Sequence[float]) -> None:
+    """Tokens less likely than min(epsilon, sqrt(epsilon) e^-entropy) to -inf; the best stays. Off: 0.0.
+
+    Hewitt et al., as `epsilon_cutoff`.
+    """
+    on = {row: epsilon for row, epsilon in enumerate(epsilons) if epsilon > 0.0}
+    if not on:
+        return
+    part, epsilon = _take(scores, list(on)), _column(list(on.values()), scores)
+    _, entropy = _distribution(part)
+    unlikely = part.softmax(dim=-1) < torch.minimum(epsilon, epsilon.sqrt() * (-entropy).exp())
+    part.masked_fill_(unlikely & (part < part.amax(dim=-1, keepdim=True)), -torch.inf)
+    _put(scores, list(on), part)
+
+
+def renormalize_logits(scores: Tensor, flags: Sequence[bool]) -> None:
+    """Scores become log-probabilities. Off: False."""
+    on = [row for row, flag in enumerate(flags) if flag]
+    if on:
+        _put(scores, on, _take(scores, on).log_softmax(dim=-1))
+
+
+def _distribution(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(probabilities [R, N], entropy [R, 1] in nats), summed as torch.distributions.Categorical does."""
+    logprobs = scores - scores.logsumexp(dim=-1, keepdim=True)
+    probabilities = logprobs.softmax(dim=-1)
+    terms = logprobs.clamp(min=torch.finfo(logprobs.dtype).min) * probabilities
+    return probabilities, -terms.sum(dim=-1, keepdim=True)
 
 
 def _cut_all(scores: Tensor, mass: Tensor) -> None:

@@ -1,8 +1,6 @@
 """From logits to chosen tokens, for all rows of a step at once.
 
-The order of the rules is that of transformers' `generate`: repetition penalty, minimum lengths, the caller's
-processors, and for sampled rows temperature, top_k, top_p, min_p. A caller's processor of the very class that
-transformers uses for one of the first three takes that one's place.
+The rules that reshape the scores, and their order, are in `handloom.sampling.rules`.
 
 Whatever goes wrong goes wrong for one row: logits that are not a number, nothing left to choose, a processor that
 raises. Log-probabilities are those of the model itself, before any rule (as vLLM and OpenAI report them); what
@@ -14,31 +12,19 @@ This module does not know sequences, pages, text, or what a chosen token leads t
 from __future__ import annotations
 
 import math
-import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from handloom.errors import HandloomError, NonFiniteLogits, RequestFailed
-from handloom.sampling import processors, rng
-from handloom.sampling.params import GenerationParams, LogitsProcessor
-
-T = TypeVar("T")
+from handloom.errors import HandloomError, NonFiniteLogits
+from handloom.sampling import rng
+from handloom.sampling.rules import Row as Row
+from handloom.sampling.rules import apply_rules
 
 CPU_BLOCK = 2**18  # scores shaped at a time on a CPU, so that they and what is made of them stay in its cache
 LOGPROB_BLOCK = 2**23  # logits turned into log-probabilities at a time
-
-
-@dataclass(slots=True)
-class Row:
-    """What the sampler must know of one sequence."""
-
-    params: GenerationParams
-    token_ids: Sequence[int]  # prompt + generated so far
-    prompt_length: int
 
 
 @dataclass(slots=True)
@@ -64,8 +50,9 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> Choice:
     nothing: list[None] = [None] * len(rows)
     choice = Choice(ids.tolist(), [*nothing], [*nothing], [*nothing], [*nothing], [*nothing])
     for row in (~best.isfinite()).nonzero().flatten().tolist():
-        _fail(choice, row, _not_finite("the model's logits", float(best[row]), rows[row]))
-    shaped = [row for row, error in enumerate(choice.errors) if error is None and _has_rules(rows[row].params)]
+        if not rows[row].params.remove_invalid_values:
+            _fail(choice, row, _not_finite("the model's logits", float(best[row]), rows[row]))
+    shaped = [row for row, error in enumerate(choice.errors) if error is None and rows[row].is_shaped]
     size = max(1, CPU_BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(rows)
     for start in range(0, len(shaped), size):
         _choose_shaped(logits, rows, shaped[start : start + size], choice)
@@ -93,21 +80,11 @@ def token_logprobs(
     return chosen, top
 
 
-def _has_rules(params: GenerationParams) -> bool:
-    return (
-        params.do_sample
-        or params.repetition_penalty != 1.0
-        or params.min_length > 0
-        or params.min_new_tokens > 0
-        or bool(params.logits_processor)
-    )
-
-
 def _choose_shaped(logits: Tensor, rows: Sequence[Row], shaped: list[int], choice: Choice) -> None:
     """Apply the rules to the rows named in `shaped` and choose their tokens, into `choice`."""
     scores = _float32_copy(logits, shaped)
     group = [rows[row] for row in shaped]
-    errors = _apply_rules(scores, group)
+    errors = apply_rules(scores, group)
     best, ids = (values.tolist() for values in scores.max(dim=-1))
     for at, row in enumerate(group):
         forced = best[at] == torch.inf and not row.params.do_sample  # +inf is a way to say: this token
@@ -173,82 +150,3 @@ def _not_finite(what: str, best: float, row: Row) -> NonFiniteLogits:
     found = {torch.inf: "contain +inf", -torch.inf: "are all -inf: nothing is left to choose"}.get(best, "contain NaN")
     way_out = "check the weights and the dtype" if what == "the model's logits" else "check the logits processors"
     return NonFiniteLogits(f"{what} for the token at position {len(row.token_ids)} {found}; {way_out}")
-
-
-# The rules, in order --------------------------------------------------------------------------------
-
-# A processor of the caller's that is of one of these very classes of transformers stands in for our rule.
-_PENALTY = "RepetitionPenaltyLogitsProcessor"
-_TOTAL = "MinLengthLogitsProcessor"
-_NEW = "MinNewTokensLengthLogitsProcessor"
-
-
-def _apply_rules(scores: Tensor, rows: Sequence[Row]) -> list[HandloomError | None]:
-    """Every rule of every row, into `scores` [R, V] float32; returns what went wrong in the callers' processors."""
-    errors: list[HandloomError | None] = [None] * len(rows)
-    params, lengths = [row.params for row in rows], [len(row.token_ids) for row in rows]
-    new_lengths = [length - row.prompt_length for length, row in zip(lengths, rows, strict=True)]
-    eos = [each.eos_token_id for each in params]
-    stand_ins, own = zip(*(_place(each) for each in params), strict=True)
-
-    def call(chosen: Iterable[LogitsProcessor | None], at: int) -> None:
-        for processor in chosen:
-            if processor is not None and errors[at] is None:
-                errors[at] = _call(processor, rows[at], scores[at : at + 1])
-
-    def ours(rule: str, values: Iterable[T], off: T) -> list[T]:
-        return [off if rule in theirs else value for theirs, value in zip(stand_ins, values, strict=True)]
-
-    penalties = ours(_PENALTY, (each.repetition_penalty for each in params), 1.0)
-    processors.repetition_penalty(scores, penalties, [row.token_ids for row in rows])
-    for at, theirs in enumerate(stand_ins):
-        call([theirs.get(_PENALTY)], at)
-    processors.min_length(scores, ours(_TOTAL, (each.min_length for each in params), 0), lengths, eos)
-    processors.min_new_tokens(scores, ours(_NEW, (each.min_new_tokens for each in params), 0), new_lengths, eos)
-    for at, theirs in enumerate(stand_ins):
-        call([theirs.get(_TOTAL), theirs.get(_NEW), *own[at]], at)
-
-    processors.temperature(scores, [each.temperature if each.do_sample else 1.0 for each in params])
-    processors.top_k(scores, [each.top_k if each.do_sample else 0 for each in params])
-    processors.top_p(scores, [each.top_p if each.do_sample else 1.0 for each in params])
-    processors.min_p(scores, [each.min_p if each.do_sample else None for each in params])
-    return errors
-
-
-def _place(params: GenerationParams) -> tuple[dict[str, LogitsProcessor], list[LogitsProcessor]]:
-    """The caller's processors: those that stand in for a rule that is on, and the others, each once, in order."""
-    on = {
-        _PENALTY: params.repetition_penalty != 1.0,
-        _TOTAL: params.min_length > 0 and bool(params.eos_token_id),
-        _NEW: params.min_new_tokens > 0 and bool(params.eos_token_id),
-    }
-    stand_ins: dict[str, LogitsProcessor] = {}
-    others: list[LogitsProcessor] = []
-    for processor in params.logits_processor:
-        kind = type(processor)
-        if kind.__module__ == "transformers.generation.logits_process" and on.get(kind.__name__, False):
-            on[kind.__name__] = False
-            stand_ins[kind.__name__] = processor
-        elif processor not in others:
-            others.append(processor)
-    return stand_ins, [each for each in others if each not in stand_ins.values()]
-
-
-def _call(processor: LogitsProcessor, row: Row, scores: Tensor) -> RequestFailed | None:
-    """Run a processor of the caller's on `scores` [1, V], in place; returns what it did wrong."""
-    input_ids = torch.tensor([row.token_ids], dtype=torch.int64, device=scores.device)
-    name = f"the logits processor {reprlib.repr(processor)}"
-    try:
-        result: object = processor(input_ids, scores.clone())
-    except Exception as cause:
-        error = RequestFailed(f"{name} raised {cause!r}")
-        error.__cause__ = cause
-        return error
-    if not isinstance(result, Tensor):
-        return RequestFailed(f"{name} must return a tensor of scores, not {type(result).__name__}")
-    if (result.shape, result.dtype, result.device) != (scores.shape, scores.dtype, scores.device):
-        found = f"{list(result.shape)} {result.dtype} on {result.device}"
-        wanted = f"{list(scores.shape)} {scores.dtype} on {scores.device}"
-        return RequestFailed(f"{name} must return scores {wanted}, and returned {found}")
-    scores.copy_(result)
-    return None

@@ -1,0 +1,83 @@
+"""What the rules of one request keep from step to step: tables made once, and what they have read of its tokens.
+
+Everything here is a function of the request's parameters and token ids. A sequence that was rewound or edited is read
+anew, so it survives preemption and surgery.
+
+This module does not know scores, or in which order rules run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from handloom.sampling.constraints import BiasTable
+from handloom.sampling.params import GenerationParams
+from handloom.sampling.repetition import NgramTable, SeenTokens
+from handloom.sampling.watermark import SynthID, SynthIDContext
+
+_NOTHING = torch.empty(0, dtype=torch.int64)
+
+
+class Memory:
+    """One request's. `follow` brings it up to date; attributes of rules that are off are empty or None."""
+
+    def __init__(self, params: GenerationParams, prompt_length: int) -> None:
+        self._params, self._prompt_length = params, prompt_length
+        self.biases = BiasTable(params.sequence_bias) if params.sequence_bias else None
+        banned = [(sequence, -torch.inf) for sequence in params.bad_words_ids]
+        self.bad_words = BiasTable(banned) if banned else None
+        self.suppressed = torch.tensor(params.suppress_tokens, dtype=torch.int64)
+        self.begin_suppressed = torch.tensor(params.begin_suppress_tokens, dtype=torch.int64)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        params, mark = self._params, self._params.watermarking_config
+        self._read: list[int] = []
+        self._seen = SeenTokens() if params.repetition_penalty != 1.0 else None
+        self._ngrams = NgramTable(params.no_repeat_ngram_size) if params.no_repeat_ngram_size else None
+        self._prompt_seen = SeenTokens() if params.encoder_repetition_penalty != 1.0 else None
+        size = params.encoder_no_repeat_ngram_size
+        self._prompt_ngrams = NgramTable(size) if size else None
+        self.synthid = SynthIDContext(mark) if isinstance(mark, SynthID) else None
+        readers = (self._seen, self._ngrams, self._prompt_seen, self._prompt_ngrams, self.synthid)
+        self._reads = any(reader is not None for reader in readers)
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        """Read the tokens that were not read yet; all of them anew where those read are not how the sequence begins."""
+        if not self._reads:
+            return
+        if token_ids[: len(self._read)] != self._read:
+            self._start_anew()
+        start = len(self._read)
+        for of_all in (self._seen, self._ngrams):
+            if of_all is not None:
+                of_all.read(token_ids, start)
+        if start < self._prompt_length:
+            prompt = token_ids[: self._prompt_length]
+            for of_prompt in (self._prompt_seen, self._prompt_ngrams):
+                if of_prompt is not None:
+                    of_prompt.read(prompt, start)
+        if self.synthid is not None:
+            self.synthid.read(token_ids[max(start, self._prompt_length) :])
+        self._read += token_ids[start:]
+
+    @property
+    def seen(self) -> Tensor:
+        """Distinct ids of the sequence, int64 [n]."""
+        return _NOTHING if self._seen is None else self._seen.ids
+
+    @property
+    def prompt_seen(self) -> Tensor:
+        """Distinct ids of the prompt, int64 [n]."""
+        return _NOTHING if self._prompt_seen is None else self._prompt_seen.ids
+
+    def repeating(self) -> Sequence[int]:
+        """The tokens that would complete an n-gram of the sequence."""
+        return [] if self._ngrams is None else list(self._ngrams.completing(self._read))
+
+    def repeating_prompt(self) -> Sequence[int]:
+        """The tokens that would complete an n-gram of the prompt."""
+        return [] if self._prompt_ngrams is None else list(self._prompt_ngrams.completing(self._read))

@@ -1,0 +1,113 @@
+"""The rules against saying again what was said: penalties per token, and no n-gram twice.
+
+Each function takes `scores`, float32 [R, V], and one value per row, and writes into `scores`. A row whose value
+means "off" keeps every bit; elsewhere the results are those of transformers' classes, bit for bit.
+
+What these rules must know of a sequence is kept up to date token by token (`SeenTokens`, `NgramTable`), so that a
+step costs what the rule changes and not what the context holds. Both are functions of the token ids read.
+
+This module does not know requests or which rules a request has on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+_LONGEST_TUPLE = 16  # a longer beginning of an n-gram is kept as its digest, or a table would hold n times the context
+
+
+class SeenTokens:
+    """The distinct ids of the tokens read, in order of first appearance."""
+
+    def __init__(self) -> None:
+        self._known: set[int] = set()
+        self._buffer = torch.empty(64, dtype=torch.int64)
+
+    def read(self, token_ids: Sequence[int], start: int) -> None:
+        """Take in token_ids[start:]."""
+        new = [token for token in dict.fromkeys(token_ids[start:]) if token not in self._known]
+        if not new:
+            return
+        size = len(self._known)
+        self._known.update(new)
+        if len(self._known) > len(self._buffer):
+            self._buffer = torch.cat((self._buffer[:size], torch.empty(2 * len(self._known), dtype=torch.int64)))
+        self._buffer[size : len(self._known)] = torch.tensor(new, dtype=torch.int64)
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 [distinct]."""
+        return self._buffer[: len(self._known)]
+
+
+class NgramTable:
+    """Which tokens have followed which n - 1 tokens: what no_repeat_ngram_size forbids to follow them again.
+
+    Paulus et al., "A deep reinforced model for abstractive summarization", 2017 (arXiv 1705.04304).
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._next: dict[Hashable, dict[int, None]] = {}
+
+    def read(self, token_ids: Sequence[int], start: int) -> None:
+        """Take in the n-grams that end in token_ids[start:]."""
+        for end in range(max(start, self.size - 1), len(token_ids)):
+            self._next.setdefault(self._key(token_ids, end), {})[token_ids[end]] = None
+
+    def completing(self, token_ids: Sequence[int]) -> Collection[int]:
+        """The tokens after which the sequence would end in an n-gram that was read."""
+        if len(token_ids) < self.size - 1:
+            return ()
+        return self._next.get(self._key(token_ids, len(token_ids)), ())
+
+    def _key(self, token_ids: Sequence[int], end: int) -> Hashable:
+        before = token_ids[end - self.size + 1 : end]
+        if self.size <= _LONGEST_TUPLE:
+            return tuple(before)
+        return blake2b(repr(before).encode(), digest_size=16).digest()
+
+
+def repetition_penalty(scores: Tensor, penalties: Sequence[float], token_ids: Sequence[Sequence[int] | Tensor]) -> None:
+    """Negative scores times the penalty, others divided by it, once per distinct token of the row's sequence.
+
+    `token_ids` are the tokens (prompt and generated) of each row, repeated or not; ids that `scores` has no column for
+    are passed over. Off: 1.0. Keskar et al., "CTRL", 2019 (arXiv 1909.05858), for both signs as in transformers.
+    """
+    on = {row: penalty for row, penalty in enumerate(penalties) if penalty != 1.0}
+    if not on:
+        return
+    rows, seen = flat_indices({row: token_ids[row] for row in on}, scores)
+    factors = torch.tensor(penalties, dtype=torch.float32, device=scores.device)[rows]
+    score = scores[rows, seen]
+    scores[rows, seen] = torch.where(score < 0, score * factors, score / factors)
+
+
+def encoder_repetition_penalty(
+    scores: Tensor, penalties: Sequence[float], prompts: Sequence[Sequence[int] | Tensor]
+) -> None:
+    """`repetition_penalty` the other way round, over the prompt alone: above 1.0 its tokens come more often. Off: 1.0.
+
+    transformers names it after the encoder, and without one means the prompt.
+    """
+    repetition_penalty(scores, [1 / penalty for penalty in penalties], prompts)
+
+
+def forbid(scores: Tensor, token_ids: Sequence[Sequence[int] | Tensor]) -> None:
+    """Each row's tokens to -inf; ids that `scores` has no column for are passed over."""
+    named = {row: ids for row, ids in enumerate(token_ids) if len(ids)}
+    if named:
+        scores[flat_indices(named, scores)] = -torch.inf
+
+
+def flat_indices(token_ids: dict[int, Sequence[int] | Tensor], scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and their token ids, (row [n], id [n]) int64, as an index into `scores` [R, V]; ids past V are left out."""
+    parts = [torch.as_tensor(ids, dtype=torch.int64) for ids in token_ids.values()]
+    counts = torch.tensor([len(part) for part in parts])
+    rows, ids = torch.tensor(list(token_ids)).repeat_interleave(counts), torch.cat(parts)
+    inside = ids < scores.shape[1]
+    return rows[inside].to(scores.device), ids[inside].to(scores.device)
