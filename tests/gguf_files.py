@@ -23,6 +23,30 @@ QUANTIZABLE = {"hidden_size": 96, "intermediate_size": 96, "head_dim": 16}
 """Overrides that make every row of a tiny llama or gemma3 a multiple of 32."""
 
 
+HALVES = {
+    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
+    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
+}  # fmt: skip
+"""Byte positions of the half-precision scales in a block."""
+
+
+def random_blocks(name: str, count: int, seed: int = 0, size: float = 1.0) -> np.ndarray:
+    """Blocks [count, bytes] of random codes, with half-precision scales that are normally distributed."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (count, gguf.GGML_QUANT_SIZES[Storage[name]][1]), np.uint8)
+    for position in HALVES[name]:
+        scales = rng.normal(size=(count, 1)) * size
+        blocks[:, position : position + 2] = scales.astype(np.float16).view(np.uint8)
+    return blocks
+
+
+def random_matrix(name: str, rows: int, columns: int, seed: int = 0, size: float = 0.1) -> np.ndarray:
+    """A matrix [rows, bytes] of random blocks whose weights have about this standard deviation."""
+    count = rows * columns // gguf.GGML_QUANT_SIZES[Storage[name]][0]
+    found = gguf.dequantize(random_blocks(name, count, seed), Storage[name]).std()
+    return random_blocks(name, count, seed, size / found).reshape(rows, -1)
+
+
 def export(
     model: PreTrainedModel,
     path: Path,
@@ -30,10 +54,11 @@ def export(
     *,
     metadata: Mapping[str, Any] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
+    storages: Mapping[str, Storage] | None = None,
     tokenizer: bool = True,
 ) -> Path:
     """Write `model`, its matrices in `storage`; `metadata` are keys to set instead or besides (`...` leaves one out),
-    `extra` are more tensors, stored as they are."""
+    `extra` are more tensors, stored as they are; `storages` gives matrices whose name ends so random blocks."""
     config = model.config
     architecture = ARCHITECTURES[config.model_type]
     keys = {"general.architecture": architecture, "general.name": "tiny"}
@@ -46,7 +71,10 @@ def export(
             add(writer, key, value)
     extra = extra or {}
     for name, value in (tensors_of(model, architecture) | dict(extra)).items():
-        if value.ndim == 2 and storage is not Storage.F32 and name not in extra:
+        random = next((kind for end, kind in (storages or {}).items() if name.endswith(end)), None)
+        if random is not None:
+            writer.add_tensor(name, random_matrix(random.name, *value.shape, seed=len(name)), raw_dtype=random)
+        elif value.ndim == 2 and storage is not Storage.F32 and name not in extra:
             writer.add_tensor(name, gguf.quantize(value, storage), raw_dtype=storage)
         else:
             writer.add_tensor(name, value)

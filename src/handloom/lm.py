@@ -17,15 +17,17 @@ from torch import Tensor
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.checkpoint import open_checkpoint
+from handloom.checkpoint.quantization import held
+from handloom.checkpoint.quantize import Scheme
 from handloom.checkpoint.types import Checkpoint
 from handloom.collect import Collector
 from handloom.decoding.decoder import FinishedEvent, PromptLogprobsEvent, TopLogprobs
 from handloom.decoding.score import ScoreDecoder
 from handloom.engine import Engine
 from handloom.engine.runner import Runner
-from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt, UnsupportedOption
+from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt
 from handloom.live import LiveSequence, logit_lens, restore, step
-from handloom.loading import choose_context, choose_device, choose_dtype, make_pool
+from handloom.loading import choose_context, choose_device, choose_dtype, choose_quantization, make_pool
 from handloom.model.families import read_config
 from handloom.model.hooks import Activations, Function, Hooks, Points
 from handloom.model.loading import Progress, load_transformer
@@ -85,8 +87,12 @@ class LM:
         Args:
             source: a Hub id, a folder, a .gguf file, "repo:file.gguf"; None for the default model.
             device: "auto" (a CUDA GPU if there is one, else the CPU) or a torch device.
-            dtype: "auto" (the checkpoint's own; float32 for quantised GGUF), "float32", "bfloat16" or "float16".
+            dtype: "auto" (the checkpoint's own; float32 where matrices are quantised), "float32", "bfloat16" or
+                "float16": of activations, KV cache and all weights that are not held quantised.
             backend: "auto", or one of `handloom.ops.BACKENDS`.
+            quantize: how matrices are held, see `handloom.checkpoint.quantize.Scheme`: "int8", "int4", "int8:64", …;
+                None: as a quantised GGUF file has them, where the backend computes on such weights and no dtype is
+                asked for; else in dtype.
             max_context: tokens a sequence may have; the model's own by default. Rotary models go past it.
             kv_cache_tokens: tokens the KV cache holds for all sequences together.
             revision, token, cache_dir, local_files_only: as in huggingface_hub.
@@ -97,14 +103,13 @@ class LM:
             ModelNotFound, HubError and its kinds, CheckpointError, UnsafeCheckpoint, ConfigError, UnsupportedModel,
             TokenizerError, OutOfMemory, InvalidParam, UnsupportedOption.
         """
-        if quantize is not None:
-            raise UnsupportedOption(f"quantize={quantize!r} is not available yet; weights are held in `dtype`")
+        scheme = None if quantize is None else Scheme.parse(quantize)
         checkpoint = open_checkpoint(
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         try:
             return cls._from_checkpoint(
-                checkpoint, device, dtype, backend, max_context, kv_cache_tokens, ignore_config_keys, progress
+                checkpoint, device, dtype, backend, scheme, max_context, kv_cache_tokens, ignore_config_keys, progress
             )
         finally:
             checkpoint.close()
@@ -116,16 +121,20 @@ class LM:
         device: str | torch.device,
         dtype: str | torch.dtype,
         backend: str,
+        scheme: Scheme | None,
         max_context: int | None,
         kv_cache_tokens: int | None,
         ignore_config_keys: Iterable[str],
         progress: Progress | None,
     ) -> LM:
         family, spec = read_config(checkpoint.config, f"{checkpoint.name}: config.json", ignore_config_keys)
-        where, what = choose_device(device), choose_dtype(dtype, checkpoint.dtype)
-        context = choose_context(spec, max_context)
+        where, context = choose_device(device), choose_context(spec, max_context)
         ops = choose_backend(where, backend, {layer.mixer.head_dim for layer in spec.layers})
-        transformer = load_transformer(checkpoint, family, spec, ops, dtype=what, device=where, progress=progress)
+        quantize = choose_quantization(scheme, checkpoint, ops, dtype, where)
+        what = choose_dtype(dtype, torch.float32 if quantize else checkpoint.dtype)
+        transformer = load_transformer(
+            checkpoint, family, spec, ops, dtype=what, device=where, quantize=quantize, progress=progress
+        )
         return cls(
             transformer,
             checkpoint.tokenizer(),
@@ -153,7 +162,13 @@ class LM:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of activations, KV cache and the weights that are not quantised."""
         return self.transformer.dtype
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes of weights in memory by how they are held: {"int8": 134529024, "float32": 142848}."""
+        return held(self.transformer.weights.values())
 
     # Text and ids ------------------------------------------------------------------------------
 

@@ -5,12 +5,18 @@ This module does not know how weights are read or what is done with the model.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import psutil
 import torch
 
 from handloom.cache.pages import PagePool
-from handloom.errors import InvalidParam, OutOfMemory
+from handloom.checkpoint.quantization import FORMATS
+from handloom.checkpoint.quantize import Scheme
+from handloom.checkpoint.types import Checkpoint
+from handloom.errors import InvalidParam, OutOfMemory, UnsupportedOption
 from handloom.model.spec import ModelSpec, kv_values_per_token
+from handloom.ops import QUANTIZED, Backend
 
 DTYPES = {
     "float32": torch.float32,
@@ -44,6 +50,22 @@ def choose_dtype(dtype: str | torch.dtype, own: torch.dtype) -> torch.dtype:
         raise InvalidParam(f"dtype {chosen} is not supported; choose 'auto' or one of {', '.join(DTYPES)}")
     assert isinstance(chosen, torch.dtype)
     return chosen
+
+
+def choose_quantization(
+    scheme: Scheme | None, checkpoint: Checkpoint, backend: Backend, dtype: str | torch.dtype, device: torch.device
+) -> Scheme | Literal["keep"] | None:
+    """How matrices are held: by a scheme; as a quantised GGUF file has them ("keep"), if no dtype was asked for and the
+    backend computes on them; else None, in floats. Raises UnsupportedOption for a scheme that does not run there."""
+    if scheme is None:
+        keep = backend.quantized == "computed" and dtype == "auto"
+        return "keep" if keep and any(info.storage in FORMATS for info in checkpoint.tensors.values()) else None
+    if backend.quantized == "no" or device.type != "cpu":
+        raise UnsupportedOption(
+            f"quantize={scheme.name!r} runs on the CPU with backend {' or '.join(map(repr, QUANTIZED))}, and this is "
+            f"{backend.name!r} on {device}; leave quantize out"
+        )
+    return scheme
 
 
 def choose_context(spec: ModelSpec, max_context: int | None) -> int:

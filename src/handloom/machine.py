@@ -16,12 +16,15 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 import torch
 
 from handloom.model.spec import ModelSpec, model_parameters
+
+if TYPE_CHECKING:
+    from handloom.model.transformer import Transformer
 
 MIN_BUFFER_BYTES = 512 << 20
 ROW_VALUES = 4096
@@ -31,10 +34,13 @@ PACKAGES = ("torch", "triton", "transformers", "tokenizers", "huggingface_hub", 
 
 
 class Loaded(Protocol):
-    """Anything with a spec; `handloom.LM` is one."""
+    """A model in memory; `handloom.LM` is one."""
 
     @property
     def spec(self) -> ModelSpec: ...
+
+    @property
+    def transformer(self) -> Transformer: ...
 
 
 # Speed -----------------------------------------------------------------------------------------
@@ -100,13 +106,17 @@ def last_level_cache_bytes() -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
 
 
-def weight_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of weights that one decode step reads at batch 1.
+def weight_bytes_per_token(model: ModelSpec | Loaded, dtype: torch.dtype) -> int:
+    """Bytes of weights that one decode step reads at batch 1: of a loaded model as it holds them, else in dtype.
 
     Every weight once, a tied head included; of the tables that are only looked up (positions, and the
     embedding where the head is untied) one row.
     """
+    spec = model if isinstance(model, ModelSpec) else model.spec
     looked_up = {"positions.weight"} if spec.tied_head else {"positions.weight", "embed.weight"}
+    if not isinstance(model, ModelSpec):
+        weights = model.transformer.weights
+        return sum(w.nbytes // len(w) if name in looked_up else w.nbytes for name, w in weights.items())
     values = sum(
         parameter.shape[1] if name in looked_up else parameter.numel
         for name, parameter in model_parameters(spec).items()
@@ -127,10 +137,11 @@ def kv_bytes_read(spec: ModelSpec, dtype: torch.dtype, context: int) -> int:
 def decode_limit(model: ModelSpec | Loaded, dtype: torch.dtype, bandwidth: float, context: int = 0) -> float:
     """Tokens per second that decoding at batch 1 cannot exceed: bandwidth over the bytes that a token needs.
 
-    dtype: of weights and KV cache; bandwidth: bytes per second; context: tokens already in the cache.
+    dtype: of KV cache, and of weights if they are not loaded; bandwidth: bytes per second; context: tokens already in
+    the cache.
     """
     spec = model if isinstance(model, ModelSpec) else model.spec
-    return bandwidth / (weight_bytes_per_token(spec, dtype) + kv_bytes_read(spec, dtype, context))
+    return bandwidth / (weight_bytes_per_token(model, dtype) + kv_bytes_read(spec, dtype, context))
 
 
 # What there is ---------------------------------------------------------------------------------

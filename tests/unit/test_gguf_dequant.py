@@ -12,14 +12,10 @@ from gguf import GGMLQuantizationType as Storage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gguf_files import random_blocks
 from handloom.checkpoint.gguf_dequant import SUPPORTED, dequantize
 
 NAMES = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K"
-HALVES = {
-    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
-    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
-}  # fmt: skip
-"""Byte positions of the half-precision scales in a block."""
 
 
 def same_as_gguf(storage: Storage, blocks: np.ndarray) -> bool:
@@ -54,10 +50,7 @@ def test_random_bytes_become_the_floats_that_gguf_makes_of_them(name: str, seed:
 def test_blocks_with_ordinary_scales_become_the_floats_that_gguf_makes_of_them(
     name: str, seed: int, count: int
 ) -> None:
-    storage, rng = Storage[name], np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (count, gguf.GGML_QUANT_SIZES[storage][1]), np.uint8)
-    for position in HALVES[name]:
-        blocks[:, position : position + 2] = rng.normal(size=(count, 1)).astype(np.float16).view(np.uint8)
+    storage, blocks = Storage[name], random_blocks(name, count, seed)
     assert np.isfinite(gguf.dequantize(blocks, storage)).all()
     assert same_as_gguf(storage, blocks)
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import PLACEHOLDER, Sequence
 from handloom.checkpoint.json_object import quote
+from handloom.checkpoint.quantization import QuantizedMatrix
 from handloom.checkpoint.safetensors import READABLE, SafetensorsFile
 from handloom.errors import CheckpointError, ContextOverflow
 from handloom.model.transformer import Transformer
@@ -56,7 +57,7 @@ def fingerprint(transformer: Transformer) -> Fingerprint:
     checkpoint, a fine-tune or a merge of one differs somewhere there. An edit made elsewhere on purpose is not seen.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(transformer.weights.items()):
+    for name, weight in _tensors(transformer):
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}\n".encode())
         flat = weight.detach().reshape(-1)
         middle = flat.numel() // 2
@@ -64,6 +65,18 @@ def fingerprint(transformer: Transformer) -> Fingerprint:
         digest.update(_bytes(samples))
     spec = json.dumps(_declared(transformer.spec), sort_keys=True)
     return Fingerprint(hashlib.sha256(spec.encode()).hexdigest(), digest.hexdigest())
+
+
+def _tensors(transformer: Transformer) -> list[tuple[str, Tensor]]:
+    """The model's weights by name, quantised ones by their planes."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in transformer.weights.items():
+        if isinstance(weight, QuantizedMatrix):
+            for i, segment in enumerate(weight.segments):
+                tensors |= {f"{name}.{i}.{segment.format.name}.{plane}": values for plane, values in segment.planes()}
+        else:
+            tensors[name] = weight
+    return sorted(tensors.items())
 
 
 def _declared(value: Any) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from handloom.checkpoint.json_object import quote, read_object
+from handloom.checkpoint.quantization import QuantizedRows
 from handloom.checkpoint.safetensors import READABLE, SafetensorsFile
 from handloom.checkpoint.types import TensorInfo
 from handloom.errors import CheckpointError, ConfigError, UnsafeCheckpoint
@@ -91,6 +92,10 @@ class FolderCheckpoint:
         if name not in self._files:
             raise CheckpointError(f"{self.path}: no tensor {quote(name)}")
         self._files[name].read_into(name, out, transpose=transpose)
+
+    def read_quantized(self, name: str, out: QuantizedRows, *, transpose: bool = False) -> None:
+        """Raises CheckpointError: no .safetensors file holds GGUF's formats."""
+        raise CheckpointError(f"{self.path}: tensor {quote(name)} is not held as {out.format.name}")
 
     def tokenizer(self) -> Tokenizer | None:
         """The folder's tokenizer, or None where it has no tokenizer files; see `Checkpoint.tokenizer`."""

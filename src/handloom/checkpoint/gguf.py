@@ -1,7 +1,8 @@
 """GGUF checkpoints: config, tokenizer and weights out of one file, in the Hub's terms.
 
-Weights are dequantised while they are copied to where they belong, in pieces of about a megabyte, so reading a
-model costs no memory beyond the model. Sharded GGUF files (`split.count` above 1) are refused by name.
+Weights are dequantised, or taken apart into planes, while they are copied to where they belong, in pieces of about a
+megabyte, so reading a model costs no memory beyond the model. Sharded GGUF files (`split.count` above 1) are refused
+by name.
 
 This module does not know what a weight means to a model, or where the file came from.
 """
@@ -12,7 +13,7 @@ import io
 import os
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,10 +22,11 @@ import gguf
 import torch
 
 from handloom.checkpoint.gguf_config import build_config, build_generation_config
-from handloom.checkpoint.gguf_dequant import CHUNK_ELEMENTS, FLOATS, SUPPORTED, dequantize
+from handloom.checkpoint.gguf_dequant import CHUNK_ELEMENTS, FLOATS, SUPPORTED, dequantize, take_apart
 from handloom.checkpoint.gguf_names import Weight, find_weights
 from handloom.checkpoint.gguf_reader import Header, RawTensor, read_header
 from handloom.checkpoint.json_object import quote
+from handloom.checkpoint.quantization import QuantizedRows
 from handloom.checkpoint.types import TensorInfo
 from handloom.errors import CheckpointError
 from handloom.text import gguf_tokenizer
@@ -66,27 +68,41 @@ class GGUFCheckpoint:
 
     def read_into(self, name: str, out: torch.Tensor, *, transpose: bool = False) -> None:
         """As `Checkpoint.read_into` says. Takes some 4 MiB of temporary memory, or four rows' if they are longer."""
-        weight = self._weights.get(name)
-        if weight is None:
-            raise CheckpointError(f"{self.path}: has no weight {quote(name)}")
+        weight = self._weight(name)
         rows = self._rows_of(weight, out.detach(), transpose)
-        row_bytes = weight.raw.nbytes // len(rows)
-        step = min(max(1, CHUNK_ELEMENTS // rows.shape[1]), len(rows))
-        raw = memoryview(bytearray(step * row_bytes))
         in_place = rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.is_contiguous()
         order = _hub_rows(weight, len(rows)) if weight.rotary_heads else None
-        scratch = None if in_place and order is None else torch.empty(step, rows.shape[1])
-        for first in range(0, len(rows), step):
-            count = min(step, len(rows) - first)
-            self._read(raw[: count * row_bytes], weight.raw, first * row_bytes)
+        scratch = None if in_place and order is None else torch.empty(_step(*rows.shape), rows.shape[1])
+        for first, count, raw in self._chunks(weight.raw, *rows.shape):
             piece = rows[first : first + count] if scratch is None else scratch[:count]
-            dequantize(weight.raw.storage, raw[: count * row_bytes], piece)
+            dequantize(weight.raw.storage, raw, piece)
             if weight.offset:
                 piece.add_(weight.offset)
             if order is not None:
                 rows[order[first : first + count].to(rows.device)] = piece.to(rows)
             elif scratch is not None:
                 rows[first : first + count].copy_(piece)
+
+    def read_quantized(self, name: str, out: QuantizedRows, *, transpose: bool = False) -> None:
+        """As `Checkpoint.read_quantized` says. Takes a few MiB of temporary memory."""
+        weight = self._weight(name)
+        held, asked = (weight.raw.shape, weight.raw.storage.name), ((len(out), out.columns), out.format.name)
+        if held != asked or weight.transposed != transpose:
+            raise CheckpointError(
+                f"{self.path}: {quote(name)} has rows of {held}{' transposed' if weight.transposed else ''}; asked to "
+                f"read it into {asked}{' transposed' if transpose else ''}"
+            )
+        order = _hub_rows(weight, len(out)) if weight.rotary_heads else None
+        scratch = QuantizedRows.empty(out.format, _step(len(out), out.columns), out.columns)
+        for first, count, raw in self._chunks(weight.raw, len(out), out.columns):
+            piece = out.narrow(first, count) if order is None else scratch.narrow(0, count)
+            try:
+                take_apart(weight.raw.storage, raw, piece)
+            except CheckpointError as error:
+                where = f"{self.path}: tensor {quote(weight.raw.name)}, rows {first} to {first + count - 1}"
+                raise CheckpointError(f"{where}: {error}") from None
+            if order is not None:
+                out.put(order[first : first + count], piece)
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that the metadata describes; None where there is none (`no_vocab`).
@@ -101,6 +117,22 @@ class GGUFCheckpoint:
     def close(self) -> None:
         """Close the file. Reading afterwards is an error; closing twice is not."""
         self._file.close()
+
+    def _weight(self, name: str) -> Weight:
+        weight = self._weights.get(name)
+        if weight is None:
+            raise CheckpointError(f"{self.path}: has no weight {quote(name)}")
+        return weight
+
+    def _chunks(self, raw: RawTensor, rows: int, columns: int) -> Iterator[tuple[int, int, memoryview]]:
+        """The tensor's bytes in pieces of whole rows: first row, number of rows, bytes (overwritten by the next)."""
+        row_bytes, step = raw.nbytes // rows, _step(rows, columns)
+        buffer = memoryview(bytearray(step * row_bytes))
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            piece = buffer[: count * row_bytes]
+            self._read(piece, raw, first * row_bytes)
+            yield first, count, piece
 
     def _rows_of(self, weight: Weight, out: torch.Tensor, transpose: bool) -> torch.Tensor:
         """`out` as a matrix whose rows are the file's (for llama's q and k: in another order)."""
@@ -171,6 +203,11 @@ def _main_dtype(header: Header) -> torch.dtype:
             return torch.float32
         counts[FLOATS[raw.storage]] += raw.nbytes // FLOATS[raw.storage].itemsize
     return counts.most_common(1)[0][0] if counts else torch.float32
+
+
+def _step(rows: int, columns: int) -> int:
+    """How many rows are read at once."""
+    return min(max(1, CHUNK_ELEMENTS // columns), rows)
 
 
 def _hub_rows(weight: Weight, num_rows: int) -> torch.Tensor:

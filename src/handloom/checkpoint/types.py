@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from handloom.checkpoint.quantization import QuantizedRows
     from handloom.text.tokenizer import Tokenizer
 
 
@@ -66,6 +67,15 @@ class Checkpoint(Protocol):
 
         Raises:
             CheckpointError: no such weight, another shape, or a storage that cannot be read.
+        """
+
+    def read_quantized(self, name: str, out: QuantizedRows, *, transpose: bool = False) -> None:
+        """Copy a weight that the file holds in one of `quantization.FORMATS` into `out`, as it is. Safe in threads.
+
+        transpose: as for read_into; the file must hold the rows of the result, since they are what is quantised.
+
+        Raises:
+            CheckpointError: no such weight, another shape or format, or a scale that is NaN or infinite.
         """
 
     def tokenizer(self) -> Tokenizer | None:

@@ -48,6 +48,7 @@ def speed(
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     backend: common.BackendName = "auto",
+    quantize: common.Quantize = None,
     max_context: common.MaxContext = None,
     revision: common.Revision = None,
 ) -> None:
@@ -63,7 +64,13 @@ def speed(
         torch.set_num_threads(threads)
     busy = machine.is_busy()
     wanted = common.ModelOptions(
-        model=model, device=device, dtype=dtype, backend=backend, max_context=max_context, revision=revision
+        model=model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        quantize=quantize,
+        max_context=max_context,
+        revision=revision,
     )
     started = time.perf_counter()
     lm = common.load_model(wanted, quiet=quiet)

@@ -50,6 +50,7 @@ def chat(
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     backend: common.BackendName = "auto",
+    quantize: common.Quantize = None,
     max_context: common.MaxContext = None,
     revision: common.Revision = None,
 ) -> None:
@@ -64,7 +65,13 @@ def chat(
         seed=seed,
     )
     wanted = common.ModelOptions(
-        model=model, device=device, dtype=dtype, backend=backend, max_context=max_context, revision=revision
+        model=model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        quantize=quantize,
+        max_context=max_context,
+        revision=revision,
     )
     lm = common.load_model(wanted, quiet=quiet)
     from handloom.conversation import Conversation

@@ -44,6 +44,15 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_h
 Dtype = Annotated[
     str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.", rich_help_panel="Model")
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="Hold matrices as int8, int4, int8:64, int4-sym:32, … (bits, zero points or not, columns per scale). "
+        "Default: as the file has them.",
+        rich_help_panel="Model",
+        show_default=False,
+    ),
+]
 BackendName = Annotated[str, typer.Option("--backend", help="What computes the model.", rich_help_panel="Model")]
 MaxContext = Annotated[
     int | None, typer.Option(help="Tokens a sequence may have; default: the model's own.", rich_help_panel="Model")
@@ -248,6 +257,7 @@ class ModelOptions:
     device: str = "auto"
     dtype: str = "auto"
     backend: str = "auto"
+    quantize: str | None = None
     max_context: int | None = None
     kv_cache_tokens: int | None = None
     revision: str | None = None
@@ -268,14 +278,15 @@ def load_model(options: ModelOptions, *, quiet: bool = False) -> LM:
             device=options.device,
             dtype=options.dtype,
             backend=options.backend,
+            quantize=options.quantize,
             max_context=options.max_context,
             kv_cache_tokens=options.kv_cache_tokens,
             revision=options.revision,
             progress=progress,
         )
-    dtype = str(lm.dtype).removeprefix("torch.")
+    held = ", ".join(f"{size(nbytes)} {name}" for name, nbytes in lm.held.items())
     say(f"model: {lm.origin}", quiet)
-    say(f"{dtype} on {lm.device}, {lm.backend.name} backend, ready in {time.perf_counter() - started:.1f} s", quiet)
+    say(f"{held} on {lm.device}, {lm.backend.name} backend, ready in {time.perf_counter() - started:.1f} s", quiet)
     return lm
 
 

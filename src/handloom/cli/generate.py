@@ -53,6 +53,7 @@ def generate(
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     backend: common.BackendName = "auto",
+    quantize: common.Quantize = None,
     max_context: common.MaxContext = None,
     revision: common.Revision = None,
 ) -> None:
@@ -82,7 +83,13 @@ def generate(
         logprobs=logprobs,
     )
     wanted = common.ModelOptions(
-        model=model, device=device, dtype=dtype, backend=backend, max_context=max_context, revision=revision
+        model=model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        quantize=quantize,
+        max_context=max_context,
+        revision=revision,
     )
     lm = common.load_model(wanted, quiet=quiet)
     ids = _chat_ids(lm, prompt, system) if chat else lm.encode(prompt).token_ids

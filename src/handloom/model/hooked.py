@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from handloom.checkpoint.quantization import dense
 from handloom.model.batch import ForwardBatch
 from handloom.model.hooks import PATTERN, Span, StepHooks
 from handloom.model.spec import AttentionSpec
@@ -49,7 +50,7 @@ class HookedBlock:
         widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
 
         def projected(span: Span, part: int) -> Tensor:
-            qkv = F.linear(normalize(hidden[span.rows], layer.attn_norm), layer.qkv, layer.qkv_bias)
+            qkv = F.linear(normalize(hidden[span.rows], layer.attn_norm), dense(layer.qkv), layer.qkv_bias)
             own: Tensor = qkv.split(widths, dim=-1)[part]
             return own.reshape(len(own), -1, head_dim)
 
@@ -157,7 +158,7 @@ def hooked_head(model: Transformer, hooks: StepHooks, batch: ForwardBatch, hidde
 
     def replace(span: Span, new: Tensor) -> None:
         inside = (batch.logits_rows >= span.rows.start) & (batch.logits_rows < span.rows.stop)
-        own = F.linear(new[batch.logits_rows[inside] - span.rows.start], model.head)
+        own = F.linear(new[batch.logits_rows[inside] - span.rows.start], dense(model.head))
         cap = model.spec.logits_softcap
         logits[inside] = (own if cap is None else cap * torch.tanh(own / cap)).float()
 

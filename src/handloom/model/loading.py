@@ -3,6 +3,9 @@
 Weights that the forward pass holds stacked (q, k, v; gate, up) are read part by part into views of one
 tensor. Whatever the checkpoint lacks, has too much of, or has in another shape is an error that names it.
 
+Matrices may be held quantised (see `handloom.checkpoint.quantization`): as the checkpoint has them, or made from its
+floats one tensor at a time, the largest first, so that the floats on the way seldom exceed what is held in the end.
+
 This module does not know file formats or how config.json is written.
 """
 
@@ -12,13 +15,17 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
+from typing import Literal, cast
 
 import psutil
 import torch
 from torch import Tensor
 
+from handloom.checkpoint.quantization import FORMATS, Format, QuantizedMatrix, QuantizedRows
+from handloom.checkpoint.quantize import GROUPS, Scheme, quantize_rows
 from handloom.checkpoint.types import Checkpoint
-from handloom.errors import CheckpointError, OutOfMemory
+from handloom.errors import CheckpointError, InvalidParam, OutOfMemory
 from handloom.model.families.family import Family, Source
 from handloom.model.spec import ModelSpec, Parameter, model_parameters
 from handloom.model.transformer import Transformer
@@ -36,12 +43,15 @@ def load_transformer(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    quantize: Scheme | Literal["keep"] | None = None,
     progress: Progress | None = None,
 ) -> Transformer:
     """Read all weights of a checkpoint in `dtype` onto `device`.
 
-    progress(bytes read so far, bytes in all) is called after each weight. Raises CheckpointError for
-    missing, unexpected or misshapen tensors, OutOfMemory if the weights cannot fit.
+    quantize: how matrices (but the positions') are held instead, where their numbers come from whatever the checkpoint
+    has; "keep": those that it has in `quantization.FORMATS` as they are. progress(bytes read so far, bytes in all) is
+    called after each weight. Raises CheckpointError for missing, unexpected or misshapen tensors and weights that
+    cannot be quantised, InvalidParam for a group that does not divide the rows, OutOfMemory if the weights cannot fit.
     """
     prefix = _prefix(checkpoint, family)
     spec = _settle_head(checkpoint, spec, prefix, family)
@@ -49,21 +59,26 @@ def load_transformer(
     parameters = model_parameters(spec)
     _check_names(checkpoint, family, sources)
     _check_shapes(checkpoint, sources, parameters)
-    _check_memory(checkpoint, parameters, dtype, device)
-    weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in parameters.items()}
+    formats = {name: _formats(checkpoint, name, sources[name], p, quantize) for name, p in parameters.items()}
+    _check_memory(checkpoint, parameters, formats, dtype, device)
+    weights = {name: _empty(p, formats[name], dtype, device) for name, p in parameters.items()}
     total = sum(weight.nbytes for weight in weights.values())
     done = 0
 
     def read(name: str) -> int:
-        _read(checkpoint, sources[name], parameters[name], weights[name])
-        return weights[name].nbytes
+        weight = weights[name]
+        if isinstance(weight, QuantizedMatrix):
+            _read_quantized(checkpoint, sources[name], parameters[name], weight, keep=quantize == "keep")
+        else:
+            _read(checkpoint, sources[name], parameters[name], weight)
+        return weight.nbytes
 
     with ThreadPoolExecutor(READERS) as pool:
         for nbytes in pool.map(read, sorted(weights, key=lambda n: -weights[n].nbytes)):
             done += nbytes
             if progress is not None:
                 progress(done, total)
-    return Transformer(spec, weights, backend)
+    return Transformer(spec, cast(dict[str, Tensor], weights), backend)
 
 
 def _prefix(checkpoint: Checkpoint, family: Family) -> str:
@@ -135,7 +150,11 @@ def _check_shapes(checkpoint: Checkpoint, sources: dict[str, Source], parameters
 
 def _rows(source: Source, parameter: Parameter) -> tuple[int, ...]:
     """How many rows of our weight each of its tensors fills."""
-    return parameter.parts if len(source.names) > 1 else parameter.shape[:1]
+    return _parts(parameter, len(source.names))
+
+
+def _parts(parameter: Parameter, count: int) -> tuple[int, ...]:
+    return parameter.parts if count > 1 else parameter.shape[:1]
 
 
 def _list(names: list[str]) -> str:
@@ -144,14 +163,18 @@ def _list(names: list[str]) -> str:
 
 
 def _check_memory(
-    checkpoint: Checkpoint, parameters: dict[str, Parameter], dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    parameters: dict[str, Parameter],
+    formats: dict[str, tuple[Format, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    needed = sum(p.numel for p in parameters.values()) * dtype.itemsize
+    needed = sum(_nbytes(p, formats[name], dtype) for name, p in parameters.items())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise OutOfMemory(
-            f"{checkpoint.name}: the weights take {needed / 2**30:.2f} GiB in {dtype}, and {free / 2**30:.2f} GiB are "
-            f"free on {device}; use a smaller dtype or another device"
+            f"{checkpoint.name}: the weights take {needed / 2**30:.2f} GiB (floats in {dtype}), and {free / 2**30:.2f} "
+            f"GiB are free on {device}; use a smaller dtype, quantize, or another device"
         )
 
 
@@ -159,3 +182,70 @@ def _read(checkpoint: Checkpoint, source: Source, parameter: Parameter, weight: 
     """Fill one weight from its one or several tensors."""
     for name, part in zip(source.names, weight.split(_rows(source, parameter)), strict=True):
         checkpoint.read_into(name, part, transpose=source.transpose)
+
+
+# Quantised matrices ----------------------------------------------------------------------------
+
+
+def _formats(
+    checkpoint: Checkpoint,
+    name: str,
+    source: Source,
+    parameter: Parameter,
+    quantize: Scheme | Literal["keep"] | None,
+) -> tuple[Format, ...]:
+    """The format of each part of a weight; none where it is held in floats.
+
+    A stacked weight is kept as the checkpoint has it only if all of its parts can be. Raises InvalidParam.
+    """
+    if quantize is None or len(parameter.shape) != 2 or name == "positions.weight":
+        return ()
+    if quantize == "keep":
+        storages = [checkpoint.tensors[part].storage for part in source.names]
+        return tuple(FORMATS[storage] for storage in storages) if FORMATS.keys() >= set(storages) else ()
+    scheme = quantize.outer if name in ("embed.weight", "head.weight") else quantize
+    format, columns = scheme.format, parameter.shape[1]
+    if columns % format.multiple:
+        fitting = [group for group in GROUPS if columns % group == 0]
+        raise InvalidParam(
+            f"quantize is {quantize.name!r}, but rows of {name} have {columns} columns, not a multiple of "
+            f"{format.multiple}; " + (f"use a group of {fitting}" if fitting else "'int8' takes rows of any length")
+        )
+    return (format,) * len(source.names)
+
+
+def _nbytes(parameter: Parameter, formats: tuple[Format, ...], dtype: torch.dtype) -> int:
+    if not formats:
+        return parameter.numel * dtype.itemsize
+    rows = _parts(parameter, len(formats))
+    return sum(format.nbytes(count, parameter.shape[1]) for format, count in zip(formats, rows, strict=True))
+
+
+def _empty(
+    parameter: Parameter, formats: tuple[Format, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor | QuantizedMatrix:
+    """Memory for a weight; neighbours of one format become one segment."""
+    if not formats:
+        return torch.empty(parameter.shape, dtype=dtype, device=device)
+    parts = zip(formats, _parts(parameter, len(formats)), strict=True)
+    segments = [
+        QuantizedRows.empty(format, sum(count for _, count in same), parameter.shape[1])
+        for format, same in groupby(parts, key=lambda part: part[0])
+    ]
+    return QuantizedMatrix(segments, dtype)
+
+
+def _read_quantized(
+    checkpoint: Checkpoint, source: Source, parameter: Parameter, weight: QuantizedMatrix, *, keep: bool
+) -> None:
+    """Fill one quantised weight from its one or several tensors."""
+    for name, part in zip(source.names, weight.split(_rows(source, parameter)), strict=True):
+        if keep:
+            checkpoint.read_quantized(name, part, transpose=source.transpose)
+            continue
+        values = torch.empty(len(part), part.columns, dtype=checkpoint.dtype)
+        checkpoint.read_into(name, values, transpose=source.transpose)
+        try:
+            quantize_rows(values, part)
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.name}: tensor {name} {error}") from None

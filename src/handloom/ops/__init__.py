@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from handloom_kernels import reference
 from handloom_kernels.checks import INTERPRETED
 from handloom_kernels.reference import Norm, Rotary, normalize, rotate
 
-__all__ = ["BACKENDS", "Backend", "Norm", "Ops", "Rotary", "choose_backend", "normalize", "rotate"]
+__all__ = ["BACKENDS", "QUANTIZED", "Backend", "Norm", "Ops", "Rotary", "choose_backend", "normalize", "rotate"]
 
 
 class Ops(Protocol):
@@ -81,6 +81,11 @@ class Backend:
     ops: Ops
     reason: str
 
+    @property
+    def quantized(self) -> Literal["computed", "expanded", "no"]:
+        """What it does with quantised matrices; see QUANTIZED."""
+        return QUANTIZED.get(self.name, "no")
+
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
 
@@ -91,6 +96,10 @@ BACKENDS = {
     "torch": "PyTorch's own fused operators and BLAS",
     "triton": "the fused Triton kernels of handloom_kernels",
 }
+
+
+QUANTIZED: dict[str, Literal["computed", "expanded"]] = {"torch": "expanded"}
+"""Backends that take quantised matrices: they compute on them, or make them floats at each use, which is slow."""
 
 
 def choose_backend(device: torch.device, name: str = "auto", head_dims: Collection[int] = ()) -> Backend:
