@@ -93,37 +93,29 @@ def store_split(split_sums, split_accs, at, inside, top, total, acc, V_HEAD_DIM:
 
 @triton.jit
 def fold_splits(
-    split_sums,
-    split_accs,
-    lead,
-    rows,
-    inside,
-    rows_per_split,
-    first_split,
-    num_splits,
-    V_HEAD_DIM: tl.constexpr,
-    DV: tl.constexpr,
-    FOLD_SPLITS: tl.constexpr,
-):
+    split_sums, split_accs, lead, rows, rows_per_split, first_split, num_splits, V_HEAD_DIM: tl.constexpr,
+    DV: tl.constexpr, FOLD_SPLITS: tl.constexpr,
+):  # fmt: skip
     """Make one triple of those of num_splits splits; `lead`: where row 0 of the first split lies.
 
-    FOLD_SPLITS are read at once, in groups that begin at multiples of it, so that a split has one place in the sum."""
+    FOLD_SPLITS are read at once, in groups that begin at multiples of it, so that a split has one place in the sum.
+    Before the first and after the last split one of these two is read again, and counts as one over no key."""
     top = tl.full((rows.shape[0],), LOWEST, tl.float32)
     total = tl.zeros((rows.shape[0],), tl.float32)
     acc = tl.zeros((rows.shape[0], DV), tl.float32)
     columns = tl.arange(0, DV)
     for start in range(first_split // FOLD_SPLITS * FOLD_SPLITS, first_split + num_splits, FOLD_SPLITS):
         nth = start - first_split + tl.arange(0, FOLD_SPLITS)
-        there = ((nth >= 0) & (nth < num_splits))[:, None] & inside[None, :]
-        base = lead + tl.cast(start - first_split, tl.int64) * rows_per_split
-        at = tl.arange(0, FOLD_SPLITS)[:, None] * rows_per_split + rows[None, :]
-        tops = tl.load(split_sums + 2 * (base + at), mask=there, other=LOWEST)
-        totals = tl.load(split_sums + 2 * (base + at) + 1, mask=there, other=0.0)
-        at = at[:, :, None] * V_HEAD_DIM + columns[None, None, :]
-        mask = there[:, :, None]
-        if DV > V_HEAD_DIM:
-            mask = mask & (columns < V_HEAD_DIM)[None, None, :]
-        accs = tl.load(split_accs + base * V_HEAD_DIM + at, mask=mask, other=0.0)
+        there = (nth >= 0) & (nth < num_splits)
+        nth = tl.minimum(tl.maximum(nth, 0), num_splits - 1).to(tl.int64)
+        at = lead + nth[:, None] * rows_per_split + rows[None, :]
+        tops = tl.where(there[:, None], tl.load(split_sums + 2 * at), LOWEST)
+        totals = tl.load(split_sums + 2 * at + 1)
+        accs_at = split_accs + at[:, :, None] * V_HEAD_DIM + columns[None, None, :]
+        if DV == V_HEAD_DIM:
+            accs = tl.load(accs_at)
+        else:
+            accs = tl.load(accs_at, mask=(columns < V_HEAD_DIM)[None, None, :], other=0.0)
         raised = tl.maximum(top, tl.max(tops, axis=0))
         weights = tl.exp2(tops - raised[None, :])
         fade = tl.exp2(top - raised)
@@ -140,6 +132,7 @@ def is_last(ticket, count):
     drawn = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
     last = drawn == count - 1
     if last:
+        tl.debug_barrier()
         tl.store(ticket, 0)
     return last
 

@@ -156,8 +156,9 @@ def fold_and_write(
     """The rows row .. row + FOLD_ROWS of a sequence and KV head, once all of its splits lie in the workspace."""
     rows = row + tl.arange(0, FOLD_ROWS)
     inside = rows < row_end
+    rows = tl.minimum(rows, row_end - 1)
     top, total, acc = fold_splits(
-        split_sums, split_accs, lead, rows, inside, rows_per_split, first_split, num_splits, V_HEAD_DIM, DV, FOLD_SPLITS
+        split_sums, split_accs, lead, rows, rows_per_split, first_split, num_splits, V_HEAD_DIM, DV, FOLD_SPLITS
     )
     heads = kv_head * GROUP + rows % GROUP
     at = (first_token + rows // GROUP) * (NUM_KV_HEADS * GROUP) + heads
@@ -165,14 +166,19 @@ def fold_and_write(
 
 
 @triton.jit
-def list_splits(cu_seqlens, context_lens, num_sequences, window, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Where each sequence's splits end in the list of all [BLOCK_S]; a sequence without queries has none."""
+def list_splits(
+    cu_seqlens, context_lens, num_sequences, max_query_len, window, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Where each sequence's splits, times its tiles of rows, end in the list of all [BLOCK_S]; a sequence without
+    queries, or with more than max_query_len, has none."""
     s = tl.arange(0, BLOCK_S)
     inside = s < num_sequences
     count = tl.load(cu_seqlens + s + 1, mask=inside, other=0) - tl.load(cu_seqlens + s, mask=inside, other=0)
     length = tl.load(context_lens + s, mask=inside, other=0)
     splits = tl.maximum(tl.cdiv(length, SPLIT) - first_seen(length, count, window) // SPLIT, 1)
-    return tl.cumsum(tl.where(count > 0, splits, 0).to(tl.int32), axis=0)
+    tiles = tl.cdiv(count * GROUP, BLOCK_M)
+    return tl.cumsum(tl.where(count <= max_query_len, splits * tiles, 0).to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -184,24 +190,25 @@ def first_seen(length, count, window):
     return first
 
 
-@triton.jit(do_not_specialize=["num_sequences", "max_splits", "max_rows"])
+@triton.jit(do_not_specialize=["num_sequences", "max_splits", "max_query_len"])
 def _decode_kernel(
     q, k_pages, v_pages, page_table, cu_seqlens, context_lens, sinks, alibi_slopes, k_scales, v_scales, out, lse,
-    split_sums, split_accs, tickets, num_sequences, max_splits, max_rows, q_stride, q_head_stride, k_page_stride,
+    split_sums, split_accs, tickets, num_sequences, max_splits, max_query_len, q_stride, q_head_stride, k_page_stride,
     k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride, table_stride, scale, window, softcap,
-    GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, TILES: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr,
     V_IN_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     FOLD_SPLITS: tl.constexpr, FOLD_ROWS: tl.constexpr,
 ):  # fmt: skip
-    ends = list_splits(cu_seqlens, context_lens, num_sequences, window, SPLIT, BLOCK_S)
-    work = tl.max(ends, axis=0) * (NUM_KV_HEADS * TILES)
+    ends = list_splits(
+        cu_seqlens, context_lens, num_sequences, max_query_len, window, GROUP, SPLIT, BLOCK_S, BLOCK_M
+    )
+    work = tl.max(ends, axis=0) * NUM_KV_HEADS
     # what is the same for all entries is computed for each: kept in registers, it would leave too few for the keys
     for entry in tl.range(tl.program_id(0), work, tl.num_programs(0), disable_licm=True):
-        # whose split this is: tiles of rows are neighbours in the list, then KV heads, splits, sequences
-        tile = entry % TILES
-        kv_head = tl.cast(entry // TILES % NUM_KV_HEADS, tl.int64)
-        listed = entry // (NUM_KV_HEADS * TILES)
+        # whose split this is: KV heads are neighbours in the list, then tiles of rows, splits, sequences
+        kv_head = tl.cast(entry % NUM_KV_HEADS, tl.int64)
+        listed = entry // NUM_KV_HEADS
         s = tl.sum((ends <= listed).to(tl.int64), axis=0)
         first_token = tl.load(cu_seqlens + s).to(tl.int64)
         count = (tl.load(cu_seqlens + s + 1) - first_token).to(tl.int32)
@@ -209,7 +216,10 @@ def _decode_kernel(
         first = first_seen(length, count, window)
         first_split = first // SPLIT
         num_splits = tl.maximum(tl.cdiv(length, SPLIT) - first_split, 1)
+        tiles = tl.cdiv(count * GROUP, BLOCK_M)
         nth = listed - tl.max(tl.where(ends <= listed, ends, 0), axis=0)
+        tile = nth % tiles
+        nth = nth // tiles
         split = first_split + nth
 
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -237,11 +247,12 @@ def _decode_kernel(
         if tickets is None or num_splits == 1:
             write_rows(out, lse, sinks, top, total, acc, at, heads, inside, V_HEAD_DIM)
         else:
+            max_rows = max_query_len * GROUP
             rows_per_split = NUM_KV_HEADS * max_rows
             lead = s * max_splits * rows_per_split + kv_head * max_rows
             own = lead + nth * rows_per_split + rows
             store_split(split_sums, split_accs, own, inside, top, total, acc, V_HEAD_DIM)
-            if is_last(tickets + (s * NUM_KV_HEADS + kv_head) * TILES + tile, num_splits):
+            if is_last(tickets + (s * NUM_KV_HEADS + kv_head) * tl.cdiv(max_rows, BLOCK_M) + tile, num_splits):
                 row_end = tl.minimum((tile + 1) * BLOCK_M, count * GROUP)
                 for row in range(tile * BLOCK_M, row_end, FOLD_ROWS):
                     fold_and_write(
@@ -317,10 +328,10 @@ def decode_attention(
     work = num_sequences * max_splits * num_kv_heads * tiles
     _decode_kernel[(min(work, processors(device) * programs),)](
         q, k_pages, v_pages, page_table, cu_seqlens, context_lens, sinks, alibi_slopes, k_scales, v_scales, out, lse,
-        sums, accs, tickets, num_sequences, max_splits, group * max_query_len, *q.stride()[:2], *k_pages.stride()[:3],
+        sums, accs, tickets, num_sequences, max_splits, max_query_len, *q.stride()[:2], *k_pages.stride()[:3],
         *(v_pages.stride()[:3] if v_pages.stride() != k_pages.stride() else (None, None, None)),
         page_table.stride(0), scale, window, softcap, GROUP=group, NUM_KV_HEADS=num_kv_heads,
-        TILES=tiles, PAGE_SIZE=k_pages.shape[1],
+        PAGE_SIZE=k_pages.shape[1],
         BLOCK_S=1 if num_sequences == 1 else max(64, triton.next_power_of_2(num_sequences)),
         **tile_widths(k_pages, v_pages), **chosen,
     )  # fmt: skip

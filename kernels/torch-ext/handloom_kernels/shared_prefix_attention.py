@@ -156,10 +156,8 @@ def _join_kernel(
     """Fold the splits of ROWS rows (of a token and head), and join them with attention over the rows' own keys."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
-    stride = tl.cast(num_rows, tl.int64)
-    top, total, acc = fold_splits(
-        split_sums, split_accs, 0, rows, inside, stride, 0, num_splits, V_HEAD_DIM, DV, FOLD_SPLITS
-    )
+    rows = tl.minimum(rows, num_rows - 1)
+    top, total, acc = fold_splits(split_sums, split_accs, 0, rows, num_rows, 0, num_splits, V_HEAD_DIM, DV, FOLD_SPLITS)
     own_top = tl.load(own_lse + rows, mask=inside, other=0.0) * LOG2_E
     own_acc = load_columns(own, rows * V_HEAD_DIM, inside, 0, DV, V_HEAD_DIM).to(tl.float32)
     raised = tl.maximum(top, own_top)
