@@ -42,6 +42,10 @@ class Target(NamedTuple):
     gpu: GPUTarget
     shared: int
 
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        return divmod(self.gpu.arch, 10) if self.gpu.backend == "cuda" else None
+
 
 TARGETS = {
     "sm_80": Target("an untuned card", GPUTarget("cuda", 80, 32), 101_376),
@@ -95,6 +99,7 @@ def launches_of(case: Case, target: Target) -> list[Launch]:
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(tuning, "device_name", lambda device: target.device_name),
         mock.patch.object(tuning, "is_hip", lambda: target.gpu.backend == "hip"),
+        mock.patch.object(tuning, "capability", lambda device: target.capability),
     ):
         case.call()
     return found

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,13 @@ from ahead_of_time import Case
 from handloom_kernels import decode_attention as kernels
 
 BF16 = torch.bfloat16
-NOT_SM_80 = ("sm_90", "sm_100", "gfx942")
-# tensor cores; keys and values on their way to shared memory 16 bytes at a time while earlier ones are multiplied
-PTX = {"cuda": r"(?s)cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10(?=.*mma\.sync)"}
+# keys and values go to shared memory 16 bytes at a time, and when a product begins later ones are still on their way
+COPY = r"cp\.async\.cg\.shared\.global \[ %r\d+ \+ \d+ \], \[ %rd\d+ \+ \d+ \], 0x10[,;]"
+SOME_PENDING = r"cp\.async\.wait_group\s+[1-9]\d*;"
+MMA = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.{0}\.{0}\.f32 "
+PTX, FP16 = (
+    {"cuda": rf"(?s){COPY}.*{SOME_PENDING}.*{MMA.format(dtype)}.*{MMA.format(dtype)}"} for dtype in ("bf16", "f16")
+)
 
 
 def run(
@@ -23,7 +28,7 @@ def run(
     dtype: torch.dtype = BF16,
     pages: torch.dtype | None = None,
     page_size: int = 16,
-    batch: int = 4,
+    batch: int,
     queries: int = 1,
     sinks: bool = False,
     alibi: bool = False,
@@ -55,20 +60,29 @@ def run(
 
 
 def cases() -> Iterator[Case]:
-    yield Case("llama 3.1 8b", lambda: run(32, 8, 128), PTX)
-    yield Case("llama 3.1 8b, 8 queries, log-sum-exp", lambda: run(32, 8, 128, queries=8, return_lse=True), PTX)
-    yield Case("llama 3.1 8b, one page a sequence", lambda: run(32, 8, 128, page_size=8192), PTX)
-    yield Case("llama 3.1 8b, 256 sequences", lambda: run(32, 8, 128, batch=256), PTX)
-    yield Case("qwen3 0.6b, alone", lambda: run(16, 8, 128, batch=1), PTX)
-    yield Case("gemma 3, window", lambda: run(8, 4, 256, window=512), PTX)
-    yield Case("gemma 2, soft-cap", lambda: run(16, 8, 256, softcap=50.0), PTX)
-    yield Case("gpt oss, sinks", lambda: run(64, 8, 64, sinks=True, window=128), PTX)
-    yield Case("gpt 2, float16", lambda: run(12, 12, 64, dtype=torch.float16), PTX)
-    yield Case("gpt 2, float32", lambda: run(12, 12, 64, dtype=torch.float32))
-    yield Case("phi 3 mini", lambda: run(32, 32, 96), PTX)
-    yield Case("bloom, ALiBi", lambda: run(32, 32, 128, alibi=True), PTX)
-    yield Case("latent, 128 heads", lambda: run(128, 1, 576, 512))
-    yield Case("latent, 16 heads", lambda: run(16, 1, 576, 512))
-    yield Case("int8 pages", lambda: run(32, 8, 128, pages=torch.int8), PTX)
-    yield Case("fp8 pages", lambda: run(32, 8, 128, pages=torch.float8_e4m3fn), PTX, ("sm_90", "sm_100"))
-    yield Case("fp8 pages, AMD", lambda: run(32, 8, 128, pages=torch.float8_e4m3fnuz), targets=("gfx942",))
+    """Each for one sequence and for 256: the list of splits is made for 1, or for up to 64, 128, 256, ... sequences, and
+    takes more registers the longer it is."""
+    for batch in (1, 256):
+        yield from cases_of(batch, f"{batch} x ")
+
+
+def cases_of(batch: int, of: str) -> Iterator[Case]:
+    def call(*heads: int, **options: Any) -> Callable[[], None]:
+        return partial(run, *heads, batch=batch, **options)
+
+    yield Case(of + "llama 3.1 8b", call(32, 8, 128), PTX)
+    yield Case(of + "llama 3.1 8b, 8 queries, log-sum-exp", call(32, 8, 128, queries=8, return_lse=True), PTX)
+    yield Case(of + "llama 3.1 8b, one page a sequence", call(32, 8, 128, page_size=8192), PTX)
+    yield Case(of + "qwen3 0.6b", call(16, 8, 128), PTX)
+    yield Case(of + "gemma 3, window", call(8, 4, 256, window=512), PTX)
+    yield Case(of + "gemma 2, soft-cap", call(16, 8, 256, softcap=50.0), PTX)
+    yield Case(of + "gpt oss, sinks", call(64, 8, 64, sinks=True, window=128), PTX)
+    yield Case(of + "gpt 2, float16", call(12, 12, 64, dtype=torch.float16), FP16)
+    yield Case(of + "gpt 2, float32", call(12, 12, 64, dtype=torch.float32))
+    yield Case(of + "phi 3 mini", call(32, 32, 96), PTX)
+    yield Case(of + "bloom, ALiBi", call(32, 32, 128, alibi=True), PTX)
+    yield Case(of + "latent, 128 heads", call(128, 1, 576, 512), PTX)
+    yield Case(of + "latent, 16 heads", call(16, 1, 576, 512), PTX)
+    yield Case(of + "int8 pages", call(32, 8, 128, pages=torch.int8), PTX)
+    yield Case(of + "fp8 pages", call(32, 8, 128, pages=torch.float8_e4m3fn), PTX, ("sm_90", "sm_100"))
+    yield Case(of + "fp8 pages, AMD", call(32, 8, 128, pages=torch.float8_e4m3fnuz), targets=("gfx942",))

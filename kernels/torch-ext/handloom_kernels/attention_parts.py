@@ -17,26 +17,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import FLOATS, check, require
+from .checks import FLOATS, INTS, check, check_codes, check_device, require
+from .reference.pages import QUANTISED
+from .tiles import LOG2_E
 
-CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Where top starts: below every score, yet a number, so that exp(-inf - top) is 0 and exp(top - top) is 1.
 LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def tanh(x):
-    """To float32's precision; near 0, where 1 - exp cancels, by the polynomial of Cephes' tanhf (Moshier 1992)."""
-    square = x * x
-    small = -5.70498872745e-3 * square + 2.06390887954e-2
-    small = small * square - 5.37397155531e-2
-    small = small * square + 1.33314422036e-1
-    small = small * square - 3.33332819422e-1
-    small = small * square * x + x
-    large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2 * LOG2_E)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+def page_of(page_ids, start, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page ids of the keys start .. start + BLOCK_N: one for all where a tile never leaves its page, else one per
+    key. Only those of pages with keys that are read are looked up."""
+    if PAGE_SIZE % BLOCK_N == 0:
+        page = tl.load(page_ids + start // PAGE_SIZE, mask=start < end, other=0)
+    else:
+        keys = start + tl.arange(0, BLOCK_N)
+        page = tl.load(page_ids + keys // PAGE_SIZE, mask=(keys >= first) & (keys < end), other=0)
+    return page.to(tl.int32)
 
 
 @triton.jit
@@ -125,36 +124,21 @@ def fold_splits(
     return top, total, acc
 
 
-@triton.jit
-def is_last(ticket, count):
-    """Draw a ticket, after all threads' stores; the last of `count` puts it back to 0 and sees everyone's stores."""
-    tl.debug_barrier()
-    drawn = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
-    last = drawn == count - 1
-    if last:
-        tl.debug_barrier()
-        tl.store(ticket, 0)
-    return last
-
-
 def check_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    k_scales: Tensor | None,
-    v_scales: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    device: torch.device,
-) -> None:
-    """Raise KernelError unless these fit each other."""
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor,
+    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
+    k_scales: Tensor | None, v_scales: Tensor | None,
+) -> torch.device:  # fmt: skip
+    """The device of these, if they fit each other as `reference.paged_attention` says. Raises KernelError."""
+    device = check_device("q", q)
     check("q", q, (None, None, None), FLOATS, device, strided=True)
     num_heads, head_dim = q.shape[1:]
     quantised = k_scales is not None
     require(quantised == (v_scales is not None), "k_scales and v_scales are given together or not at all")
-    dtypes = CODES if quantised else (q.dtype,)
+    dtypes = QUANTISED if quantised else (q.dtype,)
     check("k_pages", k_pages, (None, None, None, head_dim), dtypes, device, strided=True)
     check("v_pages", v_pages, (*k_pages.shape[:3], None), k_pages.dtype, device, strided=True)
+    check_codes("k_pages", k_pages)
     num_kv_heads, v_head_dim = v_pages.shape[2:]
     require(
         num_kv_heads > 0 and num_heads % num_kv_heads == 0,
@@ -168,11 +152,26 @@ def check_attention(
     for name, each in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if each is not None:
             check(name, each, (num_heads,), FLOATS, device)
+    num_sequences = len(context_lens)
+    check("page_table", page_table, (num_sequences, None), INTS, device, strided=True)
+    check("cu_seqlens", cu_seqlens, (num_sequences + 1,), INTS, device)
+    check("context_lens", context_lens, (num_sequences,), INTS, device)
+    require(len(q) == 0 or num_sequences > 0, f"{len(q)} queries belong to none of 0 sequences")
+    require(0 < scale < float("inf"), f"scale is {scale}; it must be positive")
+    require(window is None or window >= 1, f"window is {window}; a query sees itself at least")
+    require(softcap is None or softcap > 0, f"softcap is {softcap}; it must be positive")
+    return device
+
+
+def page_strides(k_pages: Tensor, v_pages: Tensor) -> tuple[int | None, ...]:
+    """Those of pages, slots and heads, of K and then of V; None for V's where they are K's."""
+    same = v_pages.stride() == k_pages.stride()
+    return (*k_pages.stride()[:3], *((None, None, None) if same else v_pages.stride()[:3]))
 
 
 def tile_widths(k_pages: Tensor, v_pages: Tensor) -> dict[str, int]:
     """How the columns are cut: queries and keys into D and D_REST (576 = 512 + 64, 96 = 64 + 32, 128 = 128 + 0), values
-    padded to DV, FOLD_ROWS rows folded at once."""
+    padded to DV; V_IN_K: the values are just the first D columns of the keys, and are not read again."""
     head_dim, v_head_dim = k_pages.shape[-1], v_pages.shape[-1]
     wide = 1 << (head_dim.bit_length() - 1)
     padded = max(16, triton.next_power_of_2(v_head_dim))

@@ -11,6 +11,8 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
+from . import tuning
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,3 +67,18 @@ def require(condition: bool, message: str) -> None:
     """Raise KernelError with `message` unless `condition`."""
     if not condition:
         raise KernelError(message)
+
+
+def check_codes(name: str, x: Tensor) -> None:
+    """Raise KernelError if `x` holds float8 numbers that the device's instructions, and so its compiler, lack."""
+    capability = tuning.capability(x.device)
+    if capability is None:
+        return
+    card = f"a GPU of compute capability {capability[0]}.{capability[1]}"
+    if x.dtype == torch.float8_e4m3fnuz:
+        raise KernelError(f"{name} has dtype {x.dtype}, which only AMD's GPUs know: {card} takes torch.float8_e4m3fn")
+    if x.dtype == torch.float8_e4m3fn and capability < (8, 9):
+        raise KernelError(
+            f"{name} has dtype {x.dtype}, which {card} does not know; it takes 8.9 or later. Use int8, or bfloat16 "
+            "without scales"
+        )

@@ -49,7 +49,6 @@ This module does not know who owns a page, nor how keys were rotated. Meaning: `
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from typing import Iterator, Mapping
 
@@ -60,33 +59,22 @@ from torch import Tensor
 
 from . import tuning
 from .attention_parts import (
-    LOG2_E,
     LOWEST,
     check_attention,
     fold_splits,
-    is_last,
     load_columns,
+    page_of,
+    page_strides,
     store_split,
-    tanh,
     tile_widths,
     write_rows,
 )
-from .checks import INTS, check, check_device, require
+from .checks import check, require
+from .tiles import LOG2_E, is_last, tanh
 from .tuning import Problem, config
 
 MAX_QUERIES = 16
-
-
-@triton.jit
-def page_of(page_ids, start, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page ids of the keys start .. start + BLOCK_N: one for all where a tile never leaves its page, else one per
-    key. Only those of pages with keys that are read are looked up."""
-    if PAGE_SIZE % BLOCK_N == 0:
-        page = tl.load(page_ids + start // PAGE_SIZE, mask=start < end, other=0)
-    else:
-        keys = start + tl.arange(0, BLOCK_N)
-        page = tl.load(page_ids + keys // PAGE_SIZE, mask=(keys >= first) & (keys < end), other=0)
-    return page.to(tl.int32)
+MIN_ROWS = 16  # of a tile: the least that tensor cores multiply
 
 
 @triton.jit
@@ -200,9 +188,7 @@ def _decode_kernel(
     V_IN_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     FOLD_SPLITS: tl.constexpr, FOLD_ROWS: tl.constexpr,
 ):  # fmt: skip
-    ends = list_splits(
-        cu_seqlens, context_lens, num_sequences, max_query_len, window, GROUP, SPLIT, BLOCK_S, BLOCK_M
-    )
+    ends = list_splits(cu_seqlens, context_lens, num_sequences, max_query_len, window, GROUP, SPLIT, BLOCK_S, BLOCK_M)
     work = tl.max(ends, axis=0) * NUM_KV_HEADS
     # what is the same for all entries is computed for each: kept in registers, it would leave too few for the keys
     for entry in tl.range(tl.program_id(0), work, tl.num_programs(0), disable_licm=True):
@@ -266,53 +252,51 @@ def decode_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor,
     scale: float, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None, k_scales: Tensor | None = None, v_scales: Tensor | None = None, *,
-    max_query_len: int, return_lse: bool = False, tickets: Tensor | None = None,
+    max_query_len: int, return_lse: bool = False, tickets: Tensor | None = None, out: Tensor | None = None,
     blocks: Mapping[str, int] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`reference.paged_attention` for sequences with few queries each; max_query_len (1 to 16) at most.
 
     Args: q [N, num_heads, head_dim] float32, float16 or bfloat16, tokens and heads any stride apart; k_pages
     [num_pages, page_size, num_kv_heads, head_dim] and v_pages [..., v_head_dim] of q's dtype, or int8 or float8_e4m3
-    with k_scales, v_scales [num_pages, page_size, num_kv_heads] float32; pages may be strided. Where v_pages is a view
-    of the first columns of k_pages (latent attention) it is not read a second time. page_table [S, max_pages],
-    cu_seqlens [S + 1], context_lens [S] int64 or int32; sinks, alibi_slopes [num_heads].
-    A sequence's context_lens must cover its queries and fit its row of page_table. Tokens after cu_seqlens[S] are not
-    written, and a query without any key gives 0.
+    with k_scales, v_scales [num_pages, page_size, num_kv_heads] float32; pages may be strided, v_pages may be columns
+    of k_pages. page_table [S, max_pages], cu_seqlens [S + 1], context_lens [S] int64 or int32; scale > 0; sinks,
+    alibi_slopes [num_heads]. A sequence's context_lens must cover its queries and fit its row of page_table. What lies
+    in pages past that, and page ids past those in use or before the window, are not read.
+    tickets: int32 zeros, `tickets_needed` of them, to be given where launches are captured or repeated: the kernel
+    leaves zeros, and launches that share them must not overlap; None allocates them.
+    out: [N, num_heads * v_head_dim] in q's dtype, to be written to in place of a new tensor. Rows of sequences with
+    more than max_query_len queries are left as they are: `prefill_attention(longer_than=...)` has written them.
+    blocks: overrides the block sizes of the tuning table (powers of two; SPLIT a multiple of BLOCK_N).
 
-    Returns [N, num_heads * v_head_dim] in q's dtype, and with return_lse also [N, num_heads] float32. The workspace
-    takes 4 * (v_head_dim + 2) bytes per sequence, head, query of max_query_len and split of the table's width: pass
-    page_table[:, :pages] where no sequence has more pages. tickets: int32 zeros, S * num_heads * max_query_len of them,
-    which calls on one stream may share, as each leaves zeros; without it every call makes and clears its own.
-    blocks: overrides the block sizes of the tuning table. Raises KernelError.
+    Returns [N, num_heads * v_head_dim] in q's dtype, and with return_lse also the log-sum-exps [N, num_heads] float32.
+    Raises KernelError.
     """
-    device = check_device("q", q)
-    check_attention(q, k_pages, v_pages, k_scales, v_scales, sinks, alibi_slopes, device)
+    device = check_attention(
+        q, k_pages, v_pages, page_table, cu_seqlens, context_lens, scale, window, softcap, sinks, alibi_slopes,
+        k_scales, v_scales,
+    )  # fmt: skip
     num_tokens, num_heads, _ = q.shape
     num_kv_heads, v_head_dim = v_pages.shape[2:]
     num_sequences = len(context_lens)
-    check("page_table", page_table, (num_sequences, None), INTS, device, strided=True)
-    check("cu_seqlens", cu_seqlens, (num_sequences + 1,), INTS, device)
-    check("context_lens", context_lens, (num_sequences,), INTS, device)
-    require(window is None or window >= 1, f"window is {window}; a query sees itself at least")
-    require(softcap is None or softcap > 0, f"softcap is {softcap}; it must be positive")
     require(1 <= max_query_len <= MAX_QUERIES, f"max_query_len is {max_query_len}; there may be 1 to {MAX_QUERIES}")
-    require(
-        num_tokens <= num_sequences * max_query_len,
-        f"{num_tokens} queries of {num_sequences} sequences are more than max_query_len = {max_query_len} each",
-    )
-    out = torch.empty(num_tokens, num_heads * v_head_dim, dtype=q.dtype, device=device)
+    if out is None:
+        require(
+            num_tokens <= num_sequences * max_query_len,
+            f"{num_tokens} queries of {num_sequences} sequences are more than max_query_len = {max_query_len} each",
+        )
+        out = torch.empty(num_tokens, num_heads * v_head_dim, dtype=q.dtype, device=device)
+    check("out", out, (num_tokens, num_heads * v_head_dim), q.dtype, device)
     lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=device) if return_lse else None
     if num_tokens == 0:
         return out if lse is None else (out, lse)
 
     chosen = blocks_for(q, k_pages, v_pages, blocks)
-    programs, split = chosen.pop("PROGRAMS"), chosen["SPLIT"]
+    programs, split, block_m = chosen.pop("PROGRAMS"), chosen["SPLIT"], chosen["BLOCK_M"]
     require(split % chosen["BLOCK_N"] == 0, f"SPLIT = {split} is not a multiple of BLOCK_N = {chosen['BLOCK_N']}")
     group = num_heads // num_kv_heads
-    tiles = triton.cdiv(group * max_query_len, chosen["BLOCK_M"])
-    max_splits = max(1, triton.cdiv(page_table.shape[1] * k_pages.shape[1], split))
-    if window is not None:  # a span of keys may begin and end inside a split
-        max_splits = min(max_splits, triton.cdiv(max_query_len + window - 2, split) + 1)
+    max_splits = most_splits(page_table.shape[1] * k_pages.shape[1], max_query_len, window, split)
+    tiles = num_sequences * num_kv_heads * triton.cdiv(group * max_query_len, block_m)
     sums = accs = None
     if max_splits == 1:
         tickets = None
@@ -320,28 +304,33 @@ def decode_attention(
         rows = num_sequences * max_splits * num_heads * max_query_len
         sums = torch.empty(rows, 2, dtype=torch.float32, device=device)
         accs = torch.empty(rows, v_head_dim, dtype=torch.float32, device=device)
-        needed = num_sequences * num_kv_heads * tiles
         if tickets is None:
-            tickets = torch.zeros(needed, dtype=torch.int32, device=device)
+            tickets = torch.zeros(tiles, dtype=torch.int32, device=device)
         check("tickets", tickets, (None,), torch.int32, device)
-        require(len(tickets) >= needed, f"tickets has {len(tickets)} elements; {needed} are needed")
-    work = num_sequences * max_splits * num_kv_heads * tiles
-    _decode_kernel[(min(work, processors(device) * programs),)](
+        require(len(tickets) >= tiles, f"tickets has {len(tickets)} elements; {tiles} are needed")
+    _decode_kernel[(min(tiles * max_splits, tuning.processors(device) * programs),)](
         q, k_pages, v_pages, page_table, cu_seqlens, context_lens, sinks, alibi_slopes, k_scales, v_scales, out, lse,
-        sums, accs, tickets, num_sequences, max_splits, max_query_len, *q.stride()[:2], *k_pages.stride()[:3],
-        *(v_pages.stride()[:3] if v_pages.stride() != k_pages.stride() else (None, None, None)),
-        page_table.stride(0), scale, window, softcap, GROUP=group, NUM_KV_HEADS=num_kv_heads,
-        PAGE_SIZE=k_pages.shape[1],
+        sums, accs, tickets, num_sequences, max_splits, max_query_len, *q.stride()[:2],
+        *page_strides(k_pages, v_pages), page_table.stride(0), scale, window, softcap, GROUP=group,
+        NUM_KV_HEADS=num_kv_heads, PAGE_SIZE=k_pages.shape[1],
         BLOCK_S=1 if num_sequences == 1 else max(64, triton.next_power_of_2(num_sequences)),
         **tile_widths(k_pages, v_pages), **chosen,
     )  # fmt: skip
     return out if lse is None else (out, lse)
 
 
-@functools.lru_cache(maxsize=None)
-def processors(device: torch.device) -> int:
-    """How many programs the device runs side by side at least; how the work is dealt out, not what it gives."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 2
+def tickets_needed(num_sequences: int, num_heads: int, num_kv_heads: int, max_query_len: int) -> int:
+    """The length of `tickets` for up to so many sequences: one for each KV head and tile of rows of each."""
+    tiles: int = triton.cdiv(num_heads // num_kv_heads * max_query_len, MIN_ROWS)
+    return num_sequences * num_kv_heads * tiles
+
+
+def most_splits(room: int, max_query_len: int, window: int | None, split: int) -> int:
+    """Into how many splits a sequence's keys may fall that are seen by one of its queries; `room`: for so many keys."""
+    splits: int = max(1, triton.cdiv(room, split))
+    if window is not None:  # a span of keys may begin and end inside a split
+        splits = min(splits, triton.cdiv(max_query_len + window - 2, split) + 1)
+    return splits
 
 
 def blocks_for(
@@ -357,7 +346,7 @@ def blocks_for(
     most = 32 if q.dtype == torch.float32 else 64 if quantised else 128
     block_n = max(16, min(most, 1 << (36864 // (row * (1 + quantised))).bit_length() - 1))
     default = {
-        "BLOCK_M": 16,
+        "BLOCK_M": MIN_ROWS,
         "BLOCK_N": block_n,
         "SPLIT": max(128, min(512, 32 * triton.next_power_of_2(group))),
         "FOLD_SPLITS": 8,

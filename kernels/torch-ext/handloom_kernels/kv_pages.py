@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import FLOATS, INTS, check, check_device, require
+from .checks import FLOATS, INTS, check, check_codes, check_device, require
 from .reference.pages import QUANTISED
 from .tuning import Problem, config
 
@@ -94,6 +94,7 @@ def check_pages(
     """
     check("k_pages", k_pages, (None, None, None, None), (*FLOATS, *QUANTISED), device)
     check("v_pages", v_pages, (*k_pages.shape[:3], None), k_pages.dtype, device)
+    check_codes("k_pages", k_pages)
     quantised = k_pages.dtype in QUANTISED
     for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
         said = "is missing" if quantised else "is given"

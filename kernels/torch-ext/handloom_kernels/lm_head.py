@@ -42,15 +42,8 @@ from .draw import Parts, check_rows, choose_in_tile, combine, is_greedy
 from .gumbel import gumbel_noise
 from .norm import normalize
 from .reference.norm import Norm
+from .tiles import tanh
 from .tuning import Problem, config
-
-
-@triton.jit
-def _tanh(x):
-    """A continued fraction (Lambert) where 1 - 2 / (e^2x + 1) would cancel."""
-    square = x * x
-    near = x * (945.0 + square * (105.0 + square)) / (945.0 + square * (420.0 + square * 15.0))
-    return tl.where(tl.abs(x) < 0.75, near, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
 
 
 @triton.jit
@@ -89,7 +82,7 @@ def _tile_logits(
     dtype: tl.constexpr = weight.dtype.element_ty
     total = total.to(dtype).to(tl.float32)
     if HAS_SOFTCAP:
-        total = (softcap * _tanh(total / softcap)).to(dtype).to(tl.float32)
+        total = (softcap * tanh(total / softcap)).to(dtype).to(tl.float32)
     return total
 
 

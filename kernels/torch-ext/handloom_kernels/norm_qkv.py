@@ -36,14 +36,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_parts import is_last
 from .checks import INTS, check, require
 from .kv_pages import check_pages, codes_of, largest_bits
 from .linear import CANDIDATES, blocks_for, check_linear, product
 from .reference.norm import Norm
 from .reference.pages import largest_code
 from .reference.rope import Rotary
-from .tiles import ROWS, check_norm, normed_tile, strips_for
+from .tiles import ROWS, check_norm, is_last, normed_tile, strips_for
 from .tuning import Problem
 
 

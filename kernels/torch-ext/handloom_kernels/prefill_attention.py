@@ -45,8 +45,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .attention_parts import LN_2, LOG2_E, LOWEST, check_attention, load_columns, store_columns, tanh, tile_widths
-from .checks import INTS, check, check_device, require
+from .attention_parts import LN_2, LOWEST, check_attention, load_columns, page_strides, store_columns, tile_widths
+from .checks import require
+from .tiles import LOG2_E, tanh
 from .tuning import Problem, config
 
 MAX_PACK = 16
@@ -72,54 +73,82 @@ def _load_each(pointers, inside):
 
 
 @triton.jit
-def _quick_tanh(x):
-    """Within 1e-7, also near 0: coarse for a float32 score, far finer than a half-precision weight."""
-    return 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2_E)) + 1.0)
-
-
-@triton.jit(do_not_specialize=["num_sequences"])
-def _prefill_kernel(
-    q,
-    k_pages,
-    v_pages,
-    page_table,
-    cu_seqlens,
-    context_lens,
-    sinks,
-    alibi_slopes,
-    k_scales,
-    v_scales,
-    out,
-    lse,
-    num_sequences,
-    window,
-    inner,
-    gain,
-    unit,
-    q_stride,
-    q_head_stride,
-    k_page_stride,
-    k_slot_stride,
-    k_head_stride,
-    v_page_stride,
-    v_slot_stride,
-    v_head_stride,
-    table_stride,
-    GROUP: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    PACK: tl.constexpr,
-    PAGE_BITS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    D_REST: tl.constexpr,
-    DV: tl.constexpr,
-    V_IN_K: tl.constexpr,
-    SAME_STRIDES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def _attend_tiles(
+    q, q_rest, query_at, slopes, top, total, acc, k_pages, v_pages, k_scales, v_scales, page_ids, k_page_stride,
+    k_slot_stride, v_page_stride, v_slot_stride, low, high, begin, end, window, inner, gain, unit,
+    MASKED: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE_BITS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr, V_IN_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """top, total and acc after the tiles of keys begin .. end too. Of MASKED ones the keys low .. high are read, and a
+    row leaves out those that it does not see; of the others every row sees every key."""
     PAGE_SIZE: tl.constexpr = 1 << PAGE_BITS
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        inside = (keys >= low) & (keys < high) if MASKED else None
+        if PAGE_SIZE >= BLOCK_N:
+            page = tl.load(page_ids + (start >> PAGE_BITS)).to(tl.int64)
+        else:
+            page = _load_each(page_ids + (keys >> PAGE_BITS), inside).to(tl.int64)
+        slot = (keys & (PAGE_SIZE - 1)).to(tl.int64)
+        scales_at = (page * PAGE_SIZE + slot) * NUM_KV_HEADS
+        k_rows = page * k_page_stride + slot * k_slot_stride
+        k = load_columns(k_pages, k_rows, inside, 0, q.shape[1], HEAD_DIM)
+        x = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        if q_rest is not None:
+            k_rest = load_columns(k_pages, k_rows, inside, q.shape[1], q_rest.shape[1], HEAD_DIM)
+            x = tl.dot(q_rest, tl.trans(k_rest.to(q.dtype)), x, input_precision="ieee")
+        if k_scales is not None:
+            x *= _load_each(k_scales + scales_at, inside)[None, :]
+        if inner is not None:
+            x = tanh(x * inner)
+        if slopes is not None:
+            x = tl.fma(slopes[:, None], (keys[None, :] - query_at[:, None]).to(tl.float32), x * gain)
+        if MASKED:
+            hidden = keys[None, :] > query_at[:, None]
+            if window is not None:
+                hidden |= keys[None, :] <= query_at[:, None] - window
+            x = tl.where(hidden, float("-inf"), x)
+
+        # x * unit is the score in base 2; fma is spelled out, for full and masked tiles must round alike
+        raised = tl.maximum(top, tl.max(x, 1))
+        weights = tl.exp2(tl.fma(x, unit, (raised * -unit)[:, None]))
+        fade = tl.exp2((top - raised) * unit)
+        total = tl.fma(total, fade, tl.sum(weights, 1))
+        top = raised
+        if V_IN_K:
+            v = k
+        else:
+            v_rows = k_rows
+            if v_page_stride is not None:
+                v_rows = page * v_page_stride + slot * v_slot_stride
+            v = load_columns(v_pages, v_rows, inside, 0, acc.shape[1], V_HEAD_DIM)
+        if v_scales is not None:
+            v = v.to(tl.float32) * _load_each(v_scales + scales_at, inside)[:, None]
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
+    return top, total, acc
+
+
+@triton.jit
+def _begin(sinks, heads, unit, BLOCK_M: tl.constexpr, DV: tl.constexpr):
+    """top, total and acc before the first key; a sink is one more score, which has no value."""
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + heads).to(tl.float32) * LOG2_E / unit
+        top = tl.maximum(sink, LOWEST)
+        total = tl.where(sink > LOWEST, 1.0, 0.0)
+    return top, total, tl.zeros((BLOCK_M, DV), tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "longer_than"])
+def _prefill_kernel(
+    q, k_pages, v_pages, page_table, cu_seqlens, context_lens, sinks, alibi_slopes, k_scales, v_scales, out, lse,
+    num_sequences, longer_than, q_stride, q_head_stride, k_page_stride, k_slot_stride, k_head_stride, v_page_stride,
+    v_slot_stride, v_head_stride, table_stride, window, inner, gain, unit, GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, PACK: tl.constexpr, PAGE_BITS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr, D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr, V_IN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // PACK
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -127,7 +156,7 @@ def _prefill_kernel(
     first_token = tl.load(cu_seqlens + sequence).to(tl.int32)
     count = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - first_token
     first_query = (tile - first_tile) * BLOCK_Q
-    if first_query >= count:
+    if (first_query >= count) | (count <= longer_than):
         return
 
     # the rows of the tile: which query of which head, at which position; rows too many repeat the last
@@ -145,18 +174,12 @@ def _prefill_kernel(
     q += first_token.to(tl.int64) * q_stride + first_head.to(tl.int64) * q_head_stride
     rows = query.to(tl.int64) * q_stride + head.to(tl.int64) * q_head_stride
     q_tile = load_columns(q, rows, None, 0, D, HEAD_DIM)
+    q_rest = None
     if D_REST > 0:
         q_rest = load_columns(q, rows, None, D, D_REST, HEAD_DIM)
+    slopes = None
     if alibi_slopes is not None:
         slopes = tl.load(alibi_slopes + first_head + head).to(tl.float32)
-
-    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, DV), tl.float32)
-    if sinks is not None:  # one more score, which has no value
-        sink = tl.load(sinks + first_head + head).to(tl.float32) * LOG2_E / unit
-        top = tl.maximum(sink, LOWEST)
-        total = tl.where(sink > LOWEST, 1.0, 0.0)
 
     # keys low .. high are seen by some row; those of the tiles between `full` and `edge` by every row
     low = 0
@@ -166,10 +189,12 @@ def _prefill_kernel(
     if window is not None:
         low = tl.maximum(first_at + 1 - window, 0)
         full = tl.minimum(tl.cdiv(tl.maximum(high - window, 0), BLOCK_N) * BLOCK_N, high)
-    page_table += sequence.to(tl.int64) * table_stride
+    page_ids = page_table + sequence.to(tl.int64) * table_stride
     k_pages += kv_head.to(tl.int64) * k_head_stride
-    v_pages += kv_head.to(tl.int64) * v_head_stride
-
+    v_pages += kv_head.to(tl.int64) * (k_head_stride if v_head_stride is None else v_head_stride)
+    k_scales = None if k_scales is None else k_scales + kv_head
+    v_scales = None if v_scales is None else v_scales + kv_head
+    top, total, acc = _begin(sinks, first_head + head, unit, BLOCK_M, DV)
     for part in tl.static_range(1 if window is None else 0, 3):
         if part == 0:
             begin, end = low // BLOCK_N * BLOCK_N, full
@@ -177,51 +202,11 @@ def _prefill_kernel(
             begin, end = full, edge
         else:
             begin, end = tl.maximum(full, edge), high
-        for start in range(begin, end, BLOCK_N):
-            keys = start + tl.arange(0, BLOCK_N)
-            inside = None if part == 1 else (keys >= low) & (keys < high)
-            if PAGE_SIZE >= BLOCK_N:
-                page = tl.load(page_table + (start >> PAGE_BITS)).to(tl.int64)
-            else:
-                page = _load_each(page_table + (keys >> PAGE_BITS), inside).to(tl.int64)
-            slot = (keys & (PAGE_SIZE - 1)).to(tl.int64)
-            scales_at = (page * PAGE_SIZE + slot) * NUM_KV_HEADS + kv_head
-
-            k_rows = page * k_page_stride + slot * k_slot_stride
-            k = load_columns(k_pages, k_rows, inside, 0, D, HEAD_DIM)
-            x = tl.dot(q_tile, tl.trans(k.to(q_tile.dtype)), input_precision="ieee")
-            if D_REST > 0:
-                k_rest = load_columns(k_pages, k_rows, inside, D, D_REST, HEAD_DIM)
-                x = tl.dot(q_rest, tl.trans(k_rest.to(q_tile.dtype)), x, input_precision="ieee")
-            if k_scales is not None:
-                x *= _load_each(k_scales + scales_at, inside)[None, :]
-            if inner is not None:
-                x = tanh(x * inner) if q_tile.dtype == tl.float32 else _quick_tanh(x * inner)
-            if alibi_slopes is not None:
-                distance = (keys[None, :] - query_at[:, None]).to(tl.float32)
-                x = tl.fma(slopes[:, None], distance, x * gain)
-            if part != 1:
-                hidden = keys[None, :] > query_at[:, None]
-                if window is not None:
-                    hidden |= keys[None, :] <= query_at[:, None] - window
-                x = tl.where(hidden, float("-inf"), x)
-
-            # x * unit is the score in base 2; fma is spelled out, for full and masked tiles must round alike
-            raised = tl.maximum(top, tl.max(x, 1))
-            weights = tl.exp2(tl.fma(x, unit, (raised * -unit)[:, None]))
-            fade = tl.exp2((top - raised) * unit)
-            total = tl.fma(total, fade, tl.sum(weights, 1))
-            top = raised
-            if V_IN_K:
-                v = k
-            else:
-                v_rows = k_rows
-                if not SAME_STRIDES:
-                    v_rows = page * v_page_stride + slot * v_slot_stride
-                v = load_columns(v_pages, v_rows, inside, 0, DV, V_HEAD_DIM)
-            if v_scales is not None:
-                v = v.to(tl.float32) * _load_each(v_scales + scales_at, inside)[:, None]
-            acc = tl.dot(weights.to(q_tile.dtype), v.to(q_tile.dtype), acc * fade[:, None], input_precision="ieee")
+        top, total, acc = _attend_tiles(
+            q_tile, q_rest, query_at, slopes, top, total, acc, k_pages, v_pages, k_scales, v_scales, page_ids,
+            k_page_stride, k_slot_stride, v_page_stride, v_slot_stride, low, high, begin, end, window, inner, gain,
+            unit, part != 1, NUM_KV_HEADS, PAGE_BITS, HEAD_DIM, V_HEAD_DIM, V_IN_K, BLOCK_N,
+        )  # fmt: skip
 
     first_row = first_token.to(tl.int64) * (NUM_KV_HEADS * GROUP) + first_head
     row = tl.arange(0, BLOCK_M)
@@ -234,49 +219,32 @@ def _prefill_kernel(
 
 
 def prefill_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    cu_seqlens: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-    *,
-    return_lse: bool = False,
-    blocks: Mapping[str, int] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`reference.paged_attention`, with return_lse `reference.paged_attention_with_lse`, for any number of queries.
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor,
+    scale: float, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, k_scales: Tensor | None = None, v_scales: Tensor | None = None, *,
+    longer_than: int = 0, return_lse: bool = False, blocks: Mapping[str, int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """`reference.paged_attention`, with return_lse also its log-sum-exps, for any number of queries.
 
     Args: q [N, num_heads, head_dim] float32, float16 or bfloat16, tokens and heads any stride apart; k_pages
     [num_pages, page_size, num_kv_heads, head_dim] and v_pages [..., v_head_dim] of q's dtype, or int8 or float8_e4m3
     with k_scales, v_scales [num_pages, page_size, num_kv_heads] float32; pages may be strided, v_pages may be columns
     of k_pages; page_size is a power of two. page_table [S, max_pages], cu_seqlens [S + 1], context_lens [S] int64 or
     int32; scale > 0; sinks, alibi_slopes [num_heads]. A sequence's context_lens must cover its queries and fit its row
-    of page_table. A key that no query sees is not read. Tokens after cu_seqlens[S] are not written, and a query without
-    any key gives 0. blocks: overrides the block sizes of the tuning table (powers of two from 16 on).
+    of page_table. A key that no query sees is not read, nor a page id of such keys alone. Tokens after cu_seqlens[S]
+    and sequences with no more than `longer_than` queries are not written, for `decode_attention(out=...)` to write; a
+    query without any key gives 0. blocks: overrides the block sizes of the tuning table (powers of two from 16 on).
 
     Returns [N, num_heads * v_head_dim] in q's dtype, and with return_lse also [N, num_heads] float32. Raises
     KernelError.
     """
-    device = check_device("q", q)
-    check_attention(q, k_pages, v_pages, k_scales, v_scales, sinks, alibi_slopes, device)
+    device = check_attention(
+        q, k_pages, v_pages, page_table, cu_seqlens, context_lens, scale, window, softcap, sinks, alibi_slopes,
+        k_scales, v_scales,
+    )  # fmt: skip
     num_tokens, num_heads = q.shape[:2]
     page_size, num_kv_heads, v_head_dim = v_pages.shape[1:]
-    num_sequences = len(context_lens)
-    check("page_table", page_table, (num_sequences, None), INTS, device, strided=True)
-    check("cu_seqlens", cu_seqlens, (num_sequences + 1,), INTS, device)
-    check("context_lens", context_lens, (num_sequences,), INTS, device)
-    require(num_tokens == 0 or num_sequences > 0, f"{num_tokens} queries belong to none of 0 sequences")
     require(page_size > 0 and page_size & (page_size - 1) == 0, f"page_size is {page_size}; it must be a power of two")
-    require(0 < scale < float("inf"), f"scale is {scale}; it must be positive")
-    require(window is None or window >= 1, f"window is {window}; a query sees itself at least")
-    require(softcap is None or softcap > 0, f"softcap is {softcap}; it must be positive")
     out = torch.empty(num_tokens, num_heads * v_head_dim, dtype=q.dtype, device=device)
     lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=device) if return_lse else None
     if num_tokens == 0:
@@ -285,37 +253,15 @@ def prefill_attention(
     chosen = blocks_for(q, k_pages, v_pages, blocks)
     group = num_heads // num_kv_heads
     pack = triton.cdiv(group, triton.cdiv(group, min(MAX_PACK, chosen["BLOCK_M"])))
-    tiles = num_tokens // (chosen["BLOCK_M"] // pack) + num_sequences
+    tiles = num_tokens // (chosen["BLOCK_M"] // pack) + len(context_lens)
     gain = scale if softcap is None else softcap
     _prefill_kernel[(tiles, num_kv_heads * triton.cdiv(group, pack))](
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        cu_seqlens,
-        context_lens,
-        sinks,
-        alibi_slopes,
-        k_scales,
-        v_scales,
-        out,
-        lse,
-        num_sequences,
-        window,
-        None if softcap is None else scale / softcap,
-        gain,
-        LOG2_E.value * (gain if alibi_slopes is None else 1.0),
-        *q.stride()[:2],
-        *k_pages.stride()[:3],
-        *v_pages.stride()[:3],
-        page_table.stride(0),
-        GROUP=group,
-        NUM_KV_HEADS=num_kv_heads,
-        PACK=pack,
-        PAGE_BITS=page_size.bit_length() - 1,
-        **{**tile_widths(k_pages, v_pages), "SAME_STRIDES": k_pages.stride()[:2] == v_pages.stride()[:2]},
-        **chosen,
-    )
+        q, k_pages, v_pages, page_table, cu_seqlens, context_lens, sinks, alibi_slopes, k_scales, v_scales, out, lse,
+        len(context_lens), longer_than, *q.stride()[:2], *page_strides(k_pages, v_pages), page_table.stride(0),
+        window, None if softcap is None else scale / softcap, gain,
+        LOG2_E.value * (gain if alibi_slopes is None else 1.0), GROUP=group, NUM_KV_HEADS=num_kv_heads, PACK=pack,
+        PAGE_BITS=page_size.bit_length() - 1, **tile_widths(k_pages, v_pages), **chosen,
+    )  # fmt: skip
     return out if lse is None else (out, lse)
 
 

@@ -46,53 +46,29 @@ from torch import Tensor
 from . import tuning
 from .attention_parts import (
     LN_2,
-    LOG2_E,
     LOWEST,
     check_attention,
     fold_splits,
     load_columns,
+    page_strides,
     store_columns,
     store_split,
     tile_widths,
 )
 from .checks import FLOATS, INTS, check, check_device, require
 from .decode_attention import attend_keys, decode_attention
+from .tiles import LOG2_E
 from .tuning import Problem, config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "prefix_length"])
 def _prefix_kernel(
-    q,
-    k_pages,
-    v_pages,
-    page_ids,
-    split_sums,
-    split_accs,
-    num_tokens,
-    prefix_length,
-    q_stride,
-    q_head_stride,
-    k_page_stride,
-    k_slot_stride,
-    k_head_stride,
-    v_page_stride,
-    v_slot_stride,
-    v_head_stride,
-    scale,
-    softcap,
-    GROUP: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    D_REST: tl.constexpr,
-    DV: tl.constexpr,
-    V_IN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    q, k_pages, v_pages, page_ids, split_sums, split_accs, num_tokens, prefix_length, q_stride, q_head_stride,
+    k_page_stride, k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride, scale, softcap,
+    GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr, D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr, V_IN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     """One split of the prefix for BLOCK_M rows; the programs of a split and KV head are neighbours."""
     tiles = tl.cdiv(num_tokens * GROUP, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -107,52 +83,23 @@ def _prefix_kernel(
     q_rest = None
     if D_REST > 0:
         q_rest = load_columns(q, q_rows, None, D, D_REST, HEAD_DIM)
+    query_at = tl.full((BLOCK_M,), 0, tl.int32) + prefix_length  # every query comes after the prefix
     top, total, acc = attend_keys(
-        load_columns(q, q_rows, None, 0, D, HEAD_DIM),
-        q_rest,
-        tl.full((BLOCK_M,), 0, tl.int32) + prefix_length,  # every query comes after the prefix
-        None,
-        k_pages + kv_head * k_head_stride,
-        v_pages + kv_head * (k_head_stride if v_head_stride is None else v_head_stride),
-        None,
-        None,
-        page_ids,
-        k_page_stride,
-        k_slot_stride,
-        v_page_stride,
-        v_slot_stride,
-        0,
-        split * SPLIT,
-        tl.minimum((split + 1) * SPLIT, prefix_length),
-        scale,
-        None,
-        softcap,
-        NUM_KV_HEADS,
-        PAGE_SIZE,
-        HEAD_DIM,
-        V_HEAD_DIM,
-        DV,
-        V_IN_K,
-        BLOCK_N,
-    )
+        load_columns(q, q_rows, None, 0, D, HEAD_DIM), q_rest, query_at, None, k_pages + kv_head * k_head_stride,
+        v_pages + kv_head * (k_head_stride if v_head_stride is None else v_head_stride), None, None, page_ids,
+        k_page_stride, k_slot_stride, v_page_stride, v_slot_stride, 0, split * SPLIT,
+        tl.minimum((split + 1) * SPLIT, prefix_length), scale, None, softcap, NUM_KV_HEADS, PAGE_SIZE, HEAD_DIM,
+        V_HEAD_DIM, DV, V_IN_K, BLOCK_N,
+    )  # fmt: skip
     at = (split.to(tl.int64) * num_tokens + tokens) * (NUM_KV_HEADS * GROUP) + heads
     store_split(split_sums, split_accs, at, inside, top, total, acc, V_HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def _join_kernel(
-    split_sums,
-    split_accs,
-    own,
-    own_lse,
-    out,
-    num_rows,
-    num_splits,
-    V_HEAD_DIM: tl.constexpr,
-    DV: tl.constexpr,
-    FOLD_SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    split_sums, split_accs, own, own_lse, out, num_rows, num_splits, V_HEAD_DIM: tl.constexpr, DV: tl.constexpr,
+    FOLD_SPLITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Fold the splits of ROWS rows (of a token and head), and join them with attention over the rows' own keys."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
@@ -168,7 +115,7 @@ def _join_kernel(
     store_columns(out, rows * V_HEAD_DIM, inside, value.to(out.dtype.element_ty), V_HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _merge_kernel(
     first,
     first_lse,
@@ -199,23 +146,11 @@ def _merge_kernel(
 
 
 def shared_prefix_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    prefix_pages: Tensor,
-    prefix_length: int,
-    page_table: Tensor,
-    cu_seqlens: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    *,
-    max_query_len: int,
-    tickets: Tensor | None = None,
-    blocks: Mapping[str, int] | None = None,
-    own_blocks: Mapping[str, int] | None = None,
-) -> Tensor:
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, prefix_pages: Tensor, prefix_length: int, page_table: Tensor,
+    cu_seqlens: Tensor, context_lens: Tensor, scale: float, softcap: float | None = None,
+    sinks: Tensor | None = None, *, max_query_len: int, tickets: Tensor | None = None,
+    blocks: Mapping[str, int] | None = None, own_blocks: Mapping[str, int] | None = None,
+) -> Tensor:  # fmt: skip
     """`reference.shared_prefix_attention` for sequences with few queries each; max_query_len (1 to 16) at most.
 
     Args: prefix_pages [P] int64 or int32, filled by the prefix: prefix_length = P * page_size. Everything else, and
@@ -223,8 +158,8 @@ def shared_prefix_attention(
     the tuning table for the prefix, own_blocks those of `decode_attention`. The workspace takes 4 * (v_head_dim + 2)
     bytes per query, head and split of the prefix. Raises KernelError.
     """
-    device = check_device("q", q)
-    check_attention(q, k_pages, v_pages, None, None, sinks, None, device)
+    batch = (page_table, cu_seqlens, context_lens, scale, None, softcap, sinks)
+    device = check_attention(q, k_pages, v_pages, *batch, None, None, None)
     check("prefix_pages", prefix_pages, (None,), INTS, device)
     page_size = k_pages.shape[1]
     require(
@@ -233,73 +168,44 @@ def shared_prefix_attention(
         f"{len(prefix_pages) * page_size}",
     )
     own, own_lse = decode_attention(
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        cu_seqlens,
-        context_lens,
-        scale,
-        None,
-        softcap,
-        sinks,
-        max_query_len=max_query_len,
-        return_lse=True,
-        tickets=tickets,
-        blocks=own_blocks,
+        q, k_pages, v_pages, *batch, max_query_len=max_query_len, return_lse=True, tickets=tickets, blocks=own_blocks
     )
+    if len(q) == 0:
+        return own
+    chosen = blocks_for(q, k_pages, v_pages, blocks)
+    fold, split = chosen.pop("FOLD_SPLITS"), chosen["SPLIT"]
+    require(split % chosen["BLOCK_N"] == 0, f"SPLIT = {split} is not a multiple of BLOCK_N = {chosen['BLOCK_N']}")
+    sums, accs = attend_prefix(q, k_pages, v_pages, prefix_pages, prefix_length, scale, softcap, chosen)
+    out = torch.empty_like(own)
+    rows, padded = own_lse.numel(), tile_widths(k_pages, v_pages)["DV"]
+    few = max(1, min(4, 512 // padded))
+    _join_kernel[(triton.cdiv(rows, few),)](
+        sums, accs, own, own_lse, out, rows, len(sums), V_HEAD_DIM=v_pages.shape[3], DV=padded, FOLD_SPLITS=fold,
+        ROWS=few, enable_fp_fusion=chosen["enable_fp_fusion"],
+    )  # fmt: skip
+    return out
+
+
+def attend_prefix(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, prefix_pages: Tensor, prefix_length: int, scale: float,
+    softcap: float | None, chosen: Mapping[str, int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """top and total [splits, N * num_heads, 2], and acc [splits, N * num_heads, v_head_dim], float32, of every query
+    over each split of the prefix."""
     num_tokens, num_heads, _ = q.shape
     num_kv_heads, v_head_dim = v_pages.shape[2:]
-    out = torch.empty_like(own)
-    if num_tokens == 0:
-        return out
-    chosen = blocks_for(q, k_pages, v_pages, blocks)
-    fold = chosen.pop("FOLD_SPLITS")
-    split, group = chosen["SPLIT"], num_heads // num_kv_heads
-    require(split % chosen["BLOCK_N"] == 0, f"SPLIT = {split} is not a multiple of BLOCK_N = {chosen['BLOCK_N']}")
-    num_splits = triton.cdiv(prefix_length, split)
-    rows = num_tokens * num_heads
-    sums = torch.empty(num_splits * rows, 2, dtype=torch.float32, device=device)
-    accs = torch.empty(num_splits * rows, v_head_dim, dtype=torch.float32, device=device)
-    widths = tile_widths(k_pages, v_pages)
+    group = num_heads // num_kv_heads
+    num_splits = triton.cdiv(prefix_length, chosen["SPLIT"])
+    shape = (num_splits, num_tokens * num_heads)
+    sums = torch.empty(*shape, 2, dtype=torch.float32, device=q.device)
+    accs = torch.empty(*shape, v_head_dim, dtype=torch.float32, device=q.device)
     tiles = triton.cdiv(num_tokens * group, chosen["BLOCK_M"])
     _prefix_kernel[(tiles * num_kv_heads, num_splits)](
-        q,
-        k_pages,
-        v_pages,
-        prefix_pages,
-        sums,
-        accs,
-        num_tokens,
-        prefix_length,
-        q.stride(0),
-        q.stride(1),
-        *k_pages.stride()[:3],
-        *(v_pages.stride()[:3] if v_pages.stride() != k_pages.stride() else (None, None, None)),
-        scale,
-        softcap,
-        GROUP=group,
-        NUM_KV_HEADS=num_kv_heads,
-        PAGE_SIZE=page_size,
-        **widths,
-        **chosen,
-    )
-    few = max(1, min(4, 512 // widths["DV"]))
-    _join_kernel[(triton.cdiv(rows, few),)](
-        sums,
-        accs,
-        own,
-        own_lse,
-        out,
-        rows,
-        num_splits,
-        V_HEAD_DIM=v_head_dim,
-        DV=widths["DV"],
-        FOLD_SPLITS=fold,
-        ROWS=few,
-        enable_fp_fusion=chosen["enable_fp_fusion"],
-    )
-    return out
+        q, k_pages, v_pages, prefix_pages, sums, accs, num_tokens, prefix_length, *q.stride()[:2],
+        *page_strides(k_pages, v_pages), scale, softcap, GROUP=group, NUM_KV_HEADS=num_kv_heads,
+        PAGE_SIZE=k_pages.shape[1], **tile_widths(k_pages, v_pages), **chosen,
+    )  # fmt: skip
+    return sums, accs
 
 
 def merge_attention(
@@ -338,13 +244,13 @@ def blocks_for(
 ) -> dict[str, int]:
     """BLOCK_M rows, BLOCK_N keys, SPLIT keys, FOLD_SPLITS splits folded at once; never by a number of sequences."""
     widths, dtype = tile_widths(k_pages, v_pages), str(q.dtype).removeprefix("torch.")
-    default = {"BLOCK_M": 64, "BLOCK_N": 64, "SPLIT": 512, "FOLD_SPLITS": 16, "num_warps": 4, "num_stages": 3}
+    default = {"BLOCK_M": 64, "BLOCK_N": 64, "SPLIT": 512, "FOLD_SPLITS": 8, "num_warps": 4, "num_stages": 3}
     if widths["DV"] >= 512 or q.dtype == torch.float32:
         default.update(BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2)
     elif widths["DV"] == 256:
         default.update(BLOCK_N=16, num_warps=8)
     if tuning.is_hip():
-        default.update(BLOCK_N=16, FOLD_SPLITS=8, num_stages=1 if widths["DV"] > 128 else 2)
+        default.update(BLOCK_N=16, num_stages=1 if widths["DV"] > 128 else 2)
     shape: dict[str, int | str | bool] = {"head_dim": widths["HEAD_DIM"], "v_head_dim": widths["V_HEAD_DIM"]}
     return config("shared_prefix_attention", q.device, default, override, dtype=dtype, **shape)
 

@@ -1,9 +1,12 @@
-"""What several kernels share: the norm of a tile of rows on its way into a product, and the checks of a norm.
+"""What several kernels share: the norm of a tile of rows on its way into a product, and its checks; tanh; tickets.
 
 A program that multiplies ROWS rows of x with its part of a weight norms them itself, for x is small and in the
 second-level cache: `row_statistics` first, over whole rows, then `normed_tile` for each step along them.
 
-This module does not know which product follows. Meaning and rounding: `reference.normalize`.
+Programs that share a piece of work each draw a ticket when their part lies in the workspace, and who draws the last one
+finishes the work: nobody waits, and no second launch is needed (`is_last`).
+
+This module does not know which product follows, or what is shared. Meaning and rounding: `reference.normalize`.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from .reference.norm import NORM_KINDS, Norm
 
 ROWS = tl.constexpr(16)  # of x in one program: the least that tensor cores multiply
 MAX_CHUNK = 4096  # elements of a row that are read at once for its statistics
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -70,6 +74,35 @@ def normed_tile(
         if HAS_BIAS:
             y += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     return y.to(dtype)
+
+
+@triton.jit
+def tanh(x):
+    """To float32's precision; near 0, where 1 - exp cancels, by the polynomial of Cephes' tanhf (Moshier 1992)."""
+    square = x * x
+    small = -5.70498872745e-3 * square + 2.06390887954e-2
+    small = small * square - 5.37397155531e-2
+    small = small * square + 1.33314422036e-1
+    small = small * square - 3.33332819422e-1
+    small = small * square * x + x
+    large = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2 * LOG2_E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def is_last(ticket, count):
+    """Draw a ticket; the last of `count` to draw sees what all of them stored before, and puts the ticket back to 0.
+
+    One thread draws, with release and acquire for the whole GPU. The barriers order all threads' stores before it, and
+    their loads of what others stored after it.
+    """
+    tl.debug_barrier()
+    drawn = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    last = drawn == count - 1
+    if last:
+        tl.debug_barrier()
+        tl.store(ticket, 0)
+    return last
 
 
 def check_norm(name: str, norm: Norm, width: int, device: torch.device) -> None:

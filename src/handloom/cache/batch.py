@@ -6,7 +6,6 @@ This module does not know why these sequences run, or what becomes of the logits
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ def build_batch(works: Iterable[Work], pool: PagePool) -> ForwardBatch:
     ids: list[int] = []
     positions: list[int] = []
     starts = [0]
+    query_lens: list[int] = []
     contexts: list[int] = []
     slots: list[int] = []
     rows: list[int] = []
@@ -53,6 +53,7 @@ def build_batch(works: Iterable[Work], pool: PagePool) -> ForwardBatch:
             logits
         ]
         starts.append(starts[-1] + num_tokens)
+        query_lens.append(num_tokens)
         context = end - sequence.num_evicted
         contexts.append(context)
         tables.append(sequence.page_table[: -(-context // pool.page_size)])
@@ -71,6 +72,6 @@ def build_batch(works: Iterable[Work], pool: PagePool) -> ForwardBatch:
         page_table=int64([table + [0] * (width - len(table)) for table in tables]),
         slot_mapping=int64(slots),
         logits_rows=int64(rows),
-        max_query_len=max(end - start for start, end in pairwise(starts)),
+        query_lens=tuple(query_lens),
         embeddings=Embeddings(int64(embedded_rows), torch.cat(embedded)) if embedded else None,
     )

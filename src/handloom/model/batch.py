@@ -25,8 +25,8 @@ class ForwardBatch:
     input_ids, positions [N] int64; cu_seqlens [S + 1] int64: where each sequence's tokens start;
     context_lens [S] int64: keys per sequence, this step's included; page_table [S, max_pages] int64,
     zero past a sequence's last page; slot_mapping [N] int64: the cache slot each token's K and V go to;
-    logits_rows [R] int64: which of the N rows want logits; max_query_len: the most tokens that one of the sequences
-    has in this step, known without asking the device; embeddings: rows that bring their own.
+    logits_rows [R] int64: which of the N rows want logits; query_lens: how many tokens each sequence has in this step,
+    known without asking the device; embeddings: rows that bring their own.
     """
 
     input_ids: Tensor
@@ -36,5 +36,5 @@ class ForwardBatch:
     page_table: Tensor
     slot_mapping: Tensor
     logits_rows: Tensor
-    max_query_len: int
+    query_lens: tuple[int, ...]
     embeddings: Embeddings | None = None

@@ -147,7 +147,7 @@ class Transformer:
             mixer.scale,
             mixer.window,
             mixer.softcap,
-            max_query_len=batch.max_query_len,
+            query_lens=batch.query_lens,
         )
         if block is not None:
             block.attended(q, pages, attended)

@@ -9,9 +9,8 @@ This module does not know about models, sequences or requests.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Literal, Protocol, cast
 
 import torch
@@ -59,7 +58,7 @@ class Ops(Protocol):
         window: int | None = None,
         softcap: float | None = None,
         *,
-        max_query_len: int | None = None,
+        query_lens: Sequence[int],
     ) -> Tensor: ...
 
     def linear_residual(
@@ -112,11 +111,11 @@ def choose_backend(device: torch.device, name: str = "auto", head_dims: Collecti
     if name not in BACKENDS:
         raise UnsupportedOption(f"backend {name!r} does not exist; choose 'auto' or one of {', '.join(BACKENDS)}")
     plain = {"reference": reference, "torch": torch_ops}
-    ops = plain[name] if name in plain else _triton_ops(device, head_dims)
-    return Backend(name, cast(Ops, ops), f"{BACKENDS[name]}; asked for by name")
+    ops = cast(Ops, plain[name]) if name in plain else _triton_ops(device, head_dims)
+    return Backend(name, ops, f"{BACKENDS[name]}; asked for by name")
 
 
-def _triton_ops(device: torch.device, head_dims: Collection[int]) -> ModuleType:
+def _triton_ops(device: torch.device, head_dims: Collection[int]) -> Ops:
     for head_dim in head_dims:
         if head_dim % 2 or head_dim > MAX_TRITON_HEAD_DIM:
             raise UnsupportedOption(
@@ -129,7 +128,7 @@ def _triton_ops(device: torch.device, head_dims: Collection[int]) -> ModuleType:
             "before Python starts to let Triton's interpreter run the kernels on the CPU, thousands of times slower"
         )
     try:
-        from handloom.ops import triton_ops
+        from handloom.ops.triton_ops import TritonOps
     except ImportError as error:
         raise UnsupportedOption(f"backend 'triton' needs the package triton: {error}; choose 'torch'") from error
-    return triton_ops
+    return TritonOps(device)

@@ -9,6 +9,8 @@ This module does not know about models, sequences or requests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, arange, bmm, cat, device, float32, tanh, tensor
 from torch.backends import mkl
 from torch.nn import functional as F  # noqa: N812
@@ -154,7 +156,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     *,
-    max_query_len: int | None = None,
+    query_lens: Sequence[int] | None = None,
 ) -> Tensor:
     """See `handloom_kernels.reference.paged_attention`."""
     page_size = k_pages.shape[1]

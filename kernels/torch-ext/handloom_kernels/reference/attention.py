@@ -5,6 +5,8 @@ This module does not know who owns a page.
 
 from __future__ import annotations
 
+from typing import Sequence
+
 import torch
 from torch import Tensor
 
@@ -102,7 +104,7 @@ def paged_attention(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
     *,
-    max_query_len: int | None = None,
+    query_lens: Sequence[int] | None = None,
 ) -> Tensor:
     """Causal attention of ragged queries over paged keys and values.
 
@@ -114,8 +116,8 @@ def paged_attention(
     (key - query position) is added to a score (Press et al. 2021). k_scales, v_scales [num_pages, page_size,
     num_kv_heads]: what the codes of quantised pages are multiplied by. Query head h reads KV head
     h // (num_heads / num_kv_heads) (Ainslie et al. 2023). Multi-head latent attention (DeepSeek-V2) is one KV head
-    whose v_pages are the first v_head_dim columns of k_pages. max_query_len: the most queries that a sequence has, by
-    which a kernel is chosen; nothing here depends on it.
+    whose v_pages are the first v_head_dim columns of k_pages. query_lens: how many queries each sequence has, by which
+    kernels are chosen without asking the device; nothing here depends on it.
     Returns [N, num_heads * v_head_dim] in q's dtype; softmax in float32.
     """
     return paged_attention_with_lse(

@@ -45,6 +45,18 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
+@functools.lru_cache(maxsize=None)
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of an NVIDIA GPU; None of anything else."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and not is_hip() else None
+
+
+@functools.lru_cache(maxsize=None)
+def processors(device: torch.device) -> int:
+    """How many programs the device runs side by side at least; how the work is dealt out, not what it gives."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 2
+
+
 def is_hip() -> bool:
     """Is this PyTorch one for AMD GPUs?"""
     return torch.version.hip is not None
