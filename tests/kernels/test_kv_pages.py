@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,6 +55,21 @@ def test_a_page_may_be_copied_many_times() -> None:
     pages = storage(2, 2, 6, 4, 2, 8)
     check(pages, ids(3, 3, 3), ids(0, 5, 2))
     assert torch.equal(pages[:, :, 0].view(torch.uint8), pages[:, :, 2].view(torch.uint8))
+
+
+def test_a_page_of_any_length_fits_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA allows 65535 programs along the second axis of a grid, and along the third."""
+    grids: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(kernels, "_copy_pages_kernel", Kernel())
+    kernels.copy_pages(storage(1, 2, 2, 1 << 17, 1, 16, dtype=torch.int8), ids(0, 0), ids(1, 1), blocks=SMALL)
+    tiles = (1 << 17) * 2 // 16
+    assert grids == [(2 * tiles, 2)]
 
 
 def test_nothing_is_copied_where_the_source_is_minus_one() -> None:

@@ -6,8 +6,8 @@ all pages in all layers, as words of up to 8 bytes whatever the dtype is, so tha
     storage [num_layers, 2, num_pages, page_size, ...]
                                 page 3 = source         page 5 = target
     layer 0, K   ... | [ tile 0 | tile 1 | tile 2 ] | ... | [        |        |        ] | ...
-                          program (pair, 0, 0) ------------------^
-    layer 0, V   ... | [ tile 0 | tile 1 | tile 2 ] | ... program (pair, 1, tile)
+                          program (3 pair, 0) -------------------^
+    layer 0, V   ... | [ tile 0 | tile 1 | tile 2 ] | ... program (3 pair + tile, 1); layer 1, K: (3 pair + tile, 2)
 
 To move: every byte of the copied slots, once in and once out. Bound by memory.
 
@@ -68,10 +68,11 @@ def _copy_pages_kernel(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64)
     PAGE_WORDS: tl.constexpr = PAGE_SIZE * TOKEN_WORDS
+    TILES: tl.constexpr = (PAGE_WORDS + BLOCK - 1) // BLOCK
+    pair = (tl.program_id(0) // TILES).to(tl.int64)
     words += tl.program_id(1).to(tl.int64) * num_pages * PAGE_WORDS
-    start = tl.program_id(2).to(tl.int64) * BLOCK
+    start = (tl.program_id(0) % TILES).to(tl.int64) * BLOCK
     from_page = tl.load(source + pair).to(tl.int64)
     tokens = PAGE_SIZE
     if not WHOLE:
@@ -136,7 +137,8 @@ def copy_pages(
     words = pages.view(-1).view(WORDS[word])
     page_words = page_size * token_bytes // word
     chosen = blocks_for(pages, page_words, blocks)
-    grid = (len(source), pages.shape[0] * pages.shape[1], triton.cdiv(page_words, chosen["BLOCK"]))
+    # a page as long as a context has more tiles than the 65535 programs that a grid's later axes may have
+    grid = (len(source) * triton.cdiv(page_words, chosen["BLOCK"]), pages.shape[0] * pages.shape[1])
     _copy_pages_kernel[grid](
         words,
         source,
