@@ -60,8 +60,8 @@ def run(
 
 
 def cases() -> Iterator[Case]:
-    """Each for one sequence and for 256: the list of splits is made for 1, or for up to 64, 128 or 256 sequences, and takes
-    more registers the longer it is."""
+    """Each for one sequence and for 256: the list of splits is made for 1, or for up to 64, 128 or 256 sequences, and
+    takes more registers the longer it is."""
     for batch in (1, 256):
         yield from cases_of(batch, f"{batch} x ")
 
