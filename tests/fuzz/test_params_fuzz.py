@@ -44,6 +44,16 @@ PLAUSIBLE = {
     "do_sample": st.booleans(),
     "min_new_tokens": st.integers(0, 5),
     "eos_token_id": st.lists(st.integers(0, 49), max_size=3),
+    "top_h": st.floats(0.01, 1),
+    "typical_p": st.floats(0.01, 1),
+    "epsilon_cutoff": st.floats(0, 0.99),
+    "eta_cutoff": st.floats(0, 0.99),
+    "encoder_repetition_penalty": st.floats(0.1, 3),
+    "no_repeat_ngram_size": st.integers(0, 4),
+    "encoder_no_repeat_ngram_size": st.integers(0, 4),
+    "watermarking_config": st.sampled_from([{}, {"ngram_len": 2, "keys": [5, 6]}]),
+    "renormalize_logits": st.booleans(),
+    "exponential_decay_length_penalty": st.tuples(st.integers(0, 9), st.floats(0.1, 9)),
 }
 MAPPINGS = st.one_of(
     st.fixed_dictionaries({}, optional={"seed": SEEDS, **PLAUSIBLE}),
@@ -68,6 +78,17 @@ def assert_in_range(params: GenerationParams, prompt_length: int, max_context: i
     for count in (params.logprobs, params.prompt_logprobs):
         assert count is None or 0 <= count <= min(100, vocab_size)
     assert all(callable(each) for each in (*params.logits_processor, *params.stopping_criteria))
+    assert params.top_h is None or 0 < params.top_h <= 1
+    assert 0 < params.typical_p <= 1
+    assert 0 <= params.epsilon_cutoff < 1 and 0 <= params.eta_cutoff < 1
+    assert 1e-30 <= params.encoder_repetition_penalty <= 1e30
+    assert 0 <= params.no_repeat_ngram_size < 2**31 and 0 <= params.encoder_no_repeat_ngram_size < 2**31
+    for ids in (params.suppress_tokens, params.begin_suppress_tokens, params.forced_eos_token_id):
+        assert all(type(id_) is int and 0 <= id_ < vocab_size for id_ in ids)
+    for sequence in (*params.bad_words_ids, *(sequence for sequence, _ in params.sequence_bias)):
+        assert sequence and all(type(id_) is int and 0 <= id_ < vocab_size for id_ in sequence)
+    assert all(-1e30 <= bias <= 1e30 or bias == -math.inf for _, bias in params.sequence_bias)
+    assert params.prefix_allowed_tokens_fn is None or callable(params.prefix_allowed_tokens_fn)
     assert params.max_time is None or 0 < params.max_time < math.inf
 
 
@@ -109,7 +130,11 @@ def test_any_parameters_that_resolve_choose_a_token_of_the_vocabulary_or_fail_th
         assert logits[choice.token_ids[0]] > -math.inf
     else:
         assert choice.token_ids[0] == -1
-        forbidden = params.eos_token_id if params.min_length > len(tokens) else ()
+        forbidden = {*(params.eos_token_id if params.min_length > len(tokens) else ())}
+        for size in (params.no_repeat_ngram_size, params.encoder_no_repeat_ngram_size):
+            ends = range(size - 1, len(tokens)) if size else ()
+            last = tokens[len(tokens) - size + 1 :]
+            forbidden |= {tokens[end] for end in ends if tokens[end - size + 1 : end] == last}
         assert any(math.isnan(x) for x in logits) or all(
             x == -math.inf for i, x in enumerate(logits) if i not in forbidden
         )

@@ -9,6 +9,7 @@ import torch
 from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 from handloom.engine import Engine
+from handloom.errors import UnsupportedOption
 from parity_checks import Pair, hf_generate
 from tiny_models import ragged_prompts, random_ids
 
@@ -137,3 +138,11 @@ def test_rules_that_remember_survive_preemption(pair: Pair) -> None:
             tokens[event.request_id].append(token)
     assert engine.stats().num_preempted > 0
     assert [tokens[id_] for id_ in ids] == alone
+
+
+@pytest.mark.parametrize("name", ["encoder_repetition_penalty", "encoder_no_repeat_ngram_size"])
+def test_a_rule_about_the_prompts_tokens_is_refused_where_it_has_embeddings(pair: Pair, name: str) -> None:
+    """transformers warns and goes on without it."""
+    embeddings = torch.zeros(3, pair.lm().spec.hidden_size)
+    with pytest.raises(UnsupportedOption, match=name):
+        pair.lm().generate(embeddings, **{name: 2})

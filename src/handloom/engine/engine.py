@@ -117,6 +117,12 @@ class Engine:
             raise InvalidPrompt("stop_strings need a tokenizer, and this checkpoint has none; stop on eos_token_id")
         if params.prompt_logprobs is not None and sequence.num_embeddings:
             raise UnsupportedOption("prompt_logprobs need token ids, and the prompt begins with embeddings")
+        over_prompt = params.encoder_repetition_penalty != 1.0 or params.encoder_no_repeat_ngram_size > 0
+        if over_prompt and sequence.num_embeddings:
+            raise UnsupportedOption(
+                "encoder_repetition_penalty and encoder_no_repeat_ngram_size are about the prompt's token ids, and this "
+                "prompt begins with embeddings; leave them out"
+            )
         return params
 
     def prepare(self, prompt: Any, options: dict[str, Any], *, cache_salt: str = "") -> SampleDecoder:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from handloom.sampling.constraints import BiasTable
 from handloom.sampling.params import GenerationParams
-from handloom.sampling.repetition import NgramTable, SeenTokens
+from handloom.sampling.repetition import NgramTable, SeenTokens, TokenTensor
 from handloom.sampling.watermark import SynthID, SynthIDContext
 
 _NOTHING = torch.empty(0, dtype=torch.int64)
@@ -36,13 +36,15 @@ class Memory:
     def _start_anew(self) -> None:
         params, mark = self._params, self._params.watermarking_config
         self._read: list[int] = []
+        calls_the_caller = params.logits_processor or params.prefix_allowed_tokens_fn is not None
+        self._ids = TokenTensor() if calls_the_caller else None
         self._seen = SeenTokens() if params.repetition_penalty != 1.0 else None
         self._ngrams = NgramTable(params.no_repeat_ngram_size) if params.no_repeat_ngram_size else None
         self._prompt_seen = SeenTokens() if params.encoder_repetition_penalty != 1.0 else None
         size = params.encoder_no_repeat_ngram_size
         self._prompt_ngrams = NgramTable(size) if size else None
         self.synthid = SynthIDContext(mark) if isinstance(mark, SynthID) else None
-        readers = (self._seen, self._ngrams, self._prompt_seen, self._prompt_ngrams, self.synthid)
+        readers = (self._ids, self._seen, self._ngrams, self._prompt_seen, self._prompt_ngrams, self.synthid)
         self._reads = any(reader is not None for reader in readers)
 
     def follow(self, token_ids: Sequence[int]) -> None:
@@ -52,7 +54,7 @@ class Memory:
         if token_ids[: len(self._read)] != self._read:
             self._start_anew()
         start = len(self._read)
-        for of_all in (self._seen, self._ngrams):
+        for of_all in (self._ids, self._seen, self._ngrams):
             if of_all is not None:
                 of_all.read(token_ids, start)
         if start < self._prompt_length:
@@ -63,6 +65,11 @@ class Memory:
         if self.synthid is not None:
             self.synthid.read(token_ids[max(start, self._prompt_length) :])
         self._read += token_ids[start:]
+
+    def input_ids(self) -> Tensor:
+        """The sequence for a function of the caller's, int64 [1, n]: a copy."""
+        assert self._ids is not None
+        return self._ids.ids[None].clone()
 
     @property
     def seen(self) -> Tensor:

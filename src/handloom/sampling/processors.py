@@ -195,5 +195,9 @@ def _take(scores: Tensor, rows: list[int]) -> Tensor:
 
 
 def _put(scores: Tensor, rows: list[int], part: Tensor) -> None:
-    if part is not scores:
+    if part is scores:
+        return
+    if len(rows) == len(scores):
+        scores.copy_(part)
+    else:
         scores[rows] = part

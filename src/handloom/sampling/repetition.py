@@ -1,7 +1,7 @@
 """The rules against saying again what was said: penalties per token, and no n-gram twice.
 
-Each function takes `scores`, float32 [R, V], and one value per row, and writes into `scores`. A row whose value
-means "off" keeps every bit; elsewhere the results are those of transformers' classes, bit for bit.
+Each function takes `scores`, float32 [R, V] contiguous, and one value per row, and writes into `scores`. A row whose
+value means "off" keeps every bit; elsewhere the results are those of transformers' classes, bit for bit.
 
 What these rules must know of a sequence is kept up to date token by token (`SeenTokens`, `NgramTable`), so that a
 step costs what the rule changes and not what the context holds. Both are functions of the token ids read.
@@ -20,28 +20,42 @@ from torch import Tensor
 _LONGEST_TUPLE = 16  # a longer beginning of an n-gram is kept as its digest, or a table would hold n times the context
 
 
-class SeenTokens:
-    """The distinct ids of the tokens read, in order of first appearance."""
+class TokenTensor:
+    """Token ids as a tensor that grows."""
 
     def __init__(self) -> None:
-        self._known: set[int] = set()
         self._buffer = torch.empty(64, dtype=torch.int64)
+        self._size = 0
 
-    def read(self, token_ids: Sequence[int], start: int) -> None:
-        """Take in token_ids[start:]."""
-        new = [token for token in dict.fromkeys(token_ids[start:]) if token not in self._known]
-        if not new:
-            return
-        size = len(self._known)
-        self._known.update(new)
-        if len(self._known) > len(self._buffer):
-            self._buffer = torch.cat((self._buffer[:size], torch.empty(2 * len(self._known), dtype=torch.int64)))
-        self._buffer[size : len(self._known)] = torch.tensor(new, dtype=torch.int64)
+    def extend(self, token_ids: Sequence[int]) -> None:
+        size = self._size + len(token_ids)
+        if size > len(self._buffer):
+            self._buffer = torch.cat((self._buffer[: self._size], torch.empty(2 * size, dtype=torch.int64)))
+        self._buffer[self._size : size] = torch.tensor(token_ids, dtype=torch.int64)
+        self._size = size
 
     @property
     def ids(self) -> Tensor:
-        """int64 [distinct]."""
-        return self._buffer[: len(self._known)]
+        """int64 [n], valid until more are added."""
+        return self._buffer[: self._size]
+
+    def read(self, token_ids: Sequence[int], start: int) -> None:
+        """Take in token_ids[start:]."""
+        self.extend(token_ids[start:])
+
+
+class SeenTokens(TokenTensor):
+    """The distinct ids of the tokens read, in order of first appearance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: set[int] = set()
+
+    def read(self, token_ids: Sequence[int], start: int) -> None:
+        """Take in those of token_ids[start:] that are new."""
+        new = [token for token in dict.fromkeys(token_ids[start:]) if token not in self._known]
+        self._known.update(new)
+        self.extend(new)
 
 
 class NgramTable:
@@ -81,10 +95,13 @@ def repetition_penalty(scores: Tensor, penalties: Sequence[float], token_ids: Se
     on = {row: penalty for row, penalty in enumerate(penalties) if penalty != 1.0}
     if not on:
         return
-    rows, seen = flat_indices({row: token_ids[row] for row in on}, scores)
-    factors = torch.tensor(penalties, dtype=torch.float32, device=scores.device)[rows]
-    score = scores[rows, seen]
-    scores[rows, seen] = torch.where(score < 0, score * factors, score / factors)
+    seen = flat_indices({row: token_ids[row] for row in on}, scores)
+    factors: float | Tensor = next(iter(on.values()))
+    if len(on) > 1:
+        factors = torch.tensor(penalties, dtype=torch.float32, device=scores.device)[seen // scores.shape[1]]
+    flat = scores.view(-1)
+    score = flat.gather(0, seen)
+    flat.scatter_(0, seen, torch.where(score < 0, score * factors, score / factors))
 
 
 def encoder_repetition_penalty(
@@ -101,13 +118,15 @@ def forbid(scores: Tensor, token_ids: Sequence[Sequence[int] | Tensor]) -> None:
     """Each row's tokens to -inf; ids that `scores` has no column for are passed over."""
     named = {row: ids for row, ids in enumerate(token_ids) if len(ids)}
     if named:
-        scores[flat_indices(named, scores)] = -torch.inf
+        scores.view(-1).scatter_(0, flat_indices(named, scores), -torch.inf)
 
 
-def flat_indices(token_ids: dict[int, Sequence[int] | Tensor], scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and their token ids, (row [n], id [n]) int64, as an index into `scores` [R, V]; ids past V are left out."""
-    parts = [torch.as_tensor(ids, dtype=torch.int64) for ids in token_ids.values()]
-    counts = torch.tensor([len(part) for part in parts])
-    rows, ids = torch.tensor(list(token_ids)).repeat_interleave(counts), torch.cat(parts)
-    inside = ids < scores.shape[1]
-    return rows[inside].to(scores.device), ids[inside].to(scores.device)
+def flat_indices(token_ids: dict[int, Sequence[int] | Tensor], scores: Tensor) -> Tensor:
+    """Where the rows' token ids lie in `scores.view(-1)`, int64 [n]; ids that have no column are left out."""
+    vocab_size, parts = scores.shape[1], []
+    for row, ids in token_ids.items():
+        part = torch.as_tensor(ids, dtype=torch.int64)
+        if len(part) and int(part.max()) >= vocab_size:
+            part = part[part < vocab_size]
+        parts.append(part + row * vocab_size if row else part)
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(scores.device)

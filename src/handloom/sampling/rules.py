@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from handloom.errors import HandloomError, RequestFailed
@@ -197,7 +196,10 @@ def apply_rules(scores: Tensor, rows: Sequence[Row]) -> list[HandloomError | Non
     errors: list[HandloomError | None] = [None] * len(rows)
     for row in rows:
         row.memory.follow(row.token_ids)
+    active = set().union(*(row.rules.active for row in rows))
     for rule in BEFORE_THE_CALLERS:
+        if rule.option not in active:
+            continue
         _apply(rule, scores, rows, errors)
         for at, row in enumerate(rows):
             stand_in = row.rules.active.get(rule.option)
@@ -206,7 +208,8 @@ def apply_rules(scores: Tensor, rows: Sequence[Row]) -> list[HandloomError | Non
     for at, row in enumerate(rows):
         _call(row.rules.own, scores, rows, at, errors)
     for rule in AFTER_THE_CALLERS:
-        _apply(rule, scores, rows, errors)
+        if rule.option in active:
+            _apply(rule, scores, rows, errors)
     return errors
 
 
@@ -231,7 +234,7 @@ def _call(
 
 def _run(processor: LogitsProcessor, row: Row, scores: Tensor) -> RequestFailed | None:
     """Run a processor of the caller's on `scores` [1, V], in place; returns what it did wrong."""
-    input_ids = torch.tensor([row.token_ids], dtype=torch.int64, device=scores.device)
+    input_ids = row.memory.input_ids().to(scores.device)
     name = f"the logits processor {reprlib.repr(processor)}"
     try:
         result: object = processor(input_ids, scores.clone())
