@@ -120,8 +120,8 @@ class Engine:
         over_prompt = params.encoder_repetition_penalty != 1.0 or params.encoder_no_repeat_ngram_size > 0
         if over_prompt and sequence.num_embeddings:
             raise UnsupportedOption(
-                "encoder_repetition_penalty and encoder_no_repeat_ngram_size are about the prompt's token ids, and this "
-                "prompt begins with embeddings; leave them out"
+                "encoder_repetition_penalty and encoder_no_repeat_ngram_size are about the prompt's token ids, and "
+                "this prompt begins with embeddings; leave them out"
             )
         return params
 
