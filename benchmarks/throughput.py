@@ -61,7 +61,7 @@ def throughput_case(lm: Any, folder: Path, arguments: argparse.Namespace, result
     )
     read, rate = machine.read_bandwidth(device=lm.device), limits.matmul_rate(lm.dtype, lm.device)
     sizes = [(len(request.prompt), request.new_tokens) for request in requests]
-    fastest = limits.serving_seconds(lm.spec, lm.dtype, sizes, read, rate)
+    fastest = limits.serving_seconds(lm, lm.dtype, sizes, read, rate)
     best = max(found.theirs, key=lambda name: stats.summarize([run.output_rate for run in found.theirs[name]]).p50)
     print(f"best of transformers: {best}", file=sys.stderr)
     everybody = {"handloom": found.ours, "transformers": found.theirs[best], **found.theirs}

@@ -63,7 +63,8 @@ def test_rates_and_goodput_are_per_second_of_the_whole_run() -> None:
 
 @pytest.mark.parametrize("family", sorted(TINY))
 def test_the_limit_is_the_slower_of_all_operations_and_all_bytes(family: str) -> None:
-    spec = lm_with(family=family).spec
+    lm = lm_with(family=family)
+    spec = lm.spec
     sizes = [(7, 1), (3, 5), (11, 2)]
     prefill = sum(limits.prefill_flops(spec, prompt) for prompt, _ in sizes)
     one = 2 * spec.vocab_size * spec.hidden_size  # the head, which prefill_flops counts once
@@ -72,11 +73,11 @@ def test_the_limit_is_the_slower_of_all_operations_and_all_bytes(family: str) ->
         for prompt, new in sizes
         for at in range(1, new)
     )
-    assert limits.serving_seconds(spec, torch.float32, sizes, 1e30, 100.0) == pytest.approx((prefill + steps) / 100)
+    assert limits.serving_seconds(lm, torch.float32, sizes, 1e30, 100.0) == pytest.approx((prefill + steps) / 100)
     read = 5 * machine.weight_bytes_per_token(spec, torch.float32)
     for prompt, new in sizes:
         read += sum(machine.kv_bytes_read(spec, torch.float32, prompt + at) for at in range(1, new))
-    assert limits.serving_seconds(spec, torch.float32, sizes, 50.0, 1e30) == pytest.approx(read / 50)
+    assert limits.serving_seconds(lm, torch.float32, sizes, 50.0, 1e30) == pytest.approx(read / 50)
 
 
 # Serving ---------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def prefix(
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     backend: common.BackendName = "auto",
+    quantize: common.Quantize = None,
     max_context: common.MaxContext = None,
     revision: common.Revision = None,
 ) -> None:
@@ -55,7 +56,13 @@ def prefix(
         torch.set_num_threads(threads)
     busy = machine.is_busy()
     wanted = common.ModelOptions(
-        model=model, device=device, dtype=dtype, backend=backend, max_context=max_context, revision=revision
+        model=model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        quantize=quantize,
+        max_context=max_context,
+        revision=revision,
     )
     lm = common.load_model(wanted, quiet=quiet)
     with common.waiting(f"1 + {repeat} rounds of {requests} requests, four times each", quiet):

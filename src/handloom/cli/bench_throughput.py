@@ -77,6 +77,7 @@ def throughput(
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
     backend: common.BackendName = "auto",
+    quantize: common.Quantize = None,
     max_context: common.MaxContext = None,
     revision: common.Revision = None,
 ) -> None:
@@ -108,6 +109,7 @@ def throughput(
         device=device,
         dtype=dtype,
         backend=backend,
+        quantize=quantize,
         max_context=max_context,
         kv_cache_tokens=kv_cache_tokens,
         revision=revision,
@@ -169,7 +171,7 @@ def _rows(
     runs = found.ours
     bandwidth, rate = machine.read_bandwidth(device=lm.device), limits.matmul_rate(lm.dtype, lm.device)
     sizes = [(len(request.prompt), request.new_tokens) for request in requests]
-    fastest = limits.serving_seconds(lm.spec, lm.dtype, sizes, bandwidth, rate)
+    fastest = limits.serving_seconds(lm, lm.dtype, sizes, bandwidth, rate)
     new = sum(size[1] for size in sizes)
     rows = [
         row("output", "tok/s", [run.output_rate for run in runs], limit=new / fastest),

@@ -62,17 +62,18 @@ def prefill_limit(spec: ModelSpec, num_tokens: int, rate: float) -> float:
 
 
 def serving_seconds(
-    spec: ModelSpec, dtype: torch.dtype, requests: Iterable[tuple[int, int]], bandwidth: float, rate: float
+    model: machine.Loaded, dtype: torch.dtype, requests: Iterable[tuple[int, int]], bandwidth: float, rate: float
 ) -> float:
     """Seconds in which no schedule serves these requests of (prompt, new) tokens, none sharing a prefix.
 
     The larger of all operations at `rate`, and at `bandwidth` bytes per second all K and V that new tokens read and the
-    weights as often as the longest output has tokens. Both can only be reached together where they overlap.
+    weights, as the model holds them, as often as the longest output has tokens. Both can only be reached together where
+    they overlap.
     """
-    flops, moved, steps = 0, 0, 0
+    flops, moved, steps, spec = 0, 0, 0, model.spec
     for prompt, new in requests:
         flops += prefill_flops(spec, prompt + new - 1) + (new - 1) * 2 * spec.vocab_size * spec.hidden_size
         moved += sum(machine.kv_bytes_read(spec, dtype, prompt + at) for at in range(1, new))
         steps = max(steps, new)
-    moved += steps * machine.weight_bytes_per_token(spec, dtype)
+    moved += steps * machine.weight_bytes_per_token(model, dtype)
     return max(flops / rate, moved / bandwidth)
