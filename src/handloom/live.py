@@ -38,7 +38,7 @@ class LiveSequence(Sequence):
     def __init__(self, lm: LM, source: Sequence) -> None:
         super().__init__(lm.pool, source.token_ids[source.num_embeddings :], source.embeddings)
         self.lm = lm
-        self.num_computed, self.page_table = source.num_computed, source.page_table
+        self.num_computed, self.page_table, self.spilled = source.num_computed, source.page_table, source.spilled
         self.salt, self.private, self.evicted = source.salt, source.private, source.evicted
         self._logits: Tensor | None = None
         self._hooks_version = 0
@@ -166,9 +166,9 @@ class LiveSequence(Sequence):
     def set_kv(self, layer: int, start: int, k: Tensor | None = None, v: Tensor | None = None) -> None:
         """Put K, V or both [n, num_kv_heads, head_dim] in the place of those of tokens start..start + n.
 
-        Tokens appended from now on attend to them; forks made before keep theirs. Whatever computes a token again
-        forgets what was set for it: the last token when its logits are read, all of them in a request that is preempted
-        because the cache is full (lm.step never preempts). Raises InvalidParam, OutOfPages.
+        Tokens appended from now on attend to them; forks made before keep theirs. The last token is computed again when
+        its logits are read, and what was set for it forgotten. A request that is preempted because the cache is full
+        keeps what was set: see `Engine`. Raises InvalidParam, OutOfPages.
         """
         given = [values for values in (k, v) if values is not None]
         if not given:
@@ -194,10 +194,9 @@ class LiveSequence(Sequence):
 
         Whatever is computed from now on attends to what is left; pages that are left empty are freed. The tokens stay
         in token_ids and text, and `evicted` lists them. Forks share the gap, a saved sequence has it, `rewind` into
-        it keeps what is before, `truncate_left` and `logprobs` compute all anew without it. A token that is computed
-        again is in the cache again: the last one, when its logits are read, and all of them in a request that is
-        preempted because the cache is full. Raises InvalidParam, OutOfPages, UnsupportedOption where a layer attends
-        to a window, which is counted in the cache.
+        it keeps what is before, `truncate_left` and `logprobs` compute all anew without it. The last token, which is
+        computed again when its logits are read, is in the cache again then. Raises InvalidParam, OutOfPages,
+        UnsupportedOption where a layer attends to a window, which is counted in the cache.
         """
         if any(layer.mixer.window is not None for layer in self.lm.spec.layers):
             raise UnsupportedOption(
@@ -234,7 +233,7 @@ class LiveSequence(Sequence):
                     k[slots] = rotate(wide, rotary_at(model.inv_freqs[layer.rope], back)).to(k)
 
     def _slots(self, layer: int, start: int, stop: int) -> Tensor:
-        """Flat cache slots [stop - start] of computed tokens. Raises InvalidParam."""
+        """Flat cache slots [stop - start] of computed tokens. Raises InvalidParam, OutOfPages."""
         if not 0 <= layer < len(self.pool.layers):
             raise InvalidParam(f"there is no layer {layer}; the model has {len(self.pool.layers)}, counted from 0")
         if not 0 <= start <= stop <= self.num_computed:
@@ -249,13 +248,18 @@ class LiveSequence(Sequence):
         return self._cache_slots(before, before + stop - start)
 
     def _cache_slots(self, start: int, stop: int) -> Tensor:
-        """Flat cache slots [stop - start] of the cached tokens start..stop, counted among these."""
+        """Flat cache slots [stop - start] of the cached tokens start..stop, counted among these. Raises OutOfPages."""
+        self.bring_back()
         at = torch.arange(start, stop, device=self.pool.device)
         table = torch.tensor(self.page_table, dtype=torch.int64, device=self.pool.device)
         return table[at // self.pool.page_size] * self.pool.page_size + at % self.pool.page_size
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write tokens, K and V to a safetensors file for `lm.restore(path)` of the same model. Raises OSError."""
+        """Write tokens, K and V to a safetensors file for `lm.restore(path)` of the same model. Raises OSError.
+
+        What a preempted request has in host memory is brought back first, which raises OutOfPages where none is free.
+        """
+        self.bring_back()
         save_sequence(path, self, self.lm.transformer, name=self.lm.name, logits=self._known_logits)
 
     @property

@@ -3,7 +3,7 @@ ends with the tokens it has alone or with an error of ours that is its due, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -27,13 +27,15 @@ MAX_STEPS = 5000
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as it is drawn. fails_at: new tokens after which its processor raises, or gives NaN."""
+    """A request as it is drawn. edited: the K of its first tokens is set before it runs; fails_at: new tokens after
+    which its processor raises, or gives NaN."""
 
     prompt: int
     new_tokens: int
     sampled: bool = False
     priority: int = 0
     live: bool = False
+    edited: bool = False
     fails_at: int | None = None
     how: str = "raises"
 
@@ -52,9 +54,19 @@ class Asked:
         return {} if self.fails_at is None else {"logits_processor": [fail]}
 
 
+def edit(sequence: LiveSequence) -> None:
+    """Set the K of the first tokens of a sequence to something the model would not make of them."""
+    _ = sequence.logits
+    k, _v = sequence.kv(0, 0, 3)
+    sequence.set_kv(0, 0, k=k.flip(0) * 2)
+
+
 @cache
 def alone(asked: Asked) -> list[int]:
-    tokens: list[int] = lm_in_float64().generate(PROMPTS[asked.prompt], **asked.options()).token_ids
+    with lm_in_float64().sequence(PROMPTS[asked.prompt]) as sequence:
+        if asked.edited:
+            edit(sequence)
+        tokens: list[int] = sequence.lm.generate(sequence, **asked.options()).token_ids
     return tokens
 
 
@@ -65,6 +77,7 @@ REQUESTS = st.builds(
     sampled=st.booleans(),
     priority=st.integers(-1, 1),
     live=st.sampled_from((False, False, False, True)),
+    edited=st.booleans(),
     fails_at=st.none() | st.none() | st.none() | st.integers(0, 20),
     how=st.sampled_from(("raises", "NaN")),
 )
@@ -108,6 +121,10 @@ class Life:
             prompt: Any = PROMPTS[action.prompt]
             if action.live:
                 prompt = self.lm.sequence(prompt)
+            edited = action.live and action.edited and len(prompt) > 3 and self.lm.pool.num_free > 2 * len(prompt)
+            action = replace(action, edited=edited)
+            if edited:
+                edit(prompt)
             request = self.engine.add_request(
                 prompt, priority=action.priority, **action.options(), **action.processor()
             )
@@ -139,6 +156,7 @@ class Life:
         self.results.take(events)
         held = {page for page in range(self.lm.pool.num_pages) if self.lm.pool.references(page)}
         assert len(held) == self.lm.pool.num_pages - self.lm.pool.num_free
+        assert self.lm.pool.spilled_bytes <= self.engine.scheduler.spill_bytes
         for request in self.engine.scheduler.waiting:
             if request.id not in self.live:
                 assert not request.decoder.sequences[0].page_table, "who waits holds nothing"
@@ -159,7 +177,7 @@ class Life:
             sequence.free()
         for sequence in self.live.values():
             sequence.free()
-        assert all_free(self.lm)
+        assert all_free(self.lm) and self.lm.pool.spilled_bytes == 0
 
     def check(self, request: int, asked: Asked) -> None:
         tokens, expected = self.results.tokens.get(request, []), alone(asked)
@@ -189,6 +207,7 @@ class Life:
     max_step_tokens=st.sampled_from((512, 7, 3, 1)),
     max_running=st.sampled_from((9, 3, 1)),
     prefix_cache=st.booleans(),
+    spill_tokens=st.sampled_from((None, 0, 30)),
 )
 def test_any_life_of_an_engine_ends_well(
     first: list[Asked],
@@ -198,9 +217,12 @@ def test_any_life_of_an_engine_ends_well(
     max_step_tokens: int,
     max_running: int,
     prefix_cache: bool,
+    spill_tokens: int | None,
 ) -> None:
     lm = lm_in_float64(-(-capacity // page_size), page_size)
-    life = Life(lm, Checked(lm, max_step_tokens=max_step_tokens, max_running=max_running, prefix_cache=prefix_cache))
+    spill_bytes = None if spill_tokens is None else spill_tokens * lm.pool.page_bytes // page_size
+    limits = {"max_step_tokens": max_step_tokens, "max_running": max_running, "spill_bytes": spill_bytes}
+    life = Life(lm, Checked(lm, prefix_cache=prefix_cache, **limits))
     for action in [*first, *actions]:
         life.act(action)
     life.finish()

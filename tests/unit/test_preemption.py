@@ -22,10 +22,10 @@ SAMPLED: dict[str, Any] = {**GREEDY, "do_sample": True, "temperature": 1.3, "top
 
 
 class Watched(Engine):
-    """Counts how often each running request had to stop."""
+    """Counts how often each running request had to stop. It is computed again then, unless host memory is given."""
 
-    def __init__(self, lm: LM, **limits: int) -> None:
-        super().__init__(lm, **limits)
+    def __init__(self, lm: LM, *, spill_bytes: int | None = 0, **limits: int) -> None:
+        super().__init__(lm, spill_bytes=spill_bytes, **limits)
         self.stops: Counter[int] = Counter()
 
     def step(self) -> list[Any]:
@@ -37,9 +37,13 @@ class Watched(Engine):
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
-@pytest.mark.parametrize("limits", [{}, {"max_step_tokens": 5}], ids=["whole", "chunks"])
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"max_step_tokens": 5}, {"spill_bytes": None}, {"max_step_tokens": 5, "spill_bytes": 9_000}],
+    ids=["whole", "chunks", "spilled", "some spilled"],
+)
 def test_a_request_that_was_stopped_and_computed_again_has_the_tokens_it_has_alone(
-    family: str, options: dict[str, Any], limits: dict[str, int]
+    family: str, options: dict[str, Any], limits: dict[str, Any]
 ) -> None:
     """Float64, since prefill and decode round differently: see `lm_in_float64`."""
     roomy, tight = lm_in_float64(family=family), lm_in_float64(12, family=family)

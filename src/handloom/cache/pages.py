@@ -65,6 +65,7 @@ class PagePool:
         self.num_pages, self.page_size = num_pages, page_size
         self.device = device
         self.lock = threading.RLock()
+        self.spilled_bytes = 0  # of K and V that were moved to host memory; see HostPages
         shapes = [(layer.mixer.num_kv_heads, layer.mixer.head_dim) for layer in spec.layers]
         counts = {shape: shapes.count(shape) for shape in shapes}
         self.storages: dict[tuple[int, int], Tensor] = {
@@ -83,6 +84,11 @@ class PagePool:
         self._cached: OrderedDict[int, None] = (
             OrderedDict()
         )  # those in the index that nobody holds, the first to go first
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, in all layers."""
+        return sum(storage[:, :, 0].nbytes for storage in self.storages.values())
 
     @property
     def num_free(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from handloom.cache.pages import PagePool, locked
+from handloom.cache.spill import HostPages
 from handloom.errors import InvalidParam, OutOfPages
 
 PLACEHOLDER = -1
@@ -29,6 +30,7 @@ class Sequence:
     computed ones less the evicted. `evicted`: ranges (start, stop) of tokens, in order, that were computed and whose K
     and V are gone. One that is computed again (`forget`, `recompute_last`) is cached again.
     `embeddings` [e, hidden_size], if given, stand in for the first e tokens, whose ids are PLACEHOLDER.
+    `spilled`: the pages' content, while they are somebody else's (`spill`); the tokens count as computed all the same.
     `salt`: only sequences of the same one find each other's pages. `private`: its K and V are not what the model makes
     of the tokens (they were edited, or come from elsewhere), so nobody finds them; nor those of one with embeddings.
     """
@@ -40,6 +42,7 @@ class Sequence:
         self.num_computed = 0
         self.evicted: tuple[tuple[int, int], ...] = ()
         self.page_table: list[int] = []
+        self.spilled: HostPages | None = None
         self.salt = ""
         self.private = False
 
@@ -91,6 +94,7 @@ class Sequence:
                 f"{free} of {self.pool.num_pages} are free; free other sequences, or load the model with a larger "
                 "kv_cache_tokens"
             )
+        self.bring_back()
         num_slots = num_tokens - self.num_evicted
         self.own(self.num_cached, num_slots)
         while len(self.page_table) * self.pool.page_size < num_slots:
@@ -154,6 +158,43 @@ class Sequence:
     def _keep_pages(self, num_tokens: int) -> None:
         while len(self.page_table) > -(-(num_tokens - self.num_evicted) // self.pool.page_size):
             self.pool.release(self.page_table.pop())
+        if self.spilled is not None and not self.num_cached:
+            self._drop_spilled()
+
+    # Host memory ----------------------------------------------------------------------------------
+
+    @property
+    def num_spillable(self) -> int:
+        """Pages that `spill` would copy."""
+        return min(len(self.page_table), -(-self.num_cached // self.pool.page_size))
+
+    @locked
+    def spill(self) -> None:
+        """Move what is cached to host memory, and give every page back."""
+        if self.num_spillable:
+            self.spilled = HostPages(self.pool, self.page_table[: self.num_spillable])
+        while self.page_table:
+            self.pool.release(self.page_table.pop())
+
+    @locked
+    def bring_back(self) -> None:
+        """Move what was spilled to pages of its own, bit for bit. Raises OutOfPages, changing nothing."""
+        if self.spilled is None:
+            return
+        count = -(-self.num_cached // self.pool.page_size)
+        if count > self.pool.num_free:
+            raise OutOfPages(
+                f"the sequence was moved to host memory, and to come back it needs {count} pages where "
+                f"{self.pool.num_free} of {self.pool.num_pages} are free; free other sequences"
+            )
+        self.page_table = [self.pool.allocate() for _ in range(count)]
+        self.spilled.write(self.page_table)
+        self._drop_spilled()
+
+    def _drop_spilled(self) -> None:
+        if self.spilled is not None:
+            self.spilled.drop()
+            self.spilled = None
 
     # Taking tokens out of the middle --------------------------------------------------------------
 
@@ -203,6 +244,7 @@ class Sequence:
         if into == source:
             return
         if source < end:
+            self.bring_back()
             self._move(source, end, into)
         self.private = True
 
@@ -266,6 +308,7 @@ class Sequence:
         child = Sequence(self.pool, self.token_ids[self.num_embeddings :], self.embeddings)
         child.num_computed, child.salt, child.private = self.num_computed, self.salt, self.private
         child.evicted = self.evicted
+        child.spilled = None if self.spilled is None else self.spilled.share()
         child.page_table = self.page_table[: -(-self.num_cached // self.pool.page_size)]
         for page in child.page_table:
             self.pool.share(page)

@@ -46,7 +46,10 @@ class Engine:
 
     max_step_tokens: most tokens in one forward pass (longer prompts run in chunks); max_running: most requests in
     flight at once, the others wait; prefix_cache: whether requests take over pages that others with the same first
-    tokens have computed, and leave theirs to later ones. Raises InvalidParam.
+    tokens have computed, and leave theirs to later ones; spill_bytes: most bytes of K and V that wait in host memory
+    for requests that had to give up their pages, by default as many as the whole cache has. Past that K and V are
+    computed again, but those of edited sequences never are: such a request keeps its pages, and where nobody could go
+    on any more it ends with OutOfPages, the sequence and its edits untouched. Raises InvalidParam.
 
     Every method may be called from any thread. One thread steps at a time, others that want to wait for it; the other
     methods never do: what they ask for while a step runs is done when it ends. Each event is returned once, by the step
@@ -64,9 +67,14 @@ class Engine:
         max_step_tokens: int = MAX_STEP_TOKENS,
         max_running: int = 256,
         prefix_cache: bool = True,
+        spill_bytes: int | None = None,
     ) -> None:
         if min(max_step_tokens, max_running) < 1:
             raise InvalidParam(f"max_step_tokens={max_step_tokens}, max_running={max_running}: both must be 1 or more")
+        if spill_bytes is None:
+            spill_bytes = model.pool.num_pages * model.pool.page_bytes
+        if isinstance(spill_bytes, bool) or not isinstance(spill_bytes, int) or spill_bytes < 0:
+            raise InvalidParam(f"spill_bytes is {spill_bytes!r}; expected an integer from 0")
         self.model, self.prefix_cache = model, prefix_cache
         self.runner = Runner(model.transformer, model.pool, model.hooks)
         row_bytes = 4 * model.transformer.spec.vocab_size
@@ -75,6 +83,7 @@ class Engine:
             max_tokens=max_step_tokens,
             max_running=max_running,
             max_rows=max(1, MAX_LOGITS_BYTES // row_bytes),
+            spill_bytes=spill_bytes,
         )
         self._ids = itertools.count()
         self._stepping = threading.Lock()  # held while the scheduler is worked on
@@ -123,6 +132,11 @@ class Engine:
                 "encoder_repetition_penalty and encoder_no_repeat_ngram_size are about the prompt's token ids, and "
                 "this prompt begins with embeddings; leave them out"
             )
+        if params.prompt_logprobs is not None and sequence.private and sequence.num_computed:
+            raise UnsupportedOption(
+                "prompt_logprobs compute the prompt again, and this sequence has K and V that would be forgotten; "
+                "pass its token_ids instead"
+            )
         return params
 
     def prepare(self, prompt: Any, options: dict[str, Any], *, cache_salt: str = "") -> SampleDecoder:
@@ -144,8 +158,9 @@ class Engine:
 
         A higher priority comes first; among equals, who came first. Only requests with the same cache_salt share cached
         pages, so that nobody can time what others have asked. Returns the request id its events carry.
-        A Sequence stays the caller's, receives the new tokens and keeps its pages when the request ends; while
-        it lasts they may be taken for others and computed anew. Forks keep theirs.
+        A Sequence stays the caller's, receives the new tokens and keeps its pages when the request ends; while it lasts
+        they may be taken for others, and what was in them come back from host memory or be computed anew. Forks keep
+        theirs.
         Raises InvalidPrompt, ContextOverflow, InvalidParam, UnsupportedOption.
         """
         return self.add(self.prepare(prompt, options, cache_salt=cache_salt), priority=priority)
@@ -292,6 +307,8 @@ class Engine:
             num_preempted=journal.num_preempted,
             num_computed=journal.num_computed,
             num_chosen=journal.num_chosen,
+            num_spilled=journal.num_spilled,
+            spilled_bytes=pool.spilled_bytes,
         )
 
     def close(self) -> None:

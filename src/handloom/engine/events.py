@@ -21,7 +21,7 @@ RATE_STEPS = 64
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """A request has its pages and runs from now on; after a preemption, again. num_cached of its num_tokens tokens
-    were in the cache already."""
+    were in the cache already, or came back from host memory."""
 
     request_id: int
     time: float
@@ -50,12 +50,13 @@ class TokenChosen:
 
 @dataclass(frozen=True, slots=True)
 class Preempted:
-    """A running request gave its pages back and waits; num_computed tokens of it will be computed again, less those
-    that are still cached then."""
+    """A running request gave its pages back and waits. Of its num_computed tokens, num_kept are in host memory; the
+    others will be computed again, less those that are still cached then."""
 
     request_id: int
     time: float
     num_computed: int
+    num_kept: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +80,12 @@ class EngineStats:
         pages_used, pages_cached, pages_free: of the model's KV cache, which other engines and sequences share. Held by
             a sequence; held by none, but kept for whoever begins with the same tokens; empty.
         tokens_per_second: tokens chosen in the last steps, per second from the first of these until now.
-        hit_rate: of the tokens that requests had when they were admitted, the share that was cached.
+        hit_rate: of the tokens that requests had when they were admitted, the share that was cached. Admissions that
+            bring something back from host memory do not count.
         num_finished, num_preempted: requests; one may be preempted several times.
         num_computed, num_chosen: tokens that were run, prompts included; tokens that were chosen.
+        num_spilled: preemptions that moved what was computed to host memory, all of it.
+        spilled_bytes: in host memory now, of this model; other engines' requests included.
     """
 
     running: int
@@ -95,6 +99,8 @@ class EngineStats:
     num_preempted: int
     num_computed: int
     num_chosen: int
+    num_spilled: int
+    spilled_bytes: int
 
 
 class Journal:
@@ -103,12 +109,13 @@ class Journal:
     def __init__(self) -> None:
         self.queues: tuple[deque[EngineEvent], ...] = ()  # replaced as a whole: whoever reads it sees one or the other
         self.num_admitted_tokens = self.num_cached_tokens = 0
-        self.num_finished = self.num_preempted = self.num_computed = self.num_chosen = 0
+        self.num_finished = self.num_preempted = self.num_spilled = self.num_computed = self.num_chosen = 0
         self._steps: deque[tuple[float, int]] = deque(maxlen=RATE_STEPS)  # when each ended, and num_chosen then
 
-    def admitted(self, request_id: int, num_tokens: int, num_cached: int) -> None:
-        self.num_admitted_tokens += num_tokens
-        self.num_cached_tokens += num_cached
+    def admitted(self, request_id: int, num_tokens: int, num_cached: int, *, came_back: bool) -> None:
+        if not came_back:
+            self.num_admitted_tokens += num_tokens
+            self.num_cached_tokens += num_cached
         if self.queues:
             self._tell(Admitted(request_id, time.monotonic(), num_tokens, num_cached))
 
@@ -116,10 +123,11 @@ class Journal:
         if self.queues:
             self._tell(PrefillChunk(request_id, time.monotonic(), first, num_tokens))
 
-    def preempted(self, request_id: int, num_computed: int) -> None:
+    def preempted(self, request_id: int, num_computed: int, num_kept: int) -> None:
         self.num_preempted += 1
+        self.num_spilled += 0 < num_computed == num_kept
         if self.queues:
-            self._tell(Preempted(request_id, time.monotonic(), num_computed))
+            self._tell(Preempted(request_id, time.monotonic(), num_computed, num_kept))
 
     def emitted(self, events: Iterable[Event]) -> None:
         """Events of requests, in order."""

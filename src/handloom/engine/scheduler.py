@@ -6,9 +6,15 @@ the step and pages of the cache; in the reverse order pages are taken back.
 A request starts when there are pages for all that it has to compute, and one more for each request that runs
 already. While there are plenty it also takes those for its longest possible length, so that its pages lie side by
 side; these are the first to be taken back. When that is not enough, the last request that runs is preempted:
-it gives all its pages back and waits, first of its kind, to be computed again from the tokens it has. So the first
-request in the order always goes on, and a step with work never makes none. A request fails for lack of pages only
-where it would not fit the whole pool, or where it runs alone and others than this scheduler hold the rest.
+it gives all its pages back and waits, first of its kind. What was in them goes to host memory, as long as there is room
+within a limit; else it is computed again from the tokens. So the first request in the order always goes on, and a step
+with work never makes none. A request fails for lack of pages only where it would not fit the whole pool, or where it
+runs alone and others than this scheduler hold the rest.
+
+K and V that the model would not make of the tokens (edited, evicted, patched, from a file) cannot be computed again: a
+request with such is preempted only where host memory has room. Where nobody can go on for that, the last of them fails.
+
+A request that is paused gets no work; it gives place and pages up to any that is not.
 
 Requests that begin alike share pages. One that starts takes over those that are cached, and it waits to start while a
 request before it is computing the very page that it needs next.
@@ -73,11 +79,15 @@ class Scheduler:
     """Waiting and running requests, each in order.
 
     max_tokens: tokens per step; max_running: requests that hold pages at once; max_rows: logits rows per step
-    of one Work; sharing: whether requests look for pages that others have computed, and offer theirs.
+    of one Work; spill_bytes: of the pool's K and V that may be in host memory at once;
+    sharing: whether requests look for pages that others have computed, and offer theirs.
     """
 
-    def __init__(self, pool: PagePool, *, max_tokens: int, max_running: int, max_rows: int) -> None:
+    def __init__(
+        self, pool: PagePool, *, max_tokens: int, max_running: int, max_rows: int, spill_bytes: int = 0
+    ) -> None:
         self.pool, self.max_tokens, self.max_running, self.max_rows = pool, max_tokens, max_running, max_rows
+        self.spill_bytes = spill_bytes
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.journal = Journal()
@@ -109,7 +119,7 @@ class Scheduler:
     def plan(self) -> tuple[Plan, list[Event]]:
         """The next step's work; and the failures of requests that cannot run."""
         plan, budget = Plan(), self.max_tokens
-        may_start = True
+        may_start, stuck = True, False
         may_run = [request for request in self.running if not request.paused]
         for request in heapq.merge(may_run, self._next_to_start(len(may_run)), key=_rank):
             if budget == 0:
@@ -125,8 +135,11 @@ class Scheduler:
                 others_run = len(self.running) > request.running
                 if isinstance(error, OutOfPages) and others_run and self._fits(request):
                     may_start = False  # it waits, with what it has: until others end, or one before it needs that
+                    stuck = True
                 else:
                     self._emit(request, [FinishedEvent("error", error=error)])
+        if stuck and not plan.works and not self._events:
+            self._end_one_that_cannot_yield()
         return plan, self._hand_out()
 
     def _next_to_start(self, num_running: int) -> list[Request]:
@@ -134,7 +147,7 @@ class Scheduler:
         can_start = (request for request in self.waiting if not request.paused)
         first = list(itertools.islice(can_start, self.max_running - num_running))
         for request in self.running[::-1]:
-            if request.paused and len(self.running) + len(first) > self.max_running:
+            if request.paused and len(self.running) + len(first) > self.max_running and self._can_yield(request):
                 self._preempt(request)
         return first[: self.max_running - len(self.running)]
 
@@ -176,6 +189,7 @@ class Scheduler:
             )
         sequences = request.decoder.sequences
         before = [sequence.num_computed for sequence in sequences]
+        came_back = any(sequence.spilled is not None for sequence in sequences)
         try:
             if self.sharing:
                 self._adopt_prefixes(request)
@@ -187,7 +201,9 @@ class Scheduler:
         request.running = request.prefilling = True
         self.waiting.remove(request)
         insort(self.running, request, key=_rank)
-        self.journal.admitted(request.id, sum(map(len, sequences)), sum(s.num_computed for s in sequences))
+        self.journal.admitted(
+            request.id, sum(map(len, sequences)), sum(s.num_computed for s in sequences), came_back=came_back
+        )
 
     def _adopt_prefixes(self, request: Request) -> None:
         """Take over cached pages, except where logits of all tokens are wanted."""
@@ -235,31 +251,54 @@ class Scheduler:
                 sequence.trim()
             if self.pool.num_free > free:
                 return True
-        for other in reversed(self.running):
-            if other.paused and other is not request:
+        others = [other for other in reversed(self.running) if other is not request]
+        for other in sorted(others, key=lambda other: not other.paused):
+            if (other.paused or other.rank > request.rank) and self._can_yield(other):
                 self._preempt(other)
                 return True
-        last = self.running[-1] if self.running else request
-        if last.rank > request.rank:
-            self._preempt(last)
-            return True
-        if last is request:  # nobody else runs: what remains are sequences that came with pages of their own
-            for other in self.waiting:
+        if not self.running or self.running[-1].rank >= request.rank:
+            for other in self.waiting:  # sequences that came with pages of their own
                 if other is not request:
-                    self._release(other)
+                    self._take_pages(other)
         return self.pool.num_free > free
+
+    def _can_yield(self, request: Request) -> bool:
+        """Whether its pages can be taken: what could not be computed again has room in host memory."""
+        return self._has_room(sum(s.num_spillable for s in request.decoder.sequences if s.private))
+
+    def _has_room(self, num_pages: int) -> bool:
+        return not num_pages or self.pool.spilled_bytes + num_pages * self.pool.page_bytes <= self.spill_bytes
+
+    def _end_one_that_cannot_yield(self) -> None:
+        """Nobody has a page to go on with: end the last request that keeps what others need."""
+        for request in reversed(self.running):
+            if not self._can_yield(request):
+                error = OutOfPages(
+                    "all pages are in use, and what this request has in its own cannot be computed again (K and V that "
+                    "were edited, patched or restored) nor moved: no more than "
+                    f"spill_bytes={self.spill_bytes} may be in host memory. Give the engine more spill_bytes, or load "
+                    "the model with a larger kv_cache_tokens"
+                )
+                self._emit(request, [FinishedEvent("error", error=error)])
+                return
 
     def _preempt(self, request: Request) -> None:
         """Take all pages of a running request, which waits again."""
-        self.journal.preempted(request.id, sum(sequence.num_computed for sequence in request.decoder.sequences))
-        self._release(request)
+        num_computed = sum(sequence.num_computed for sequence in request.decoder.sequences)
+        self._take_pages(request)
+        num_kept = sum(sequence.num_computed for sequence in request.decoder.sequences)
+        self.journal.preempted(request.id, num_computed, num_kept)
         request.running = False
         self.running.remove(request)
         self.add(request)
 
-    def _release(self, request: Request) -> None:
-        for sequence in request.decoder.sequences:
-            sequence.free()
+    def _take_pages(self, request: Request) -> None:
+        """Free its pages; what is in them goes to host memory where that has room, first what is worth most."""
+        for sequence in sorted(request.decoder.sequences, key=lambda sequence: not sequence.private):
+            if self._has_room(sequence.num_spillable):
+                sequence.spill()
+            elif not sequence.private:
+                sequence.free()
 
     def _drop(self, request: Request) -> None:
         (self.running if request.running else self.waiting).remove(request)
