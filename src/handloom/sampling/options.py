@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from handloom.errors import InvalidParam, UnsupportedOption
+from handloom.sampling.surface import NO_EFFECT, WHY_NOT
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -31,9 +32,7 @@ OURS = frozenset(
     "skip_special_tokens".split()
 )
 # Any value is fine: nothing is padded, and an output always is a full object.
-BOOKKEEPING = frozenset(
-    "transformers_version _from_model_config _commit_hash pad_token_id bos_token_id return_dict_in_generate".split()
-)
+BOOKKEEPING = frozenset({*NO_EFFECT, "_from_model_config", "_commit_hash"})
 # These choose how transformers computes or speculates, never which tokens come out: in a file they ask nothing of us.
 NO_EFFECT_IN_A_FILE = frozenset(
     "use_cache cache_implementation cache_config max_cache_len compile_config disable_compile prefill_chunk_size "
@@ -164,7 +163,8 @@ def _is_inert(name: str, value: Any) -> bool:
 
 def _unsupported(name: str, value: Any, source: str) -> str:
     way_out = "leave it out" if source == CALLER else f"pass {name}={INERT.get(name)!r} to switch it off"
-    return f"{name}={show(value)} ({source}): transformers has this option, handloom does not; {way_out}"
+    why = f" ({WHY_NOT[name]})" if name in WHY_NOT else ""
+    return f"{name}={show(value)} ({source}): transformers has this option, handloom does not{why}; {way_out}"
 
 
 # Checks: the value in its type, or Expected ----------------------------------------------------------

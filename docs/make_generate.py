@@ -1,0 +1,107 @@
+"""Writes docs/generate.md: every option of transformers' `generate`, and what becomes of it here.
+
+    python docs/make_generate.py
+
+The rows are the tables the code itself refuses and resolves options by, so the page says what the code does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+from handloom.sampling.options import INERT, NO_EFFECT_IN_A_FILE, OURS
+from handloom.sampling.params import GenerationParams
+from handloom.sampling.rules import AFTER_THE_CALLERS, BEFORE_THE_CALLERS
+from handloom.sampling.surface import NO_EFFECT, NOTES, WHY_NOT
+
+PAGE = Path(__file__).with_name("generate.md")
+ARGUMENTS = "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn".split()
+REFUSED_ARGUMENTS = (
+    "inputs synced_gpus assistant_model streamer negative_prompt_ids negative_prompt_attention_mask custom_generate "
+    "tokenizer assistant_tokenizer trust_remote_code input_ids inputs_embeds attention_mask position_ids "
+    "past_key_values logits_to_keep"
+).split()
+PROOFS = {
+    "generation_config": "test_generation_config.py",
+    "logits_processor": "test_callers_processors.py",
+    "stopping_criteria": "test_stopping.py",
+    "prefix_allowed_tokens_fn": "test_rules_in_generate.py",
+    "forced_bos_token_id": "test_rules_in_generate.py",
+    "renormalize_logits": "test_rules_in_generate.py",
+    "remove_invalid_values": "test_rules_in_generate.py",
+    "output_scores": "test_scores_and_logprobs.py",
+    "output_logits": "test_scores_and_logprobs.py",
+}
+
+INTRODUCTION = """\
+<!-- Made by docs/make_generate.py; edit the tables in src/handloom/sampling/surface.py and run it again. -->
+
+# `lm.generate` beside `model.generate`
+
+`lm.generate(prompt, **options)` takes the options of transformers' `generate` under the same names, and gives the same
+tokens, or an error that names the option. Nothing is dropped in silence. An option that is not supported may still be
+said with the value that switches it off, so that a `GenerationConfig` can be passed as it is.
+
+Who wins: the caller's options, then a `generation_config` passed along, then the model's generation_config.json, then
+transformers' global defaults. `None` switches a rule off.
+
+The list is that of transformers 5.17 and 5.23, which have the same public fields. A field that only another release has
+is known here by asking the installed one: it is refused by name. One that the installed release lacks stays in this
+table and works all the same, as an option or in a mapping. Fields that begin with an underscore are bookkeeping.
+
+The proof is a file of tests/parity, where tokens and scores are compared with transformers' own (and, for what is no
+field and refused, of tests/unit).
+"""
+
+
+def supported() -> list[str]:
+    """The fields of GenerationConfig that work."""
+    return sorted(({field.name for field in fields(GenerationParams)} | {"max_length"}) - OURS)
+
+
+def page() -> str:
+    """The whole page."""
+    config = [*supported(), *(name for name in WHY_NOT if name not in REFUSED_ARGUMENTS), *NO_EFFECT]
+    return "\n".join(
+        [
+            INTRODUCTION,
+            "## Fields of `GenerationConfig`\n",
+            *_table(sorted(config)),
+            "\n## Arguments of `generate`\n",
+            *_table([*ARGUMENTS, *REFUSED_ARGUMENTS]),
+            "\n## Order of the rules\n",
+            "Scores pass these in turn; those after the caller's own processors run only where tokens are drawn, but "
+            "for the last two.\n",
+            *_rules(),
+            "\n## Options of handloom's own\n",
+            ", ".join(f"`{name}`" for name in sorted(OURS - set(ARGUMENTS))) + ": see `GenerationParams`.\n",
+        ]
+    )
+
+
+def _table(names: Iterable[str]) -> list[str]:
+    return ["| option | | note | proof |", "|---|---|---|---|", *(_row(name) for name in names)]
+
+
+def _row(name: str) -> str:
+    if name in NO_EFFECT:
+        return f"| `{name}` | no effect here | {NO_EFFECT[name]} | test_options.py |"
+    if name in WHY_NOT:
+        off = f"; off: `{INERT[name]!r}`" if name in INERT else ""
+        in_file = "; in a model's file it has no effect" if name in NO_EFFECT_IN_A_FILE else ""
+        proof = "test_generate_page.py" if name in REFUSED_ARGUMENTS else "test_options.py"
+        return f"| `{name}` | not supported | {WHY_NOT[name]}{off}{in_file} | {proof} |"
+    return f"| `{name}` | works | {NOTES.get(name, '')} | {PROOFS.get(name, 'test_options.py')} |"
+
+
+def _rules() -> list[str]:
+    before = [f"`{rule.option}`" for rule in BEFORE_THE_CALLERS]
+    after = [f"`{rule.option}`" for rule in AFTER_THE_CALLERS]
+    steps = [*before, "the caller's `logits_processor`", *after]
+    return [f"{number}. {step}" for number, step in enumerate(steps, 1)]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,109 @@
+"""What of transformers' `generate` is not here, and why; and what is worth knowing of what is. Data alone.
+
+The errors that refuse an option and the table in docs/generate.md are made of these words, so neither can go stale.
+
+This module does not know how an option is checked or what it does.
+"""
+
+from __future__ import annotations
+
+_BEAMS = "there is no beam search yet"
+_SPECULATION = "there is no speculative decoding yet"
+_CACHE = "there is one paged KV cache, whose size is `kv_cache_tokens` of `LM.from_pretrained`"
+_COMPILE = "nothing here is compiled by torch.compile"
+_PROMPT = "the prompt (text, token ids or embeddings) is the first argument"
+_RAGGED = "nothing is padded, so nothing has to be masked"
+_GUIDANCE = "there is no classifier-free guidance yet"
+
+# Options of transformers that are refused by name unless their value asks for nothing.
+WHY_NOT: dict[str, str] = {
+    # fields of GenerationConfig
+    "num_beams": _BEAMS,
+    "early_stopping": _BEAMS,
+    "length_penalty": _BEAMS,
+    "num_beam_groups": _BEAMS,
+    "diversity_penalty": _BEAMS,
+    "constraints": _BEAMS,
+    "force_words_ids": _BEAMS,
+    "num_return_sequences": "put the prompt into the list several times; its pages are shared",
+    "use_cache": "the engine lives on its KV cache",
+    "cache_implementation": _CACHE,
+    "cache_config": _CACHE,
+    "max_cache_len": _CACHE,
+    "prefill_chunk_size": "the engine chunks long prompts by itself: `max_step_tokens` of `Engine`",
+    "compile_config": _COMPILE,
+    "disable_compile": _COMPILE,
+    "continuous_batching_config": "every call is batched continuously: see `Engine`",
+    "use_mtp": _SPECULATION,
+    "speculation_type": _SPECULATION,
+    "is_assistant": _SPECULATION,
+    "num_assistant_tokens": _SPECULATION,
+    "num_assistant_tokens_schedule": _SPECULATION,
+    "assistant_confidence_threshold": _SPECULATION,
+    "assistant_early_exit": _SPECULATION,
+    "assistant_lookbehind": _SPECULATION,
+    "assistant_ensemble_weight": _SPECULATION,
+    "target_lookbehind": _SPECULATION,
+    "prompt_lookup_num_tokens": _SPECULATION,
+    "max_matching_ngram_size": _SPECULATION,
+    "low_memory": "it trades speed for memory in contrastive search, which is not here",
+    "penalty_alpha": "there is no contrastive search yet",
+    "dola_layers": "there is no DoLa decoding yet",
+    "token_healing": "there is no token healing yet",
+    "guidance_scale": _GUIDANCE,
+    "output_attentions": "use `lm.capture`, which names the points of every layer",
+    "output_hidden_states": "use `lm.capture`, which names the points of every layer",
+    "decoder_start_token_id": "there are no encoder-decoder models here",
+    # arguments of generate
+    "inputs": _PROMPT,
+    "synced_gpus": "it keeps processes of a training run in step; one process runs a model here",
+    "assistant_model": _SPECULATION,
+    "streamer": "use `lm.stream`, which yields the pieces as they come",
+    "negative_prompt_ids": _GUIDANCE,
+    "negative_prompt_attention_mask": _GUIDANCE,
+    "custom_generate": "no code that came with a model ever runs",
+    # what generate hands on to the model or to a criterion
+    "tokenizer": "an LM has its own",
+    "assistant_tokenizer": _SPECULATION,
+    "trust_remote_code": "no code that came with a model ever runs",
+    "input_ids": _PROMPT,
+    "inputs_embeds": _PROMPT,
+    "attention_mask": _RAGGED,
+    "position_ids": "positions are counted from 0, whatever the batch",
+    "past_key_values": "`lm.sequence` keeps its cache; `lm.generate(sequence)` goes on from it",
+    "logits_to_keep": "only the last position's logits are computed; `prompt_logprobs` asks for the others",
+}
+
+# Fields that are accepted and change nothing.
+NO_EFFECT: dict[str, str] = {
+    "pad_token_id": _RAGGED,
+    "bos_token_id": "an empty prompt starts with the tokenizer's",
+    "return_dict_in_generate": "an Output always has everything that was asked for",
+    "transformers_version": "says who wrote the file",
+}
+
+# What is different, or not obvious, about options that work.
+NOTES: dict[str, str] = {
+    "max_length": "counts the prompt; max_new_tokens wins over it",
+    "max_new_tokens": "20 where nothing is said; past the context it is refused, from a model's file cut",
+    "min_length": "counts the prompt",
+    "stop_strings": "as in transformers they stay in the text; `include_stop_text=False` cuts them off",
+    "do_sample": "left out, an explicit sampling option or seed turns it on",
+    "temperature": "0 means greedy",
+    "top_k": "50 when sampling and nothing is said, as in transformers; None or 0 for off",
+    "eos_token_id": "one or several; None for none",
+    "output_scores": "per step float32 [vocab_size], after the rules",
+    "output_logits": "per step float32 [vocab_size], before the rules",
+    "sequence_bias": "biases up to 1e30 either way, or -inf; at most 2^20 token ids",
+    "bad_words_ids": "a single eos among them is left out; at most 2^20 token ids",
+    "encoder_repetition_penalty": "over the prompt's token ids; refused where they are embeddings",
+    "encoder_no_repeat_ngram_size": "over the prompt's token ids; refused where they are embeddings",
+    "forced_bos_token_id": "comes after a prompt of one token, as in transformers",
+    "exponential_decay_length_penalty": "the power ends at 1e30, where Python's would overflow",
+    "remove_invalid_values": "without it, a request with NaN logits ends with an error, the others go on",
+    "watermarking_config": "a `Watermark` or `SynthID`, transformers' configs, or a dict of their fields",
+    "generation_config": "a GenerationConfig or a mapping",
+    "logits_processor": "transformers' or any callable; one of a built-in class takes that one's place",
+    "stopping_criteria": "transformers' or any callable",
+    "prefix_allowed_tokens_fn": "called with the prompt's place in the call, and its ids",
+}
