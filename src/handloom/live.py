@@ -311,12 +311,15 @@ def logit_lens(lm: LM, sequence: LiveSequence) -> Tensor:
 def step(lm: LM, sequences: Seq[LiveSequence]) -> Tensor:
     """Compute what is pending in all of them and return their next-token logits [n, vocab_size] float32.
 
-    One forward pass, or several of at most MAX_STEP_TOKENS tokens. Raises InvalidPrompt, OutOfPages.
+    One forward pass, or several of at most MAX_STEP_TOKENS tokens. What other sequences or requests have computed of
+    the same first tokens is taken over, unless hooks are open, which would not see it. Raises InvalidPrompt, OutOfPages.
     """
     _check(lm, sequences)
     for sequence in sequences:
         if sequence._known_logits is None:
             sequence.recompute_last()
+        if sequence.num_pending > lm.pool.page_size and not lm.hooks:
+            sequence.adopt_prefix()
     runner = lm.runner()
     while pending := [sequence for sequence in sequences if sequence.num_pending]:
         works: list[Work] = []
@@ -330,6 +333,8 @@ def step(lm: LM, sequences: Seq[LiveSequence]) -> Tensor:
         rows = iter(runner.forward(works))
         for sequence, work in zip(pending, works, strict=False):
             sequence.num_computed += work.num_tokens
+            if not lm.hooks:
+                sequence.publish()
             if work.num_rows:
                 sequence._keep(next(rows).clone())
     return torch.stack(cast(list[Tensor], [sequence._logits for sequence in sequences]))

@@ -331,6 +331,7 @@ def test_what_came_from_a_file_is_found_by_nobody(lm: LM, tmp_path: Path) -> Non
     with lm.sequence(prompt) as sequence:
         _ = sequence.logits
         sequence.save(tmp_path / "s.safetensors")
+    lm.pool.forget_cached()
     with lm.restore(tmp_path / "s.safetensors") as restored:
         lm.generate(restored, **OPTIONS)
     assert lm.pool.num_cached == 0

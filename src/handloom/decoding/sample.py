@@ -102,11 +102,11 @@ class SampleDecoder:
         first = self._next_prompt_logprob
         logits = logits[first - 1 - (self.sequence.num_computed - len(logits)) :]  # the others were told before
         targets = self.sequence.token_ids[first : min(first + len(logits), self.prompt_length)]
-        self._next_prompt_logprob += len(targets)
         if not targets:
             return []
         ids = torch.tensor(targets, device=logits.device)
         logprobs, top = token_logprobs(logits[: len(targets)], ids, self.params.prompt_logprobs or 0)
+        self._next_prompt_logprob += len(targets)
         return [PromptLogprobsEvent(first, logprobs, top)]
 
     def accept(self, choice: Choice, i: int) -> list[Event]:
