@@ -3,14 +3,17 @@
     python benchmarks/gpu_latency.py --device cuda --dtype bfloat16 --shapes 135m 1b
 
 The weights are made once on the spot, for there may be no network; speed does not depend on what they say. Prompt ids,
-sizes and rules as in cpu_vs_transformers.py.
+sizes and rules as in cpu_vs_transformers.py. Rows are written as they come; a shape or backend that fails, or is not in
+parity, does not keep the next from being measured, but the exit status says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +38,8 @@ KV_HEADS = {"tiny": 2, "135m": 3, "1b": 8}
 VOCABULARY = {"tiny": 512, "135m": 49152, "1b": 128256}
 
 
-def make(shape: str, dtype: torch.dtype, folder: Path) -> Path:
-    """A checkpoint of that shape with weights drawn from a fixed seed (SmolLM2-135M, Llama-3.2-1B)."""
+def make(shape: str, dtype: torch.dtype, device: torch.device, folder: Path) -> Path:
+    """A checkpoint of that shape with weights drawn on the device from a fixed seed (SmolLM2-135M, Llama-3.2-1B)."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **SHAPES[shape],
@@ -47,7 +50,9 @@ def make(shape: str, dtype: torch.dtype, folder: Path) -> Path:
         eos_token_id=2,
         bos_token_id=1,
     )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    with device:
+        model = LlamaForCausalLM(config)
+    model.to(dtype).save_pretrained(folder)
     return folder
 
 
@@ -65,18 +70,26 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     sizes = common.SMALL if arguments.small else replace(common.Sizes(), rounds=arguments.rounds)
-    rows = []
-    for shape in arguments.shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            path = make(shape, dtype, Path(folder))
-            peer = Transformers.load(path, dtype, device)
-            for backend in arguments.backends:
-                model = f"llama {shape}, random, backend {backend}"
-                results = common.open_results("gpu_latency", arguments.output, device, dtype, model=model)
-                lm = hl.LM.from_pretrained(path, dtype=dtype, device=device, backend=backend)
-                common.generation_cases(lm, peer, sizes, results)
-                rows += results.rows
-    print(report.markdown(rows), end="")
+    rows: list[report.Row] = []
+    wrong: list[str] = []
+    try:
+        for shape in arguments.shapes:
+            with tempfile.TemporaryDirectory() as folder:
+                path = make(shape, dtype, device, Path(folder))
+                peer = Transformers.load(path, dtype, device)
+                for backend in arguments.backends:
+                    model = f"llama {shape}, random, backend {backend}"
+                    results = common.open_results("gpu_latency", arguments.output, device, dtype, model=model)
+                    try:
+                        lm = hl.LM.from_pretrained(path, dtype=dtype, device=device, backend=backend)
+                        common.generation_cases(lm, peer, sizes, results)
+                    except (Exception, SystemExit) as error:
+                        traceback.print_exc()
+                        wrong.append(f"{model}: {type(error).__name__}: {error}"[:400])
+                    rows += results.rows
+    finally:  # also when interrupted
+        print(report.markdown(rows), *(f"failed: {each}\n" for each in wrong), sep="", end="", flush=True)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

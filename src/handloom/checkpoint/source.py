@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from handloom.checkpoint import hub, shipped
 from handloom.checkpoint.folder import CONFIG, PICKLED, FolderCheckpoint, unsafe
-from handloom.checkpoint.gguf import GGUFCheckpoint
 from handloom.checkpoint.json_object import quote
 from handloom.checkpoint.types import Checkpoint
 from handloom.errors import CheckpointError, ConfigError, HubError, HubUnreachable, InvalidParam, ModelNotFound
@@ -141,6 +140,8 @@ def _open_path(path: Path, name: str, origin: str) -> Checkpoint:
             return _open_path(gguf[0], name, origin)
         checkpoint = FolderCheckpoint.open(path, name)
     elif path.suffix == ".gguf":
+        from handloom.checkpoint.gguf import GGUFCheckpoint  # it alone needs the package gguf
+
         checkpoint = GGUFCheckpoint.open(path, name)
     elif path.suffix in PICKLED:
         raise unsafe(name, [path.name])
