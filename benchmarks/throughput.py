@@ -63,7 +63,7 @@ def throughput_case(lm: Any, folder: Path, arguments: argparse.Namespace, result
     sizes = [(len(request.prompt), request.new_tokens) for request in requests]
     fastest = limits.serving_seconds(lm, lm.dtype, sizes, read, rate)
     best = max(found.theirs, key=lambda name: stats.summarize([run.output_rate for run in found.theirs[name]]).p50)
-    print(f"best of transformers: {best}", file=sys.stderr)
+    print(f"best of transformers: {best}; failed: {found.failed or 'none'}", file=sys.stderr)
     everybody = {"handloom": found.ours, "transformers": found.theirs[best], **found.theirs}
     tokens = {"new tokens": sum(new for _, new in sizes), "all tokens": sum(map(sum, sizes)), "requests": len(sizes)}
     for metric, count in tokens.items():

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,6 +173,34 @@ def test_a_transformers_without_continuous_batching_is_named(
     monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
     with pytest.raises(MissingDependency, match="needs a newer transformers"):
         continuous(peer, REQUESTS)
+
+
+def test_a_peer_that_fails_is_noted_and_the_others_are_measured(
+    peer: Transformers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ValueError("no such device")
+
+    monkeypatch.setattr(peer.model, "continuous_batching_context_manager", broken)
+    found = in_turn(lm_with(), REQUESTS, quiet, repeat=2, load_peer=lambda: peer, batch_sizes=[9])
+    assert {name: len(runs) for name, runs in found.theirs.items()} == {"transformers, batches of 9": 2}
+    assert list(found.failed) == ["transformers, continuous"]
+    assert "no such device" in found.failed["transformers, continuous"]
+
+
+@pytest.mark.parametrize(("error", "running", "why"), [("out of blocks", True, "out of blocks"), (None, False, "stop")])
+def test_continuous_batching_that_fails_or_stops_is_an_error_not_a_wait(
+    error: str | None, running: bool, why: str
+) -> None:
+    results = iter([SimpleNamespace(error=None), SimpleNamespace(error=error) if error else None])
+    manager = SimpleNamespace(get_result=lambda timeout: next(results), is_running=lambda: running)
+    with pytest.raises(RequestFailed, match=f"after 1 of 3 requests: .*{why}"):
+        list(peer_serving._results(manager, 3))
+
+
+@contextmanager
+def quiet(who: str, total: int) -> Iterator[serving.Progress]:
+    yield lambda done: None
 
 
 def test_engines_take_turns_and_the_peer_is_loaded_after_the_first_run(

@@ -139,9 +139,8 @@ class Sequence:
         self._keep_pages(num_computed)
 
     def recompute_last(self) -> None:
-        """Make the last token pending again, where nothing is: its logits are wanted. Keeps the pages."""
-        if not self.num_pending:
-            self._set_computed(len(self) - 1)
+        """Make the last token pending again, if there is one and it is not: its logits are wanted. Keeps the pages."""
+        self._set_computed(min(self.num_computed, max(0, len(self) - 1)))
 
     def _set_computed(self, num_computed: int) -> None:
         self.num_computed = num_computed

@@ -136,7 +136,8 @@ def throughput(
     with common.waiting("measuring the machine", quiet):
         rows = [*_rows(lm, asked, found, slo_ttft, slo_tpot), *_peer_rows(found)]
     environment = {**bench_table.environment(lm, busy), "workload": what, "max_running": max_running}
-    notes = (what, *NOTES, *(PEER_NOTES if peers else ()))
+    failed = [f"not measured: {name}: {why}" for name, why in found.failed.items()]
+    notes = (what, *NOTES, *(PEER_NOTES if peers else ()), *failed)
     bench_table.write(rows, environment, notes, format, output, quiet)
 
 

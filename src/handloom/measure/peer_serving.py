@@ -8,9 +8,10 @@ This module does not know how results are shown.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -82,8 +83,8 @@ def padded(peer: Transformers, requests: Sequence[Asked], batch_size: int, progr
 def continuous(peer: Transformers, requests: Sequence[Asked], progress: Progress | None = None) -> PeerRun:
     """transformers' continuous batching, with a cache that holds all requests at once; making it is not in the time.
 
-    Raises MissingDependency where this transformers has none, RequestFailed where a request fails, none ends for
-    five minutes, or one yields another number of tokens.
+    Raises MissingDependency where this transformers has none, RequestFailed where it does not start, a request fails,
+    none ends for five minutes, or one yields another number of tokens.
     """
     try:
         from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -105,19 +106,33 @@ def continuous(peer: Transformers, requests: Sequence[Asked], progress: Progress
                 manager.add_request(request.prompt, max_new_tokens=request.new_tokens, eos_token_id=-1)
                 for request in requests
             ]
-            while len(counts) < len(requests):
-                result = manager.get_result(timeout=STALLED_SECONDS)
-                if result is None or result.error:
-                    why = "nothing" if result is None else result.error
-                    raise RequestFailed(f"continuous batching of transformers: {why} after {len(counts)} requests")
+            for result in _results(manager, len(requests)):
                 counts[result.request_id] = len(result.generated_tokens)
                 if progress is not None:
                     progress(sum(counts.values()))
             seconds = time.perf_counter() - started
+    except RequestFailed:
+        raise
+    except Exception as cause:
+        raise RequestFailed(f"continuous batching of transformers raised {cause!r}") from cause
     finally:
         peer.model.set_attn_implementation(before)
-    check_served("transformers", requests, [counts[name] for name in names])
+    check_served("transformers", requests, [counts.get(name, 0) for name in names])
     return _run(requests, seconds)
+
+
+def _results(manager: Any, count: int) -> Iterator[Any]:
+    """`count` finished requests as they come. Raises RequestFailed."""
+    done, last = 0, time.perf_counter()
+    while done < count:
+        result = manager.get_result(timeout=1.0)
+        now = time.perf_counter()
+        if result is not None and not result.error:
+            done, last = done + 1, now
+            yield result
+        elif result is not None or not manager.is_running() or now - last > STALLED_SECONDS:
+            why = "it stopped, or stalled" if result is None else str(result.error)[:500]
+            raise RequestFailed(f"continuous batching of transformers failed after {done} of {count} requests: {why}")
 
 
 Runner = Callable[[Sequence[Asked], Progress | None], PeerRun]
@@ -127,10 +142,12 @@ Watch = Callable[[str, int], AbstractContextManager[Progress]]
 
 @dataclass(slots=True)
 class Comparison:
-    """Runs of handloom and of its peers by name; peak_memory: bytes this process had held before a peer was loaded."""
+    """Runs of handloom and of its peers by name; failed: peers that did not serve the requests, and why; peak_memory:
+    bytes this process had held before a peer was loaded."""
 
     ours: list[ServingRun] = field(default_factory=list)
     theirs: dict[str, list[PeerRun]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     peak_memory: int = 0
 
 
@@ -147,8 +164,8 @@ def in_turn(
 ) -> Comparison:
     """Every engine serves the requests `repeat` times, one after the other, after two tokens each to warm up.
 
-    load_peer: called once, after handloom's first run, if there is to be a peer; batch_sizes: of the padded batches.
-    Raises what `serve`, `padded` and `continuous` raise.
+    load_peer: called once, after handloom's first run, if there is to be a peer; batch_sizes: of the padded batches. A
+    peer that fails does not run again. Raises what `serve` and load_peer raise.
     """
     found = Comparison()
     peers: dict[str, Runner] = {}
@@ -161,12 +178,26 @@ def in_turn(
         found.peak_memory = found.peak_memory or peak_memory()
         if load_peer is not None and not peers:
             peers = _peers(load_peer(), batch_sizes, with_continuous)
-            for run in peers.values():
-                run(short, None)
-        for name, run in peers.items():
+            for name in peers:
+                _attempt(name, peers[name], short, None, found)
+        for name in [name for name in peers if name not in found.failed]:
             with watch(name, total) as progress:
-                found.theirs.setdefault(name, []).append(run(requests, progress))
+                run = _attempt(name, peers[name], requests, progress, found)
+            if run is not None:
+                found.theirs.setdefault(name, []).append(run)
     return found
+
+
+def _attempt(
+    name: str, runner: Runner, requests: Sequence[Asked], progress: Progress | None, found: Comparison
+) -> PeerRun | None:
+    """A peer's run; None where it fails, which is noted."""
+    try:
+        return runner(requests, progress)
+    except (MissingDependency, RequestFailed) as error:
+        found.failed[name] = str(error)
+        found.theirs.pop(name, None)
+        return None
 
 
 def _peers(peer: Transformers, batch_sizes: Iterable[int], with_continuous: bool) -> dict[str, Runner]:
