@@ -312,7 +312,9 @@ def step(lm: LM, sequences: Seq[LiveSequence]) -> Tensor:
     """Compute what is pending in all of them and return their next-token logits [n, vocab_size] float32.
 
     One forward pass, or several of at most MAX_STEP_TOKENS tokens. What other sequences or requests have computed of
-    the same first tokens is taken over, unless hooks are open, which would not see it. Raises InvalidPrompt, OutOfPages.
+    the same first tokens is taken over, unless hooks are open, which would not see it.
+
+    Raises InvalidPrompt, OutOfPages.
     """
     _check(lm, sequences)
     for sequence in sequences:

@@ -234,6 +234,7 @@ def test_what_was_edited_is_found_by_nobody() -> None:
     for edit in (hl.LiveSequence.evict, hl.LiveSequence.remove):
         with lm.sequence(IDS) as sequence:
             _ = sequence.logits
+            lm.pool.forget_cached()
             edit(sequence, 4, 8)
             lm.generate(sequence, max_new_tokens=9, eos_token_id=[])
         assert lm.pool.num_cached == 0
