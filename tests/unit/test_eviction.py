@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import handloom as hl
-from engines import all_free, close, fresh_logits, lm_with
+from engines import all_free, close, fresh_logits, lm_in_float64, lm_with
 from handloom.errors import CheckpointError, InvalidParam, OutOfPages, UnsupportedOption
 from tiny_models import TINY, random_ids, save
 
@@ -230,14 +230,18 @@ def test_k_and_v_beside_a_gap_are_read_and_written_and_in_it_refused() -> None:
 
 
 def test_what_was_edited_is_found_by_nobody() -> None:
-    lm = lm_with(page_size=4)
+    """But for the page before the gap, which is as it was."""
+    lm, options = lm_in_float64(page_size=4), {"max_new_tokens": 9, "eos_token_id": []}
+    expected = lm_in_float64(page_size=4).generate(IDS, **options).token_ids
     for edit in (hl.LiveSequence.evict, hl.LiveSequence.remove):
+        lm.pool.forget_cached()
         with lm.sequence(IDS) as sequence:
             _ = sequence.logits
             lm.pool.forget_cached()
             edit(sequence, 4, 8)
-            lm.generate(sequence, max_new_tokens=9, eos_token_id=[])
-        assert lm.pool.num_cached == 0
+            lm.generate(sequence, **options)
+        assert lm.pool.num_cached <= 1
+        assert lm.generate(IDS, **options).token_ids == expected
 
 
 # What cannot be --------------------------------------------------------------------------------
