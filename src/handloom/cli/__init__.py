@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from handloom.cli import bench, chat, env, generate, inspect, parity
+from handloom.cli import bench, chat, env, generate, inspect, parity, score
 from handloom.cli.common import guarded
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate.generate, chat.chat, inspect.inspect, parity.parity, env.env):
+for command in (generate.generate, chat.chat, score.score, inspect.inspect, parity.parity, env.env):
     app.command()(guarded(command))
 app.add_typer(bench.bench, name="bench")
 

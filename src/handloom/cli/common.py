@@ -234,15 +234,15 @@ def read_stdin(max_bytes: int) -> str:
     return decode_input(data.removesuffix(b"\n").removesuffix(b"\r"), max_bytes)
 
 
-def decode_input(data: bytes, max_bytes: int) -> str:
-    """Bytes from standard input as text. Raises InvalidPrompt for too many, or for what is not UTF-8."""
+def decode_input(data: bytes, max_bytes: int, *, what: str = "standard input") -> str:
+    """Bytes from a file as text. Raises InvalidPrompt for too many, or for what is not UTF-8."""
     if len(data) > max_bytes:
-        raise InvalidPrompt(f"standard input has more than {max_bytes} bytes, which is the limit; shorten it")
+        raise InvalidPrompt(f"{what} has more than {max_bytes} bytes, which is the limit; shorten it")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidPrompt(
-            f"standard input is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}; convert it first"
+            f"{what} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}; convert it first"
         ) from None
 
 
