@@ -17,6 +17,7 @@ from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Event, FinishedEvent, TokenEvent
 from handloom.engine import Engine
 from handloom.lm import LM
+from handloom.ops import choose_backend
 from tiny_models import TINY, save
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -100,4 +101,5 @@ def lm_in_float64(num_pages: int = 200, page_size: int = 4, family: str = "llama
     weights = {name: weight.double() for name, weight in lm.transformer.weights.items()}
     pool = PagePool(lm.spec, num_pages, page_size, dtype=torch.float64, device=lm.device)
     poison(pool)
-    return LM(type(lm.transformer)(lm.spec, weights, lm.backend), lm.tokenizer, pool, name=family)
+    backend = choose_backend(lm.device, "torch")
+    return LM(type(lm.transformer)(lm.spec, weights, backend), lm.tokenizer, pool, name=family)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ class LM:
     ) -> LM:
         family, spec = read_config(checkpoint.config, f"{checkpoint.name}: config.json", ignore_config_keys)
         where, context = choose_device(device), choose_context(spec, max_context)
-        ops = choose_backend(where, backend, {layer.mixer.head_dim for layer in spec.layers})
+        ops = choose_backend(where, backend, {layer.mixer.head_dim for layer in spec.layers}, scheme is not None)
         quantize = choose_quantization(scheme, checkpoint, ops, dtype, where)
         what = choose_dtype(dtype, torch.float32 if quantize else checkpoint.dtype)
         transformer = load_transformer(
@@ -168,7 +168,7 @@ class LM:
     @property
     def held(self) -> dict[str, int]:
         """Bytes of weights in memory by how they are held: {"int8": 134529024, "float32": 142848}."""
-        return held(self.transformer.weights.values())
+        return held(cast(Any, self.transformer.weights.held.values()))
 
     # Text and ids ------------------------------------------------------------------------------
 

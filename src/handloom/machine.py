@@ -115,7 +115,7 @@ def weight_bytes_per_token(model: ModelSpec | Loaded, dtype: torch.dtype) -> int
     spec = model if isinstance(model, ModelSpec) else model.spec
     looked_up = {"positions.weight"} if spec.tied_head else {"positions.weight", "embed.weight"}
     if not isinstance(model, ModelSpec):
-        weights = model.transformer.weights
+        weights = model.transformer.weights.held
         return sum(w.nbytes // len(w) if name in looked_up else w.nbytes for name, w in weights.items())
     values = sum(
         parameter.shape[1] if name in looked_up else parameter.numel

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import handloom as hl
 from handloom.errors import InvalidParam, RequestFailed
+from handloom.ops import matrix
 from hook_places import assert_close, theirs
 from parity_checks import BACKENDS, Pair
 from tiny_models import ragged_prompts, random_ids
@@ -90,7 +91,7 @@ def test_last_positions_are_what_each_token_was_chosen_from(pair: Pair) -> None:
     for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         seen = acts.of(i)
         assert seen.positions("blocks.0.hook_resid_post").tolist() == list(range(len(prompt) - 1, len(prompt) + 3))
-        logits = seen["ln_final.hook_normalized"] @ lm.transformer.head.T
+        logits = seen["ln_final.hook_normalized"] @ matrix(lm.transformer.head).T
         assert logits.argmax(-1).tolist() == output.token_ids
 
 

@@ -76,4 +76,4 @@ def test_the_backend_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("handloom.ops.INTERPRETED", False)
     with pytest.raises(UnsupportedOption, match="needs a GPU and the model is on cpu; choose 'torch'"):
         choose_backend(torch.device("cpu"), "triton")
-    assert choose_backend(torch.device("cpu")).name == "torch"
+    assert choose_backend(torch.device("cpu")).name == "cpu"

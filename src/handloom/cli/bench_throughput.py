@@ -195,7 +195,7 @@ def _rows(
         row("waiting, peak", "requests", [run.queued for run in runs]),
         row("preemptions", "times", [run.num_preempted for run in runs]),
         row("peak memory", "MiB", [found.peak_memory / 2**20]),
-        row("weights", "MiB", [sum(weight.nbytes for weight in lm.transformer.weights.values()) / 2**20]),
+        row("weights", "MiB", [sum(weight.nbytes for weight in lm.transformer.weights.held.values()) / 2**20]),
         row("KV pool", "MiB", [sum(storage.nbytes for storage in lm.pool.storages.values()) / 2**20]),
         row("read bandwidth", "GB/s", [bandwidth / 1e9], peer="machine"),
         row("matrix product", "GFLOP/s", [rate / 1e9], peer="machine"),

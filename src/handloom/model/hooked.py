@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from handloom.checkpoint.quantization import dense
 from handloom.model.batch import ForwardBatch
 from handloom.model.hooks import PATTERN, Span, StepHooks
 from handloom.model.spec import AttentionSpec
-from handloom.ops import Norm, Ops, Rotary, normalize, rotate
+from handloom.ops import Norm, Ops, Rotary, Weight, matrix, normalize, rotate
 
 if TYPE_CHECKING:
     from handloom.model.transformer import Layer, Transformer
@@ -50,7 +49,7 @@ class HookedBlock:
         widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
 
         def projected(span: Span, part: int) -> Tensor:
-            qkv = F.linear(normalize(hidden[span.rows], layer.attn_norm), dense(layer.qkv), layer.qkv_bias)
+            qkv = linear(normalize(hidden[span.rows], layer.attn_norm), layer.qkv, layer.qkv_bias)
             own: Tensor = qkv.split(widths, dim=-1)[part]
             return own.reshape(len(own), -1, head_dim)
 
@@ -107,7 +106,7 @@ class HookedBlock:
         self,
         name: str,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         post_norm: Norm | None,
         residual: Tensor,
@@ -120,6 +119,11 @@ class HookedBlock:
             return self.ops.linear_residual(x[span.rows], weight, bias, post_norm, nothing)
 
         self.hooks.visit(self.prefix + name, alone, lambda span, new: out[span.rows].copy_(residual[span.rows] + new))
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias by the plain formula, in x's dtype."""
+    return F.linear(x, matrix(weight).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def attention_weights(q: Tensor, k: Tensor, mixer: AttentionSpec) -> Tensor:
@@ -145,7 +149,7 @@ def hooked_embedding(model: Transformer, hooks: StepHooks, batch: ForwardBatch, 
     if table is None:
         hooks.rows("hook_embed", hidden)
     elif hooks.within("hook_embed"):
-        tokens = model.embed(batch, None)
+        tokens = model.embed(batch, None, model.ops)
         hooks.visit(
             "hook_embed",
             lambda span: tokens[span.rows],
@@ -158,7 +162,7 @@ def hooked_head(model: Transformer, hooks: StepHooks, batch: ForwardBatch, hidde
 
     def replace(span: Span, new: Tensor) -> None:
         inside = (batch.logits_rows >= span.rows.start) & (batch.logits_rows < span.rows.stop)
-        own = F.linear(new[batch.logits_rows[inside] - span.rows.start], dense(model.head))
+        own = linear(new[batch.logits_rows[inside] - span.rows.start], model.head, None)
         cap = model.spec.logits_softcap
         logits[inside] = (own if cap is None else cap * torch.tanh(own / cap)).float()
 

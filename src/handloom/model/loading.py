@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
-from typing import Literal, cast
+from typing import Literal
 
 import psutil
 import torch
@@ -28,8 +28,8 @@ from handloom.checkpoint.types import Checkpoint
 from handloom.errors import CheckpointError, InvalidParam, OutOfMemory
 from handloom.model.families.family import Family, Source
 from handloom.model.spec import ModelSpec, Parameter, model_parameters
-from handloom.model.transformer import Transformer
-from handloom.ops import Backend
+from handloom.model.transformer import Transformer, hold
+from handloom.ops import Backend, Weight
 
 READERS = 2
 Progress = Callable[[int, int], None]
@@ -61,24 +61,25 @@ def load_transformer(
     _check_shapes(checkpoint, sources, parameters)
     formats = {name: _formats(checkpoint, name, sources[name], p, quantize) for name, p in parameters.items()}
     _check_memory(checkpoint, parameters, formats, dtype, device)
-    weights = {name: _empty(p, formats[name], dtype, device) for name, p in parameters.items()}
-    total = sum(weight.nbytes for weight in weights.values())
+    sizes = {name: _nbytes(p, formats[name], dtype) for name, p in parameters.items()}
+    weights: dict[str, Weight] = {}
     done = 0
 
     def read(name: str) -> int:
-        weight = weights[name]
+        weight = _empty(parameters[name], formats[name], dtype, device)
         if isinstance(weight, QuantizedMatrix):
             _read_quantized(checkpoint, sources[name], parameters[name], weight, keep=quantize == "keep")
         else:
             _read(checkpoint, sources[name], parameters[name], weight)
+        weights[name] = hold(spec, backend, name, weight)
         return weight.nbytes
 
     with ThreadPoolExecutor(READERS) as pool:
-        for nbytes in pool.map(read, sorted(weights, key=lambda n: -weights[n].nbytes)):
+        for nbytes in pool.map(read, sorted(parameters, key=lambda n: -sizes[n])):
             done += nbytes
             if progress is not None:
-                progress(done, total)
-    return Transformer(spec, cast(dict[str, Tensor], weights), backend)
+                progress(done, sum(sizes.values()))
+    return Transformer(spec, weights, backend)
 
 
 def _prefix(checkpoint: Checkpoint, family: Family) -> str:

@@ -8,17 +8,18 @@ This module does not know files, tokenizers, requests, sampling, or who owns a p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from handloom.checkpoint.quantization import QuantizedMatrix
 from handloom.model.batch import ForwardBatch
 from handloom.model.hooked import HookedBlock, hooked_embedding, hooked_head
 from handloom.model.hooks import StepHooks
 from handloom.model.rope import inverse_frequencies, rotary_at
 from handloom.model.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
-from handloom.ops import Backend, Norm, Rotary
+from handloom.ops import Backend, Norm, Ops, Panels, Rotary, Weight, matrix
 
 KVPages = Sequence[tuple[Tensor, Tensor]]
 
@@ -26,12 +27,12 @@ KVPages = Sequence[tuple[Tensor, Tensor]]
 class Layer:
     """One layer's weights, in the form the ops take them."""
 
-    def __init__(self, spec: LayerSpec, weights: Mapping[str, Tensor], rope: int | None) -> None:
+    def __init__(self, spec: LayerSpec, weights: Mapping[str, Weight], rope: int | None) -> None:
         self.spec, self.rope = spec, rope
-        self.qkv, self.qkv_bias = weights["qkv.weight"], weights.get("qkv.bias")
-        self.out, self.out_bias = weights["out.weight"], weights.get("out.bias")
-        self.up, self.up_bias = weights["up.weight"], weights.get("up.bias")
-        self.down, self.down_bias = weights["down.weight"], weights.get("down.bias")
+        self.qkv, self.qkv_bias = weights["qkv.weight"], vector(weights, "qkv.bias")
+        self.out, self.out_bias = weights["out.weight"], vector(weights, "out.bias")
+        self.up, self.up_bias = weights["up.weight"], vector(weights, "up.bias")
+        self.down, self.down_bias = weights["down.weight"], vector(weights, "down.bias")
         self.attn_norm = make_norm(spec.norm, weights, "attn_norm")
         self.mlp_norm = make_norm(spec.norm, weights, "mlp_norm")
         sandwich, qk_norm = spec.residual == "sandwich", spec.mixer.qk_norm
@@ -41,21 +42,56 @@ class Layer:
         self.k_norm = make_norm(qk_norm, weights, "k_norm") if qk_norm else None
 
 
-def make_norm(spec: NormSpec, weights: Mapping[str, Tensor], name: str) -> Norm:
+def vector(weights: Mapping[str, Weight], name: str) -> Tensor | None:
+    """A bias, or a norm's weight, which every backend holds as it is; None if there is none."""
+    weight = weights.get(name)
+    assert weight is None or isinstance(weight, Tensor)
+    return weight
+
+
+def make_norm(spec: NormSpec, weights: Mapping[str, Weight], name: str) -> Norm:
     """The op's norm from the weights called `name`."""
-    return Norm(spec.kind, weights[f"{name}.weight"], weights.get(f"{name}.bias"), spec.eps)
+    weight = vector(weights, f"{name}.weight")
+    assert weight is not None
+    return Norm(spec.kind, weight, vector(weights, f"{name}.bias"), spec.eps)
+
+
+def hold(spec: ModelSpec, backend: Backend, name: str, weight: Weight) -> Weight:
+    """A weight as the backend reads it: matrices of linears in its own form, all else as it is."""
+    looked_up = {"positions.weight"} if spec.tied_head else {"positions.weight", "embed.weight"}
+    if isinstance(weight, Panels) or len(weight.shape) != 2 or name in looked_up:
+        return weight
+    return backend.hold(weight)
+
+
+class Weights(Mapping[str, Tensor | QuantizedMatrix]):
+    """A model's weights as a checkpoint has them; those that a backend lays out otherwise are made at each look."""
+
+    def __init__(self, held: Mapping[str, Weight]) -> None:
+        self.held = held
+
+    def __getitem__(self, name: str) -> Tensor | QuantizedMatrix:
+        weight = self.held[name]
+        return weight if isinstance(weight, QuantizedMatrix) else matrix(weight)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
 
 
 class Transformer:
     """The model: weights by the names of `spec.model_parameters`, computed by a backend."""
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], backend: Backend) -> None:
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Weight], backend: Backend) -> None:
         self.spec, self.backend, self.ops = spec, backend, backend.ops
-        self.weights = dict(weights)
-        self.embedding = weights["embed.weight"]
-        self.position_embedding = weights.get("positions.weight")
-        self.head = self.embedding if spec.tied_head else weights["head.weight"]
-        self.final_norm = make_norm(spec.final_norm, weights, "final_norm")
+        held = {name: hold(spec, backend, name, weight) for name, weight in weights.items()}
+        self.weights = Weights(held)
+        self.embedding = held["embed.weight"]
+        self.position_embedding = vector(held, "positions.weight")
+        self.head = self.embedding if spec.tied_head else held["head.weight"]
+        self.final_norm = make_norm(spec.final_norm, held, "final_norm")
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
 
         ropes: dict[RopeSpec, int] = {}
@@ -64,9 +100,10 @@ class Transformer:
             rope = layer.mixer.rope
             index = None if rope is None else ropes.setdefault(rope, len(ropes))
             prefix = f"layers.{i}."
-            own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+            own = {name.removeprefix(prefix): w for name, w in held.items() if name.startswith(prefix)}
             self.layers.append(Layer(layer, own, index))
         self.inv_freqs = [inverse_frequencies(rope, self.device) for rope in ropes]
+        self.program = None if backend.program is None else backend.program()
 
     @torch.no_grad()
     def forward(self, batch: ForwardBatch, kv: KVPages, hooks: StepHooks | None = None) -> Tensor:
@@ -76,27 +113,39 @@ class Transformer:
         the way. Returns logits [R, vocab_size] float32 for batch.logits_rows.
         """
         rotaries = [rotary_at(inv_freq, batch.positions) for inv_freq in self.inv_freqs]
-        hidden = self.embed(batch, self.position_embedding)
+        if self.program is None or hooks is not None or batch.embeddings is not None:
+            return self._compute(self.ops, batch, rotaries, kv, hooks)
+
+        def compute(ops: Ops, rotaries: Sequence[Rotary], kv: KVPages) -> Tensor:
+            return self._compute(ops, batch, rotaries, kv, None)
+
+        return self.program.run(compute, batch, rotaries, kv)
+
+    def _compute(
+        self, ops: Ops, batch: ForwardBatch, rotaries: Sequence[Rotary], kv: KVPages, hooks: StepHooks | None
+    ) -> Tensor:
+        """The step over these ops: the backend's own, or those by which it records a program."""
+        hidden = self.embed(batch, self.position_embedding, ops)
         if hooks is not None:
             hooked_embedding(self, hooks, batch, hidden)
         for i, (layer, pages) in enumerate(zip(self.layers, kv, strict=True)):
             rotary = None if layer.rope is None else rotaries[layer.rope]
             block = self._hooked(hooks, i, batch)
-            hidden = self._attention(layer, hidden, rotary, pages, batch, block)
-            hidden = self._mlp(layer, hidden, block)
+            hidden = self._attention(ops, layer, hidden, rotary, pages, batch, block)
+            hidden = self._mlp(ops, layer, hidden, block)
         rows = hidden.index_select(0, batch.logits_rows)
-        logits = self.ops.lm_head(rows, self.final_norm, self.head, self.spec.logits_softcap)
+        logits = ops.lm_head(rows, self.final_norm, self.head, self.spec.logits_softcap)
         if hooks is not None:
             hooked_head(self, hooks, batch, hidden, logits)
         return logits
 
-    def embed(self, batch: ForwardBatch, position_embedding: Tensor | None) -> Tensor:
+    def embed(self, batch: ForwardBatch, position_embedding: Tensor | None, ops: Ops) -> Tensor:
         """Embeddings of the batch's tokens [N, hidden_size], scaled, positions of that table added.
 
         The caller's own take the place of tokens' embeddings: positions are added to them, a scale is not (as
         transformers).
         """
-        hidden = self.ops.embed(
+        hidden = ops.embed(
             batch.input_ids, self.embedding, self.spec.embedding_scale, batch.positions, position_embedding
         )
         if batch.embeddings is None:
@@ -115,6 +164,7 @@ class Transformer:
 
     def _attention(
         self,
+        ops: Ops,
         layer: Layer,
         hidden: Tensor,
         rotary: Rotary | None,
@@ -125,7 +175,7 @@ class Transformer:
         mixer = layer.spec.mixer
         if block is not None:
             block.rows("hook_resid_pre", hidden)
-        q = self.ops.norm_qkv(
+        q = ops.norm_qkv(
             hidden,
             layer.attn_norm,
             layer.qkv,
@@ -138,7 +188,7 @@ class Transformer:
         )
         if block is not None:
             block.qkv(hidden, rotary, pages, q)
-        attended = self.ops.paged_attention(
+        attended = ops.paged_attention(
             q,
             *pages,
             batch.page_table,
@@ -151,19 +201,19 @@ class Transformer:
         )
         if block is not None:
             block.attended(q, pages, attended)
-        out = self.ops.linear_residual(attended, layer.out, layer.out_bias, layer.attn_post_norm, hidden)
+        out = ops.linear_residual(attended, layer.out, layer.out_bias, layer.attn_post_norm, hidden)
         if block is not None:
             block.added("hook_attn_out", attended, layer.out, layer.out_bias, layer.attn_post_norm, hidden, out)
         return out
 
-    def _mlp(self, layer: Layer, hidden: Tensor, block: HookedBlock | None) -> Tensor:
+    def _mlp(self, ops: Ops, layer: Layer, hidden: Tensor, block: HookedBlock | None) -> Tensor:
         mlp = layer.spec.mlp
         if block is not None:
             block.rows("hook_resid_mid", hidden)
-        x = self.ops.norm_mlp(hidden, layer.mlp_norm, layer.up, layer.up_bias, mlp.activation, mlp.gated)
+        x = ops.norm_mlp(hidden, layer.mlp_norm, layer.up, layer.up_bias, mlp.activation, mlp.gated)
         if block is not None:
             block.rows("mlp.hook_post", x)
-        out = self.ops.linear_residual(x, layer.down, layer.down_bias, layer.mlp_post_norm, hidden)
+        out = ops.linear_residual(x, layer.down, layer.down_bias, layer.mlp_post_norm, hidden)
         if block is not None:
             block.added("hook_mlp_out", x, layer.down, layer.down_bias, layer.mlp_post_norm, hidden, out)
             block.rows("hook_resid_post", out)

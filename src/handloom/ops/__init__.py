@@ -9,34 +9,59 @@ This module does not know about models, sequences or requests.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from handloom.checkpoint.quantization import QuantizedMatrix
 from handloom.errors import UnsupportedOption
 from handloom.ops import torch_ops
+from handloom.ops.panels import Panels
 from handloom_kernels import reference
 from handloom_kernels.checks import INTERPRETED
 from handloom_kernels.reference import Norm, Rotary, normalize, rotate
 
-__all__ = ["BACKENDS", "QUANTIZED", "Backend", "Norm", "Ops", "Rotary", "choose_backend", "normalize", "rotate"]
+__all__ = [
+    "BACKENDS",
+    "QUANTIZED",
+    "Backend",
+    "Norm",
+    "Ops",
+    "Panels",
+    "Rotary",
+    "Weight",
+    "choose_backend",
+    "matrix",
+    "normalize",
+    "rotate",
+]
+
+Weight = Tensor | QuantizedMatrix | Panels
+"""A linear's weight [M, K] as its backend holds it (`Backend.hold`)."""
+
+KVPages = Sequence[tuple[Tensor, Tensor]]
+
+
+def matrix(weight: Weight) -> Tensor:
+    """The weight as a plain tensor [M, K], made anew where it is held otherwise."""
+    return weight if isinstance(weight, Tensor) else weight.matrix()
 
 
 class Ops(Protocol):
     """The fused blocks of a decoder step; shapes and meaning stand in `handloom_kernels.reference`."""
 
     def embed(
-        self, input_ids: Tensor, weight: Tensor, scale: float, positions: Tensor, position_weight: Tensor | None
+        self, input_ids: Tensor, weight: Weight, scale: float, positions: Tensor, position_weight: Tensor | None
     ) -> Tensor: ...
 
     def norm_qkv(
         self,
         hidden: Tensor,
         norm: Norm,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         q_norm: Norm | None,
         k_norm: Norm | None,
@@ -62,23 +87,48 @@ class Ops(Protocol):
     ) -> Tensor: ...
 
     def linear_residual(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Norm | None, residual: Tensor
+        self, x: Tensor, weight: Weight, bias: Tensor | None, post_norm: Norm | None, residual: Tensor
     ) -> Tensor: ...
 
     def norm_mlp(
-        self, hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, activation: str, gated: bool
+        self, hidden: Tensor, norm: Norm, weight: Weight, bias: Tensor | None, activation: str, gated: bool
     ) -> Tensor: ...
 
-    def lm_head(self, hidden: Tensor, norm: Norm, weight: Tensor, softcap: float | None) -> Tensor: ...
+    def lm_head(self, hidden: Tensor, norm: Norm, weight: Weight, softcap: float | None) -> Tensor: ...
+
+
+Compute = Callable[[Ops, Sequence[Rotary], KVPages], Tensor]
+"""A model's step as a function of the ops to call, the rotations and the pages."""
+
+
+class Program(Protocol):
+    """A model's whole step in one call, with the very results of its ops one by one."""
+
+    def run(self, compute: Compute, batch: Any, rotaries: Sequence[Rotary], kv: KVPages) -> Tensor:
+        """One step of a `ForwardBatch` of token ids: K and V into their pages, logits [R, vocab_size] float32.
+
+        compute: the model's code, always the same, which is called where a program is yet to be recorded.
+        """
+        ...
+
+
+def _as_it_is(weight: Weight) -> Weight:
+    return weight
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What computes the model, and why it was chosen; `str(backend)` is what a user is told."""
+    """What computes the model, and why it was chosen; `str(backend)` is what a user is told.
+
+    hold: a linear's weight in the form that this backend's ops read, which takes its place. program: makes an
+    empty Program for a model; None where steps run op by op.
+    """
 
     name: str
     ops: Ops
     reason: str
+    hold: Callable[[Any], Weight] = _as_it_is
+    program: Callable[[], Program] | None = None
 
     @property
     def quantized(self) -> Literal["computed", "expanded", "no"]:
@@ -91,6 +141,7 @@ class Backend:
 
 MAX_TRITON_HEAD_DIM = 256
 BACKENDS = {
+    "cpu": "compiled blocks for the CPU",
     "reference": "plain formulas in PyTorch, the oracle: slow",
     "torch": "PyTorch's own fused operators and BLAS",
     "triton": "the fused Triton kernels of handloom_kernels",
@@ -101,18 +152,41 @@ QUANTIZED: dict[str, Literal["computed", "expanded"]] = {"torch": "expanded"}
 """Backends that take quantised matrices: they compute on them, or make them floats at each use, which is slow."""
 
 
-def choose_backend(device: torch.device, name: str = "auto", head_dims: Collection[int] = ()) -> Backend:
-    """Pick a backend for a device and a model with heads of these sizes.
+def choose_backend(
+    device: torch.device, name: str = "auto", head_dims: Collection[int] = (), quantized: bool = False
+) -> Backend:
+    """Pick a backend for a device and a model with heads of these sizes, whose matrices are to be `quantized` or not.
 
     Raises UnsupportedOption for a name that is not in BACKENDS, or that cannot run there or with that model.
     """
     if name == "auto":
-        return Backend("torch", cast(Ops, torch_ops), f"{BACKENDS['torch']}; the default on {device.type}")
+        if device.type == "cpu" and not (quantized and "cpu" not in QUANTIZED):
+            return _cpu(device, "the default on cpu")
+        why = (
+            "'cpu' does not compute on quantised matrices" if device.type == "cpu" else f"the default on {device.type}"
+        )
+        return Backend("torch", cast(Ops, torch_ops), f"{BACKENDS['torch']}; {why}")
     if name not in BACKENDS:
         raise UnsupportedOption(f"backend {name!r} does not exist; choose 'auto' or one of {', '.join(BACKENDS)}")
+    if name == "cpu":
+        return _cpu(device, "asked for by name")
     plain = {"reference": reference, "torch": torch_ops}
     ops = cast(Ops, plain[name]) if name in plain else _triton_ops(device, head_dims)
     return Backend(name, ops, f"{BACKENDS[name]}; asked for by name")
+
+
+def _cpu(device: torch.device, why: str) -> Backend:
+    if device.type != "cpu":
+        raise UnsupportedOption(f"backend 'cpu' runs on a CPU and the model is on {device}; choose 'torch'")
+    try:
+        from handloom.ops import cpu
+    except ImportError as error:
+        raise UnsupportedOption(
+            f"backend 'cpu', the default on a CPU, needs the package numba: {error}; install it, or choose 'torch'"
+        ) from error
+    return Backend(
+        "cpu", cast(Ops, cpu), f"{BACKENDS['cpu']}; {why}", cpu.Panels.pack, cast(Callable[[], Program], cpu.Program)
+    )
 
 
 def _triton_ops(device: torch.device, head_dims: Collection[int]) -> Ops:
@@ -131,4 +205,4 @@ def _triton_ops(device: torch.device, head_dims: Collection[int]) -> Ops:
         from handloom.ops.triton_ops import TritonOps
     except ImportError as error:
         raise UnsupportedOption(f"backend 'triton' needs the package triton: {error}; choose 'torch'") from error
-    return TritonOps(device)
+    return cast(Ops, TritonOps(device))

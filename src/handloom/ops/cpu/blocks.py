@@ -1,0 +1,139 @@
+"""The fused blocks of a step as instructions over float32 matrices that lie anywhere.
+
+Both the per-op functions of this backend and the recorded step are made of these, and run by the same code: what one
+computes, bit for bit, the other does. A matrix here is a 2-D float32 tensor whose rows are contiguous; its number of
+rows is not looked at, for the frame of a run says how many there are.
+
+This module does not know who runs instructions, nor models.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from handloom.ops.cpu import instructions as ins
+from handloom.ops.cpu.instructions import Frame
+from handloom.ops.panels import PANEL, Panels, format_of
+from handloom_kernels.reference import Norm, Rotary
+
+ACTIVATIONS = {name: number for number, name in enumerate(("silu", "gelu", "gelu_tanh", "relu", "relu2"))}
+"""The numbers of `elementary`."""
+
+Instructions = list[tuple[int | float, ...]]
+
+
+class Scale(NamedTuple):
+    """A norm as kernels take it: float32 weight (1 + weight where the norm says so) and bias."""
+
+    layer: int
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    @classmethod
+    def of(cls, norm: Norm) -> Scale:
+        weight = norm.weight.float().contiguous()
+        bias = None if norm.bias is None else norm.bias.float().contiguous()
+        return cls(
+            int(norm.kind == "layer"), 1.0 + weight if norm.kind == "rms_unit_offset" else weight, bias, norm.eps
+        )
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor begins; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def stride(matrix: Tensor) -> int:
+    """Bytes from a row to the next."""
+    return matrix.stride(0) * matrix.element_size()
+
+
+def embed(
+    weight: Tensor | Panels, scale: float, position_weight: Tensor | None, dtype: torch.dtype, out: Tensor
+) -> ins.Embed:
+    """out [TOKENS, H]: rows of `weight`, times the scale rounded to the weights' dtype, plus those of the positions."""
+    in_panels = isinstance(weight, Panels)
+    data = weight.data if isinstance(weight, Panels) else weight
+    rounded = float(torch.tensor(scale, dtype=dtype)) if scale != 1.0 else 1.0
+    table = 0 if position_weight is None else format_of(position_weight.dtype)
+    return ins.Embed(
+        address(data), format_of(dtype), int(in_panels), weight.shape[1], rounded, address(position_weight), table,
+        address(out), stride(out),
+    )  # fmt: skip
+
+
+def norm_rows(
+    x: Tensor, scale: Scale, out: Tensor, *, count: Frame = Frame.TOKENS, gather: bool = False,
+    residual: Tensor | None = None,
+) -> ins.NormRows:  # fmt: skip
+    """out [count, H] = residual + norm(x); gather: of the rows that want logits. All have the same stride."""
+    assert stride(x) == stride(out)
+    assert residual is None or stride(residual) == stride(out)
+    return ins.NormRows(
+        int(count), address(x), x.shape[1], scale.layer, address(scale.weight), address(scale.bias), scale.eps,
+        int(gather), address(residual), address(out), stride(out),
+    )  # fmt: skip
+
+
+def linear(
+    x: Tensor, weight: Panels, bias: Tensor | None, out: Tensor | None, *, residual: Tensor | None = None,
+    softcap: float | None = None, count: Frame = Frame.TOKENS,
+) -> ins.Linear:  # fmt: skip
+    """out [count, M] = residual + softcap(x @ weight.T + bias); None: the run's logits. out may be residual."""
+    columns, depth = weight.shape
+    return ins.Linear(
+        int(count), address(x), stride(x), weight.format, weight.data.element_size(), address(weight.data), columns,
+        depth, address(bias), address(residual), 0 if residual is None else stride(residual), softcap or 0.0,
+        int(out is None), address(out), 4 * columns if out is None else stride(out),
+    )  # fmt: skip
+
+
+def activate(x: Tensor, activation: str, gated: bool, out: Tensor) -> ins.Activate:
+    """out [TOKENS, I] = activation(x[:, :I]), times x[:, I:] if gated."""
+    kind = ACTIVATIONS[activation]
+    return ins.Activate(address(x), stride(x), out.shape[1], int(gated), kind, address(out), stride(out))
+
+
+def finish_qkv(
+    qkv: Tensor, q_norm: Scale | None, k_norm: Scale | None, rotary: Rotary | None, k_pages: Tensor, v_pages: Tensor
+) -> ins.Qkv:
+    """Norm and rotate q and k of qkv [TOKENS, ...] in place; write k and v to their pages."""
+    num_kv_heads, head_dim = k_pages.shape[-2:]
+    v_head_dim = v_pages.shape[-1]
+    num_heads = (qkv.shape[1] - num_kv_heads * (head_dim + v_head_dim)) // head_dim
+    nothing = Scale(0, torch.empty(0), None, 0.0)
+    q, k = q_norm or nothing, k_norm or nothing
+    half, interleaved = (0, 0) if rotary is None else (rotary.cos.shape[-1], int(rotary.interleaved))
+    cos, sin = (None, None) if rotary is None else (rotary.cos, rotary.sin)
+    return ins.Qkv(
+        address(qkv), stride(qkv), num_heads, num_kv_heads, head_dim, v_head_dim, address(q_norm and q.weight), q.eps,
+        address(k_norm and k.weight), k.eps, address(cos), address(sin), half, interleaved, address(k_pages),
+        address(v_pages), format_of(k_pages.dtype), q.layer or k.layer, address(q.bias), address(k.bias),
+    )  # fmt: skip
+
+
+def attend(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float, window: int | None, softcap: float | None, out: Tensor
+) -> ins.Attention:
+    """out [TOKENS, num_heads * v_head_dim] of q [TOKENS, num_heads, head_dim]."""
+    num_heads, head_dim = q.shape[1:]
+    return ins.Attention(
+        address(q), stride(q), num_heads, k_pages.shape[2], head_dim, v_pages.shape[-1], address(k_pages),
+        address(v_pages), format_of(k_pages.dtype), scale, window or 0, softcap or 0.0, address(out), stride(out),
+    )  # fmt: skip
+
+
+def scratch_bytes(rows: Instructions) -> int:
+    """What one thread needs for these instructions; see `linear.SCRATCH` and `attention.attention_item`."""
+    most = 504 * 4 * PANEL * 4
+    for row in rows:
+        if isinstance(row, ins.Attention):
+            group = row.num_heads // row.num_kv_heads
+            queries = max(1, 64 // group) * group
+            d, dv = (-(-width // PANEL) * PANEL for width in (row.head_dim, row.v_head_dim))
+            most = max(most, 4 * (queries * (d + dv + 64 + 32) + 64 * (2 * d + dv)))
+    return -(-most // 64) * 64

@@ -1,0 +1,178 @@
+"""A step as a table of instructions: what is computed, on which addresses, in which order.
+
+A table is int64 [n, WIDTH]: an operation and its operands, which are addresses, counts, and float64 as bits. What
+changes from step to step (the batch) stands in a frame of int64; an instruction says which entry counts its rows.
+
+This module does not know how anything is computed, or what a model is.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+WIDTH = 24
+
+
+class Frame(IntEnum):
+    """Entries of a frame: numbers of tokens, sequences and rows of logits, addresses of the batch's tensors."""
+
+    TOKENS = 0
+    SEQUENCES = 1
+    ROWS = 2
+    INPUT_IDS = 3
+    POSITIONS = 4
+    CU_SEQLENS = 5
+    CONTEXT_LENS = 6
+    PAGE_TABLE = 7
+    MAX_PAGES = 8
+    SLOT_MAPPING = 9
+    LOGITS_ROWS = 10
+    SCRATCH = 11
+    SCRATCH_BYTES = 12  # of each thread
+    THREADS = 13
+    LOGITS = 14
+    PAGE_SIZE = 15
+
+
+class Operation(IntEnum):
+    """What an instruction does."""
+
+    EMBED = 0
+    NORM = 1
+    LINEAR = 2
+    ACTIVATE = 3
+    QKV = 4
+    ATTENTION = 5
+
+
+class Embed(NamedTuple):
+    """out [TOKENS, width] = weight[input_ids] * scale + positions_table[positions]"""
+
+    weight: int
+    format: int
+    in_panels: int
+    width: int
+    scale: float
+    table: int
+    table_format: int
+    out: int
+    stride: int
+
+
+class NormRows(NamedTuple):
+    """out = norm(x), row by row; gather: row i is row logits_rows[i] of x; stride in bytes, of all.
+
+    With a residual: x = norm(x), out = residual + x.
+    """
+
+    counted_by: int
+    x: int
+    width: int
+    layer: int
+    weight: int
+    bias: int
+    eps: float
+    gather: int
+    residual: int
+    out: int
+    stride: int
+
+
+class Linear(NamedTuple):
+    """out = residual + softcap(x @ weight.T + bias); `to_logits`: out is the frame's"""
+
+    counted_by: int
+    x: int
+    x_stride: int
+    format: int
+    size: int
+    data: int
+    columns: int
+    depth: int
+    bias: int
+    residual: int
+    residual_stride: int
+    softcap: float
+    to_logits: int
+    out: int
+    out_stride: int
+
+
+class Activate(NamedTuple):
+    """out [TOKENS, width] = activation(x[:, :width]), times x[:, width:] if gated"""
+
+    x: int
+    x_stride: int
+    width: int
+    gated: int
+    kind: int
+    out: int
+    out_stride: int
+
+
+class Qkv(NamedTuple):
+    """Per-head norm and rotation of q and k in place, and the write of k and v to their pages"""
+
+    qkv: int
+    stride: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    q_weight: int
+    q_eps: float
+    k_weight: int
+    k_eps: float
+    cos: int
+    sin: int
+    half: int
+    interleaved: int
+    k_pages: int
+    v_pages: int
+    format: int
+    norm_is_layer: int
+    q_bias: int
+    k_bias: int
+
+
+class Attention(NamedTuple):
+    """out [TOKENS, num_heads * v_head_dim] = attention of q over the pages; window 0, softcap 0: none"""
+
+    q: int
+    q_stride: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    k_pages: int
+    v_pages: int
+    format: int
+    scale: float
+    window: int
+    softcap: float
+    out: int
+    out_stride: int
+
+
+CODES: dict[type, Operation] = {
+    Embed: Operation.EMBED,
+    NormRows: Operation.NORM,
+    Linear: Operation.LINEAR,
+    Activate: Operation.ACTIVATE,
+    Qkv: Operation.QKV,
+    Attention: Operation.ATTENTION,
+}
+
+
+def row_of(instruction: tuple[int | float, ...]) -> list[int]:
+    """The row of a table."""
+    values = [value if isinstance(value, int) else float_bits(value) for value in instruction]
+    return [int(CODES[type(instruction)]), *values, *[0] * (WIDTH - 1 - len(values))]
+
+
+def float_bits(value: float) -> int:
+    """The bits of a float64 as an int64."""
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits

@@ -1,0 +1,125 @@
+"""A matrix product, cut into items that any thread can compute in any order.
+
+An item is a group of panels times a chunk of rows. Within it k runs in blocks of BLOCK, each summed alone and added to
+the total: the same sums in the same order for one row and for a thousand.
+
+This module does not know threads, or where operands come from.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from handloom.ops.cpu import simd
+from handloom.ops.cpu.elementary import tanh
+from handloom.ops.cpu.simd import LANES
+from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, PANEL, TILE_ROWS, VECTORS, WIDE, tile_of
+
+BLOCK = 64
+ROWS = 504  # of a chunk: a multiple of every tile
+GROUP = 4  # panels of an item at most
+ITEM_BYTES = 1 << 17  # of weights that an item is to read: less is lost in handing out items
+SCRATCH = ROWS * GROUP * PANEL * 4
+
+
+def _tiles(form, rows):
+    """The tile for so many rows, and how many vectors it takes at once."""
+    columns = VECTORS if WIDE or rows <= 2 else 1
+    return tile_of(rows, columns, form), columns
+
+
+def _product(form):
+    """A function that multiplies rows of x by one block of one panel of this format."""
+    (most, most_wide), (many, many_wide) = _tiles(form, TILE_ROWS[0]), _tiles(form, TILE_ROWS[1])
+    few, few_wide = _tiles(form, TILE_ROWS[-3])
+    (two, _), (one, _) = _tiles(form, 2), _tiles(form, 1)
+    most_rows, many_rows, few_rows = TILE_ROWS[0], TILE_ROWS[1], TILE_ROWS[-3]
+    size = form.size
+
+    @njit
+    def product(x, x_stride, rows, w, w_stride, k, out, out_stride, accumulate):
+        """x [rows, k] times w [k, PANEL] into out [rows, PANEL]; strides in bytes."""
+        while rows >= most_rows:
+            for v in range(0, VECTORS, most_wide):
+                most(x, x_stride, w + v * LANES * size, w_stride, k, out + v * LANES * 4, out_stride, accumulate)
+            x, out, rows = x + most_rows * x_stride, out + most_rows * out_stride, rows - most_rows
+        while rows >= many_rows:
+            for v in range(0, VECTORS, many_wide):
+                many(x, x_stride, w + v * LANES * size, w_stride, k, out + v * LANES * 4, out_stride, accumulate)
+            x, out, rows = x + many_rows * x_stride, out + many_rows * out_stride, rows - many_rows
+        while rows >= few_rows:
+            for v in range(0, VECTORS, few_wide):
+                few(x, x_stride, w + v * LANES * size, w_stride, k, out + v * LANES * 4, out_stride, accumulate)
+            x, out, rows = x + few_rows * x_stride, out + few_rows * out_stride, rows - few_rows
+        while rows >= 2:
+            two(x, x_stride, w, w_stride, k, out, out_stride, accumulate)
+            x, out, rows = x + 2 * x_stride, out + 2 * out_stride, rows - 2
+        if rows == 1:
+            one(x, x_stride, w, w_stride, k, out, out_stride, accumulate)
+
+    return product
+
+
+product_f32, product_bf16, product_f16 = (_product(form) for form in FORMATS)
+
+
+@njit
+def product(form, x, x_stride, rows, w, k, out, accumulate):
+    """x [rows, k] times k rows of a panel of a format, into out [rows, PANEL]."""
+    stride = PANEL * 4
+    if form == FORMAT_F32:
+        product_f32(x, x_stride, rows, w, PANEL * 4, k, out, stride, accumulate)
+    elif form == FORMAT_BF16:
+        product_bf16(x, x_stride, rows, w, PANEL * 2, k, out, stride, accumulate)
+    else:
+        product_f16(x, x_stride, rows, w, PANEL * 2, k, out, stride, accumulate)
+
+
+@njit
+def group_of(columns, depth, size, threads):
+    """How many panels an item has: enough to read ITEM_BYTES, few enough that there are items for all threads."""
+    panels = (columns + PANEL - 1) // PANEL
+    wanted = ITEM_BYTES // (depth * PANEL * size)
+    return max(1, min(wanted, GROUP, panels // (4 * threads)))
+
+
+@njit
+def linear_items(columns, rows, group):
+    """How many items a product has."""
+    panels = (columns + PANEL - 1) // PANEL
+    return (panels + group - 1) // group * ((rows + ROWS - 1) // ROWS)
+
+
+@njit
+def linear_item(
+    item, form, size, group, x, x_stride, rows, data, columns, depth, bias, residual, residual_stride, softcap, out,
+    out_stride, scratch,
+):  # fmt: skip
+    """out = residual + softcap(x @ weight.T + bias) for one item's rows and columns; addresses of 0: there is none."""
+    panels = (columns + PANEL - 1) // PANEL
+    groups = (panels + group - 1) // group
+    first_row, first = item // groups * ROWS, item % groups * group
+    count = min(ROWS, rows - first_row)
+    last = min(panels, first + group)
+    x = x + first_row * x_stride
+    for k in range(0, depth, BLOCK):
+        for panel in range(first, last):
+            w = data + (panel * depth + k) * PANEL * size
+            into = scratch + (panel - first) * ROWS * PANEL * 4
+            product(form, x + 4 * k, x_stride, count, w, min(BLOCK, depth - k), into, k)
+    for panel in range(first, last):
+        for row in range(count):
+            at = first_row + row
+            for v in range(VECTORS):
+                column = panel * PANEL + v * LANES
+                left = columns - column
+                value = simd.load(scratch + ((panel - first) * ROWS + row) * PANEL * 4 + v * LANES * 4)
+                if bias != 0:
+                    value = simd.add(value, simd.load_first(bias + 4 * column, left))
+                if softcap != 0.0:
+                    cap = simd.splat(np.float32(softcap))
+                    value = simd.mul(cap, tanh(simd.div(value, cap)))
+                if residual != 0:
+                    value = simd.add(simd.load_first(residual + at * residual_stride + 4 * column, left), value)
+                simd.store_first(out + at * out_stride + 4 * column, value, left)

@@ -1,0 +1,246 @@
+"""A whole step of a model, recorded once as one table of instructions.
+
+A step is recorded by running the model's own code once over a `Recorder`, whose ops compute nothing and note what is to
+be computed, on buffers that are kept; after that a step is one call of compiled code, whatever the number of layers.
+
+This module does not know models' specs or requests, nor how threads share the work.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from handloom.ops.cpu import blocks
+from handloom.ops.cpu import instructions as ins
+from handloom.ops.cpu.blocks import Instructions, Scale
+from handloom.ops.cpu.instructions import Frame
+from handloom.ops.cpu.machine import Machine
+from handloom.ops.panels import Panels
+from handloom_kernels.reference import Norm, Rotary
+
+KVPages = Sequence[tuple[Tensor, Tensor]]
+MIN_CAPACITY = 16
+SET = 256  # floats: rows a multiple of this apart would fall on the same lines of a cache
+LINE = 16
+
+
+def buffer(rows: int, width: int) -> Tensor:
+    """An uninitialised matrix [rows, width] float32 whose rows are whole cache lines, and do not crowd one another."""
+    padded = -(-width // LINE) * LINE
+    padded += LINE if padded % SET == 0 else 0
+    return torch.empty(rows, padded, dtype=torch.float32)[:, :width]
+
+
+def heads_of(qkv: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+    """The queries [N, num_heads, head_dim] in qkv."""
+    num_kv_heads, head_dim = k_pages.shape[-2:]
+    columns = qkv.shape[1] - num_kv_heads * (head_dim + v_pages.shape[-1])
+    heads: Tensor = qkv[:, :columns].unflatten(1, (-1, head_dim))
+    return heads
+
+
+class Recorder:
+    """`Ops` that note what they would compute. Tensors they return are whole buffers, for `capacity` rows."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.rows: Instructions = []
+        self.kept: list[object] = []
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+
+    def matrix(self, name: str, width: int) -> Tensor:
+        """The buffer of this name, made when first asked for."""
+        key = name, width
+        if key not in self._buffers:
+            self._buffers[key] = buffer(self.capacity, width)
+        return self._buffers[key]
+
+    def _keep(self, norm: Norm | None) -> Scale | None:
+        if norm is None:
+            return None
+        scale = Scale.of(norm)
+        self.kept.append(scale)
+        return scale
+
+    def _float(self, bias: Tensor | None) -> Tensor | None:
+        if bias is not None:
+            bias = bias.float().contiguous()
+            self.kept.append(bias)
+        return bias
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        weight: Tensor | Panels,
+        scale: float,
+        positions: Tensor,
+        position_weight: Tensor | None,
+    ) -> Tensor:
+        out = self.matrix("hidden", weight.shape[1])
+        self.rows.append(blocks.embed(weight, scale, position_weight, weight.dtype, out))
+        return out
+
+    def norm_qkv(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: Panels,
+        bias: Tensor | None,
+        q_norm: Norm | None,
+        k_norm: Norm | None,
+        rotary: Rotary | None,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        normed, qkv = self.matrix("normed", hidden.shape[1]), self.matrix("qkv", weight.shape[0])
+        scale = self._keep(norm)
+        assert scale is not None
+        self.rows += [
+            blocks.norm_rows(hidden, scale, normed),
+            blocks.linear(normed, weight, self._float(bias), qkv),
+            blocks.finish_qkv(qkv, self._keep(q_norm), self._keep(k_norm), rotary, k_pages, v_pages),
+        ]
+        return heads_of(qkv, k_pages, v_pages)
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        page_table: Tensor,
+        cu_seqlens: Tensor,
+        context_lens: Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        *,
+        query_lens: Sequence[int] | None = None,
+    ) -> Tensor:
+        out = self.matrix("attended", q.shape[1] * v_pages.shape[-1])
+        self.rows.append(blocks.attend(q, k_pages, v_pages, scale, window, softcap, out))
+        return out
+
+    def linear_residual(
+        self, x: Tensor, weight: Panels, bias: Tensor | None, post_norm: Norm | None, residual: Tensor
+    ) -> Tensor:
+        bias, scale = self._float(bias), self._keep(post_norm)
+        if scale is None:
+            self.rows.append(blocks.linear(x, weight, bias, residual, residual=residual))
+            return residual
+        added = self.matrix("normed", residual.shape[1])
+        self.rows += [
+            blocks.linear(x, weight, bias, added),
+            blocks.norm_rows(added, scale, residual, residual=residual),
+        ]
+        return residual
+
+    def norm_mlp(
+        self, hidden: Tensor, norm: Norm, weight: Panels, bias: Tensor | None, activation: str, gated: bool
+    ) -> Tensor:
+        normed, scale = self.matrix("normed", hidden.shape[1]), self._keep(norm)
+        assert scale is not None
+        up = self.matrix("up", weight.shape[0])
+        out = self.matrix("mlp", weight.shape[0] // 2 if gated else weight.shape[0])
+        self.rows += [
+            blocks.norm_rows(hidden, scale, normed),
+            blocks.linear(normed, weight, self._float(bias), up),
+            blocks.activate(up, activation, gated, out),
+        ]
+        return out
+
+    def lm_head(self, hidden: Tensor, norm: Norm, weight: Panels, softcap: float | None) -> Tensor:
+        """Of the rows of the stream that the batch wants logits of; `hidden` is not looked at."""
+        stream, normed = self.matrix("hidden", hidden.shape[1]), self.matrix("normed", hidden.shape[1])
+        scale = self._keep(norm)
+        assert scale is not None
+        self.rows += [
+            blocks.norm_rows(stream, scale, normed, count=Frame.ROWS, gather=True),
+            blocks.linear(normed, weight, None, None, softcap=softcap, count=Frame.ROWS),
+        ]
+        return torch.empty(0, weight.shape[0])
+
+
+class Batch(Protocol):
+    """What a step needs of a `ForwardBatch`; all int64, contiguous."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+    @property
+    def context_lens(self) -> Tensor: ...
+    @property
+    def page_table(self) -> Tensor: ...
+    @property
+    def slot_mapping(self) -> Tensor: ...
+    @property
+    def logits_rows(self) -> Tensor: ...
+
+
+Compute = Callable[[Recorder, list[Rotary], KVPages], Tensor]
+
+
+class Program:
+    """A model's step; see `handloom.ops.Program`."""
+
+    def __init__(self) -> None:
+        self._machine, self._lock = Machine(), threading.Lock()
+        self._recorded: Recorder | None = None
+        self._pages: list[int] = []
+        self._rotaries: list[Rotary] = []
+
+    def run(self, compute: Compute, batch: Batch, rotaries: Sequence[Rotary], kv: KVPages) -> Tensor:
+        """One step: K and V into their pages, and logits [R, vocab_size] float32, a new tensor."""
+        tokens, count = len(batch.input_ids), len(batch.logits_rows)
+        with self._lock:
+            self._record(compute, max(tokens, count), rotaries, kv)
+            for ours, theirs in zip(self._rotaries, rotaries, strict=True):
+                ours.cos[:tokens], ours.sin[:tokens] = theirs.cos, theirs.sin
+            logits = torch.empty(count, self._width, dtype=torch.float32)
+            self._machine.run(self._table, self._scratch, entries(batch, logits, kv[0][0].shape[1]))
+        return logits
+
+    def _record(self, compute: Compute, rows: int, rotaries: Sequence[Rotary], kv: KVPages) -> None:
+        """Record the step, unless what was recorded serves: it has room, and these are the pages."""
+        pages = [tensor.data_ptr() for pair in kv for tensor in pair]
+        recorded = self._recorded
+        if recorded is not None and recorded.capacity >= rows and pages == self._pages:
+            return
+        capacity = max(MIN_CAPACITY, 1 << (rows - 1).bit_length(), recorded.capacity if recorded else 0)
+        recorded = Recorder(capacity)
+        self._rotaries = [
+            Rotary(torch.empty(capacity, own.cos.shape[1]), torch.empty(capacity, own.sin.shape[1]), own.interleaved)
+            for own in rotaries
+        ]
+        self._width = compute(recorded, self._rotaries, kv).shape[1]
+        self._table = np.array([ins.row_of(row) for row in recorded.rows], dtype=np.int64)
+        self._scratch = blocks.scratch_bytes(recorded.rows)
+        self._recorded, self._pages = recorded, pages
+
+
+def entries(batch: Batch, logits: Tensor, page_size: int) -> dict[Frame, int]:
+    """The frame of a step."""
+    return {
+        Frame.TOKENS: len(batch.input_ids),
+        Frame.SEQUENCES: len(batch.context_lens),
+        Frame.ROWS: len(batch.logits_rows),
+        Frame.INPUT_IDS: batch.input_ids.data_ptr(),
+        Frame.POSITIONS: batch.positions.data_ptr(),
+        Frame.CU_SEQLENS: batch.cu_seqlens.data_ptr(),
+        Frame.CONTEXT_LENS: batch.context_lens.data_ptr(),
+        Frame.PAGE_TABLE: batch.page_table.data_ptr(),
+        Frame.MAX_PAGES: batch.page_table.shape[1],
+        Frame.SLOT_MAPPING: batch.slot_mapping.data_ptr(),
+        Frame.LOGITS_ROWS: batch.logits_rows.data_ptr(),
+        Frame.LOGITS: logits.data_ptr(),
+        Frame.PAGE_SIZE: page_size,
+    }

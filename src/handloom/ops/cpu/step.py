@@ -1,0 +1,271 @@
+"""The compiled step: threads walk the same table of instructions and share out the items of each.
+
+Nobody is told what to compute. A thread takes the next item of an instruction from a counter until there are none, then
+waits until the taken ones are done. So a thread that comes late, or has lost its core to another program, or never
+comes, delays nobody by more than the item it holds; and no item's result depends on who computes it.
+
+A control block is int64, entries a cache line apart: whether a run is open, how many helpers are inside, and the
+addresses of the run's table, frame and counters.
+
+This module does not know Python threads or models.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+from llvmlite import ir
+from numba import njit
+from numba.core import types
+
+from handloom.ops.cpu import rows as row
+from handloom.ops.cpu import simd
+from handloom.ops.cpu.attention import attention_item, attention_items
+from handloom.ops.cpu.instructions import WIDTH, Frame, Operation
+from handloom.ops.cpu.linear import group_of, linear_item, linear_items
+from handloom.ops.cpu.simd import I32, I64, Builder, Value, as_float, operation, read_i64
+
+LINE = 64
+OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS = (i * LINE for i in range(6))
+CONTROL_BYTES = 6 * LINE
+COUNTER_BYTES = 2 * LINE  # of an instruction: items taken, items done
+ROWS_PER_ITEM = 4
+COLUMNS_PER_ITEM = 512
+SPINS = 300
+
+TOKENS, SEQUENCES, ROWS = (int(x) * 8 for x in (Frame.TOKENS, Frame.SEQUENCES, Frame.ROWS))
+INPUT_IDS, POSITIONS, CU_SEQLENS, CONTEXT_LENS, PAGE_TABLE, MAX_PAGES, SLOT_MAPPING, LOGITS_ROWS = (
+    int(x) * 8
+    for x in (
+        Frame.INPUT_IDS, Frame.POSITIONS, Frame.CU_SEQLENS, Frame.CONTEXT_LENS, Frame.PAGE_TABLE, Frame.MAX_PAGES,
+        Frame.SLOT_MAPPING, Frame.LOGITS_ROWS,
+    )
+)  # fmt: skip
+SCRATCH, SCRATCH_BYTES, THREADS, LOGITS, PAGE_SIZE = (
+    int(x) * 8 for x in (Frame.SCRATCH, Frame.SCRATCH_BYTES, Frame.THREADS, Frame.LOGITS, Frame.PAGE_SIZE)
+)
+EMBED, NORM, LINEAR, ACTIVATE, QKV, ATTENTION = (int(x) for x in Operation)
+
+
+# Threads meeting --------------------------------------------------------------------------------
+
+
+@operation(types.int64, types.int64, types.int64)
+def fetch_add(b: Builder, address: Value, amount: Value) -> Value:
+    """Add atomically; the value before"""
+    return b.atomic_rmw("add", simd.pointer(b, address, I64), amount, "seq_cst")
+
+
+@operation(types.int64, types.int64)
+def load_atomic(b: Builder, address: Value) -> Value:
+    """The value, and all that was written before it was"""
+    return b.load_atomic(simd.pointer(b, address, I64), "seq_cst", 8)
+
+
+@operation(types.void, types.int64, types.int64)
+def store_atomic(b: Builder, address: Value, value: Value) -> None:
+    """Write the value after all that was written before"""
+    b.store_atomic(value, simd.pointer(b, address, I64), "seq_cst", 8)
+
+
+@operation(types.void)
+def pause(b: Builder) -> None:
+    """Tell the processor that this is a waiting loop"""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        simd.call(b, "llvm.x86.sse2.pause", ir.VoidType())
+
+
+@operation(types.int32)
+def give_way(b: Builder) -> Value:
+    """Let another thread have the core"""
+    return simd.call(b, "SwitchToThread" if sys.platform == "win32" else "sched_yield", I32)
+
+
+@njit
+def wait_a_little(spins):
+    """Spin at first, then give the core away each time: whoever is waited for may need it."""
+    if spins < SPINS:
+        pause()
+    else:
+        give_way()
+    return spins + 1
+
+
+# Instructions -----------------------------------------------------------------------------------
+
+
+@njit
+def operand(instruction, index):
+    """An operand, counted from 0."""
+    return read_i64(instruction + 8 * (1 + index))
+
+
+@njit
+def items_of_rows(count):
+    return (count + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
+
+
+@njit
+def count_items(instruction, frame):
+    """How many items an instruction has."""
+    code = read_i64(instruction)
+    if code == LINEAR:
+        count = read_i64(frame + 8 * operand(instruction, 0))
+        return linear_items(operand(instruction, 6), count, linear_group(instruction, frame))
+    if code == ATTENTION:
+        group = operand(instruction, 2) // operand(instruction, 3)
+        sequences = read_i64(frame + SEQUENCES)
+        return attention_items(read_i64(frame + CU_SEQLENS), sequences, operand(instruction, 3), group)
+    if code == NORM:
+        return items_of_rows(read_i64(frame + 8 * operand(instruction, 0)))
+    tokens = read_i64(frame + TOKENS)
+    if code == ACTIVATE:
+        return tokens * ((operand(instruction, 2) + COLUMNS_PER_ITEM - 1) // COLUMNS_PER_ITEM)
+    return items_of_rows(tokens)
+
+
+@njit
+def linear_group(instruction, frame):
+    return group_of(
+        operand(instruction, 6), operand(instruction, 7), operand(instruction, 4), read_i64(frame + THREADS)
+    )
+
+
+@njit
+def do_linear(i, frame, item, scratch):
+    out = read_i64(frame + LOGITS) if operand(i, 12) != 0 else operand(i, 13)
+    linear_item(
+        item, operand(i, 3), operand(i, 4), linear_group(i, frame), operand(i, 1), operand(i, 2),
+        read_i64(frame + 8 * operand(i, 0)), operand(i, 5), operand(i, 6), operand(i, 7), operand(i, 8), operand(i, 9),
+        operand(i, 10), as_float(operand(i, 11)), out, operand(i, 14), scratch,
+    )  # fmt: skip
+
+
+@njit
+def do_attention(i, frame, item, scratch):
+    attention_item(
+        item, operand(i, 0), operand(i, 1), operand(i, 2), operand(i, 3), operand(i, 4), operand(i, 5), operand(i, 6),
+        operand(i, 7), operand(i, 8), read_i64(frame + PAGE_SIZE), read_i64(frame + PAGE_TABLE),
+        read_i64(frame + MAX_PAGES), read_i64(frame + CU_SEQLENS), read_i64(frame + CONTEXT_LENS),
+        read_i64(frame + SEQUENCES), as_float(operand(i, 9)), operand(i, 10), as_float(operand(i, 11)), operand(i, 12),
+        operand(i, 13), scratch,
+    )  # fmt: skip
+
+
+@njit
+def do_embed(i, frame, token):
+    out = operand(i, 7) + token * operand(i, 8)
+    width, scale = operand(i, 3), as_float(operand(i, 4))
+    token_id = read_i64(read_i64(frame + INPUT_IDS) + 8 * token)
+    row.embed_row(operand(i, 0), operand(i, 1), operand(i, 2), token_id, width, out)
+    if scale != 1.0:
+        row.scale_row(out, width, scale)
+    if operand(i, 5) != 0:
+        position = read_i64(read_i64(frame + POSITIONS) + 8 * token)
+        row.add_table_row(operand(i, 5), operand(i, 6), position, width, out)
+
+
+@njit
+def do_norm(i, frame, at):
+    stride, residual = operand(i, 10), operand(i, 8)
+    source = read_i64(read_i64(frame + LOGITS_ROWS) + 8 * at) if operand(i, 7) != 0 else at
+    out = operand(i, 9) + at * stride
+    x = operand(i, 1) + source * stride
+    normed = out if residual == 0 else x
+    row.normalize(x, operand(i, 2), operand(i, 3), operand(i, 4), operand(i, 5), as_float(operand(i, 6)), normed)
+    if residual != 0:
+        row.add_rows(residual + at * stride, normed, operand(i, 2), out)
+
+
+@njit
+def do_activate(i, item):
+    width = operand(i, 2)
+    chunks = (width + COLUMNS_PER_ITEM - 1) // COLUMNS_PER_ITEM
+    token, first = item // chunks, item % chunks * COLUMNS_PER_ITEM
+    last = min(width, first + COLUMNS_PER_ITEM)
+    x, out = operand(i, 0) + token * operand(i, 1), operand(i, 5) + token * operand(i, 6)
+    row.activate_row(x, first, last, width, operand(i, 3), operand(i, 4), out)
+
+
+@njit
+def do_qkv(i, frame, token):
+    num_heads, num_kv_heads, head_dim, v_head_dim = operand(i, 2), operand(i, 3), operand(i, 4), operand(i, 5)
+    x, half, layer, form = operand(i, 0) + token * operand(i, 1), operand(i, 12), operand(i, 17), operand(i, 16)
+    cos, sin = operand(i, 10) + 4 * half * token, operand(i, 11) + 4 * half * token
+    for head in range(num_heads + num_kv_heads):
+        at = x + 4 * head * head_dim
+        if head < num_heads:
+            if operand(i, 6) != 0:
+                row.normalize(at, head_dim, layer, operand(i, 6), operand(i, 18), as_float(operand(i, 7)), at)
+        elif operand(i, 8) != 0:
+            row.normalize(at, head_dim, layer, operand(i, 8), operand(i, 19), as_float(operand(i, 9)), at)
+        if half > 0:
+            row.rotate_head(at, cos, sin, half, operand(i, 13))
+    slot = read_i64(read_i64(frame + SLOT_MAPPING) + 8 * token)
+    if slot >= 0:
+        k, v = x + 4 * num_heads * head_dim, x + 4 * (num_heads + num_kv_heads) * head_dim
+        k_width, v_width = num_kv_heads * head_dim, num_kv_heads * v_head_dim
+        row.convert_row(k, k_width, form, operand(i, 14) + slot * k_width * row.size_of(form))
+        row.convert_row(v, v_width, form, operand(i, 15) + slot * v_width * row.size_of(form))
+
+
+@njit
+def do_item(instruction, frame, item, scratch):
+    code = read_i64(instruction)
+    if code == LINEAR:
+        do_linear(instruction, frame, item, scratch)
+    elif code == ATTENTION:
+        do_attention(instruction, frame, item, scratch)
+    elif code == ACTIVATE:
+        do_activate(instruction, item)
+    else:
+        count = read_i64(frame + 8 * operand(instruction, 0)) if code == NORM else read_i64(frame + TOKENS)
+        for at in range(item * ROWS_PER_ITEM, min(count, (item + 1) * ROWS_PER_ITEM)):
+            if code == NORM:
+                do_norm(instruction, frame, at)
+            elif code == QKV:
+                do_qkv(instruction, frame, at)
+            else:
+                do_embed(instruction, frame, at)
+
+
+# Runs -------------------------------------------------------------------------------------------
+
+
+@njit
+def walk(control, thread):
+    """Take part in the open run until all of it is done."""
+    table, length = read_i64(control + TABLE), read_i64(control + LENGTH)
+    frame, counters = read_i64(control + FRAME), read_i64(control + COUNTERS)
+    scratch = read_i64(frame + SCRATCH) + thread * read_i64(frame + SCRATCH_BYTES)
+    for at in range(length):
+        instruction, counter = table + at * WIDTH * 8, counters + at * COUNTER_BYTES
+        total = count_items(instruction, frame)
+        item = fetch_add(counter, 1)
+        while item < total:
+            do_item(instruction, frame, item, scratch)
+            fetch_add(counter + LINE, 1)
+            item = fetch_add(counter, 1)
+        spins = 0
+        while load_atomic(counter + LINE) < total:
+            spins = wait_a_little(spins)
+
+
+def run(control: int, thread: int) -> None:
+    """Thread 0: open the run, do it, and return when no helper is left inside. Others: help while it is open."""
+    if thread == 0:
+        store_atomic(control + OPEN, 1)
+        walk(control, 0)
+        store_atomic(control + OPEN, 0)
+        spins = 0
+        while load_atomic(control + INSIDE) > 0:
+            spins = wait_a_little(spins)
+        return
+    spins = 0
+    while load_atomic(control + OPEN) == 0 and spins < SPINS:
+        spins = wait_a_little(spins)
+    fetch_add(control + INSIDE, 1)
+    if load_atomic(control + OPEN) != 0:
+        walk(control, thread)
+    fetch_add(control + INSIDE, -1)

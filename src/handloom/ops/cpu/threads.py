@@ -1,0 +1,96 @@
+"""The threads that help with a step, and how they are called to it.
+
+Helpers are Python threads that sleep on a queue of their own between steps, and are inside compiled code, without the
+interpreter's lock, during one. A call is only an offer: a helper that comes too late finds the run closed and goes back
+to sleep, so that nothing waits for a thread that is not there (after a fork, there is none).
+
+This module does not know what a step computes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+
+from handloom.ops.cpu import step
+
+ALIGNMENT = 64
+
+
+def usable_threads() -> int:
+    """As many as torch is set to, and at most the cores that affinity and the cgroup's quota leave."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()[:2]
+        if limit != "max":
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return max(1, min(cores, torch.get_num_threads()))
+
+
+def aligned(nbytes: int) -> tuple[np.ndarray, int]:
+    """Zeroed memory and the first address in it at the start of a cache line; `nbytes` follow that."""
+    memory = np.zeros(nbytes + ALIGNMENT, dtype=np.uint8)
+    address = memory.ctypes.data
+    return memory, address + -address % ALIGNMENT
+
+
+class Team:
+    """The caller of a run and its helpers, one run at a time."""
+
+    def __init__(self, run: Callable[[int, int], None], threads: int) -> None:
+        self.threads, self._run = threads, run
+        self._memory, self._control = aligned(step.CONTROL_BYTES)
+        self._entries = _int64_at(self._memory, self._control, step.CONTROL_BYTES)
+        self._counters, self._counters_at = aligned(0)
+        self._busy = threading.Lock()
+        self._calls: list[SimpleQueue[None]] = [SimpleQueue() for _ in range(threads - 1)]
+        for i, calls in enumerate(self._calls):
+            threading.Thread(target=self._help, args=(calls, i + 1), name=f"handloom-{i + 1}", daemon=True).start()
+
+    def _help(self, calls: SimpleQueue[None], number: int) -> None:
+        while True:
+            calls.get()
+            self._run(self._control, number)
+
+    def run(self, table: np.ndarray, frame: np.ndarray) -> None:
+        """Carry out a table int64 [n, WIDTH] with a frame, and return when all of it is done."""
+        with self._busy:
+            needed = len(table) * step.COUNTER_BYTES
+            if self._counters.nbytes < needed + ALIGNMENT:
+                self._counters, self._counters_at = aligned(needed)
+            self._counters.fill(0)
+            entries = self._entries
+            entries[step.TABLE // 8], entries[step.LENGTH // 8] = table.ctypes.data, len(table)
+            entries[step.FRAME // 8], entries[step.COUNTERS // 8] = frame.ctypes.data, self._counters_at
+            for calls in self._calls:
+                if calls.empty():
+                    calls.put(None)
+            self._run(self._control, 0)
+
+
+def _int64_at(memory: np.ndarray, address: int, nbytes: int) -> np.ndarray:
+    first = address - memory.ctypes.data
+    return memory[first : first + nbytes].view(np.int64)
+
+
+class Teams:
+    """One team per number of threads and process, made when first asked for."""
+
+    def __init__(self) -> None:
+        self._teams: dict[tuple[int, int], Team] = {}
+        self._lock = threading.Lock()
+
+    def of(self, run: Callable[[int, int], None], threads: int) -> Team:
+        with self._lock:
+            key = (os.getpid(), threads)
+            if key not in self._teams:
+                self._teams[key] = Team(run, threads)
+            return self._teams[key]

@@ -1,0 +1,136 @@
+"""The one inner loop of every matrix product: a tile of rows times columns, summed over k in the order of k.
+
+A weight lies in panels of PANEL columns, k after k: panel[k, 0..PANEL). Each output is one lane of an accumulator,
+which adds x[k] * w[k] for k in order, fused. How many rows and vectors a tile has, and on what processor, decides how
+many such sums go on at once and never their order: one row alone gets the bits that it gets among a thousand.
+
+To hold weights in another form, add a Format: how 16 columns of one k become 16 float32.
+
+This module does not know threads, layers or the shapes of matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import binding, ir
+from numba.core import types
+
+from handloom.ops.cpu import simd
+from handloom.ops.cpu.simd import F32, I16, I32, I64, INTS, LANES, VECTOR, Builder, Value, operation
+
+PANEL = 32
+VECTORS = PANEL // LANES
+PREFETCH = 1024
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights lie in memory. load(builder, address): LANES columns of one k, each `size` bytes, as a VECTOR."""
+
+    size: int
+    load: Callable[[Builder, Value], Value]
+
+
+def _load_f32(b: Builder, address: Value) -> Value:
+    return simd.load_at(b, address, VECTOR, 4)
+
+
+def _load_bf16(b: Builder, address: Value) -> Value:
+    halves = simd.load_at(b, address, ir.VectorType(I16, LANES), 2)
+    return b.bitcast(b.shl(b.zext(halves, INTS), ir.Constant(INTS, [16] * LANES)), VECTOR)
+
+
+def _load_f16(b: Builder, address: Value) -> Value:
+    return b.fpext(simd.load_at(b, address, ir.VectorType(ir.HalfType(), LANES), 2), VECTOR)
+
+
+FORMAT_F32, FORMAT_BF16, FORMAT_F16 = range(3)
+FORMATS = (Format(4, _load_f32), Format(2, _load_bf16), Format(2, _load_f16))
+
+
+def wide_registers() -> bool:
+    """Whether numba compiles for 32 registers of 16 floats (AVX-512), and not for 16 registers of 8 or 4."""
+    from numba.core import config
+
+    features = config.CPU_FEATURES
+    if features is None:
+        features = "" if config.CPU_NAME else binding.get_host_cpu_features().flatten()
+    return "+avx512f" in features
+
+
+WIDE = wide_registers()
+# rows of the tiles from large to small, each with as many vectors of the panel as the registers hold
+TILE_ROWS = (14, 8, 4, 2, 1) if WIDE else (6, 4, 2, 1)
+
+
+def tile_of(rows: int, columns: int, form: Format) -> Any:
+    """A numba function that multiplies x [rows, k] with w [k, columns * LANES].
+
+    tile(x, x_stride, w, w_stride, k, out, out_stride, accumulate): addresses and strides in bytes, k > 0; the product
+    is stored in out [rows, columns * LANES] float32, or added to what is there.
+    """
+
+    @operation(types.void, *[types.int64] * 8)
+    def tile(
+        b: Builder,
+        x: Value,
+        x_stride: Value,
+        w: Value,
+        w_stride: Value,
+        k: Value,
+        out: Value,
+        stride: Value,
+        add: Value,
+    ) -> None:
+        """Rows of x times a panel"""
+        function, entry = b.function, b.block
+        loop, done = function.append_basic_block("k"), function.append_basic_block("tile")
+        starts = [x]
+        for _ in range(rows - 1):
+            starts.append(b.add(starts[-1], x_stride))
+        b.branch(loop)
+        b.position_at_end(loop)
+        at, column = b.phi(I64), b.phi(I64)
+        at.add_incoming(I64(0), entry)
+        column.add_incoming(w, entry)
+        sums = [[b.phi(VECTOR) for _ in range(columns)] for _ in range(rows)]
+        weights = [form.load(b, simd.offset(b, column, LANES * form.size * v)) for v in range(columns)]
+        _prefetch(b, simd.offset(b, column, PREFETCH), columns * LANES * form.size)
+        after = []
+        for start, row in zip(starts, sums, strict=True):
+            value = simd.splat_of(b, simd.load_at(b, b.add(start, b.shl(at, I64(2))), F32, 4), VECTOR)
+            after.append([simd.fused(b, value, weight, total) for weight, total in zip(weights, row, strict=True)])
+            for total, new in zip(row, after[-1], strict=True):
+                total.add_incoming(simd.constant(0.0), entry)
+                total.add_incoming(new, loop)
+        following = b.add(at, I64(1))
+        at.add_incoming(following, loop)
+        column.add_incoming(b.add(column, w_stride), loop)
+        b.cbranch(b.icmp_signed("<", following, k), loop, done)
+        b.position_at_end(done)
+        _finish(b, after, out, stride, add)
+
+    return tile
+
+
+def _prefetch(b: Builder, address: Value, nbytes: int) -> None:
+    for line in range(0, nbytes, 64):
+        at = simd.pointer(b, simd.offset(b, address, line), simd.I8)
+        simd.call(b, "llvm.prefetch.p0", ir.VoidType(), at, I32(0), I32(3), I32(1))
+
+
+def _finish(b: Builder, sums: list[list[Value]], out: Value, stride: Value, add: Value) -> None:
+    """Store the sums, or add them to what is there."""
+    with b.if_else(b.icmp_signed("!=", add, I64(0))) as (adding, storing):
+        for branch, accumulate in ((adding, True), (storing, False)):
+            with branch:
+                row = out
+                for values in sums:
+                    for v, value in enumerate(values):
+                        at = simd.offset(b, row, LANES * 4 * v)
+                        total = b.fadd(simd.load_at(b, at, VECTOR, 4), value) if accumulate else value
+                        simd.store_at(b, total, at)
+                    row = b.add(row, stride)

@@ -1,0 +1,83 @@
+"""Weights as the kernels read them: panels of PANEL columns, k after k, in place of the matrix.
+
+A matrix [M, K] of M outputs becomes [ceil(M / PANEL), K, PANEL], zeros filling the last panel, so that one pass over
+memory serves all rows of a product. It holds no second copy: the matrix can be let go.
+
+This module does not know kernels or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from handloom.errors import UnsupportedOption
+
+PANEL = 32
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The number by which kernels know how a value lies in memory, for weights, tables and pages of these dtypes."""
+
+
+def format_of(dtype: torch.dtype) -> int:
+    """The number of a dtype. Raises UnsupportedOption."""
+    if dtype not in FORMATS:
+        raise UnsupportedOption(
+            f"backend 'cpu' computes with weights and a KV cache in float32, bfloat16 or float16, not {dtype}; "
+            "choose 'torch'"
+        )
+    return FORMATS[dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """A weight matrix of this shape [M, K] in panels: data [ceil(M / PANEL), K, PANEL], contiguous.
+
+    Where weights are to be held quantised, this is the place: another `format` (see `tiles.FORMATS`), with `scales`
+    beside `data`.
+    """
+
+    data: Tensor
+    shape: torch.Size
+    format: int
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> Panels:
+        """Lay out a matrix anew. Raises UnsupportedOption for a dtype that the kernels do not read."""
+        form, (columns, depth) = format_of(weight.dtype), weight.shape
+        whole = columns // PANEL
+        data = torch.empty((-(-columns // PANEL), depth, PANEL), dtype=weight.dtype)
+        data[:whole] = weight[: whole * PANEL].view(whole, PANEL, depth).transpose(1, 2)
+        if whole < len(data):
+            data[whole] = 0
+            data[whole, :, : columns - whole * PANEL] = weight[whole * PANEL :].T
+        return cls(data, weight.shape, form)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Tensor | Sequence[int] | int) -> Tensor:
+        """Rows [..., K] of the matrix, by their numbers [...]."""
+        rows = torch.as_tensor(rows)
+        return self.data[rows // PANEL, :, rows % PANEL]
+
+    def matrix(self) -> Tensor:
+        """The matrix itself, [M, K], as a new tensor."""
+        return self.data.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]].contiguous()
