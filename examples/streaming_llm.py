@@ -8,6 +8,9 @@ last tokens, one the first `sinks` tokens and a smaller window. Without its firs
 a model loses its way; with four of them it goes on as if it remembered. As in the paper a token's position is its place
 in the cache: `sequence.remove` rotates the keys after a gap back (`sequence.evict` would keep their positions). So the
 cache stays as small as the window, and a text may be longer than the model's context.
+
+streaming_llm.svg, beside this file, is what the first command draws. Perplexity of the 1366 tokens after the first 256:
+23.9 with the full cache, 59.8 with a window of 256, 23.6 with 4 sinks and a window of 252.
 """
 
 from __future__ import annotations

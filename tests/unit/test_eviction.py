@@ -237,7 +237,6 @@ def test_what_was_edited_is_found_by_nobody() -> None:
         lm.pool.forget_cached()
         with lm.sequence(IDS) as sequence:
             _ = sequence.logits
-            lm.pool.forget_cached()
             edit(sequence, 4, 8)
             lm.generate(sequence, **options)
         assert lm.pool.num_cached <= 1
