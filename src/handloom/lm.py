@@ -35,10 +35,9 @@ from handloom.model.spec import ModelSpec
 from handloom.model.transformer import Transformer
 from handloom.ops import Backend, choose_backend
 from handloom.output import Output, Piece, Score
-from handloom.prompts import Prompt, to_sequence
+from handloom.progress import requests_bar
+from handloom.prompts import Prompt, as_list, options_of_each, to_sequence
 from handloom.text.tokenizer import Tokenizer
-
-MAX_PROMPTS = 65536
 
 
 class LM:
@@ -213,24 +212,27 @@ class LM:
         prompts: Prompt | LiveSequence | Seq[Prompt | LiveSequence],
         *,
         params: Seq[Mapping[str, Any]] | None = None,
+        progress: bool | None = None,
         **options: Any,
     ) -> Any:
         """Generate from one prompt, giving an Output, or from a list of them, giving a list.
 
         A prompt is text, token ids, embeddings [n, hidden_size], or a LiveSequence, which is continued in
         place. Options are those of transformers' GenerationConfig (see handloom.sampling.params);
-        params: further options of each prompt. Everything is checked before anything runs.
+        params: further options of each prompt. Everything is checked before anything runs. progress: whether a bar on
+        standard error tells how many prompts are done; None: for a list, on a terminal.
 
         Raises: InvalidPrompt, ContextOverflow, InvalidParam, UnsupportedOption. A single prompt that fails
         while running raises its error; in a list the others live, and its Output carries the error.
         """
-        items, single = _as_list(prompts)
+        items, single = as_list(prompts)
         collector = Collector(Engine(self))
         try:
-            for prompt, own in zip(items, _each(params, items), strict=True):
+            for prompt, own in zip(items, options_of_each(params, items), strict=True):
                 collector.add(prompt, **{**options, **own})
-            for _ in collector.pieces():
-                pass
+            with requests_bar(len(items), progress) as tell:
+                for piece in collector.pieces():
+                    tell(piece.token_id is not None, piece.finish_reason is not None)
         finally:
             collector.engine.close()
         if not single:
@@ -252,9 +254,9 @@ class LM:
         With a list, pieces of all prompts come interleaved; `piece.index` says whose. A failed prompt's
         last piece carries its error; with a single prompt it is raised.
         """
-        items, single = _as_list(prompts)
+        items, single = as_list(prompts)
         collector = Collector(Engine(self))
-        for prompt, own in zip(items, _each(params, items), strict=True):
+        for prompt, own in zip(items, options_of_each(params, items), strict=True):
             collector.add(prompt, **{**options, **own})
         return self._pieces(collector, single)
 
@@ -288,7 +290,7 @@ class LM:
         """
         if isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or not 0 <= top_logprobs <= 100:
             raise InvalidParam(f"top_logprobs is {top_logprobs!r}; expected an integer from 0 to 100")
-        items, single = _as_list(texts)
+        items, single = as_list(texts)
         engine = Engine(self)
         logprobs: dict[int, list[float]] = {}
         top: dict[int, list[TopLogprobs]] = {}
@@ -373,26 +375,3 @@ class LM:
     def logit_lens(self, sequence: LiveSequence) -> Tensor:
         """Logits [layers + 1, vocab_size] float32 read from the residual stream after each layer; see handloom.live."""
         return logit_lens(self, sequence)
-
-
-def _as_list(prompts: Any) -> tuple[list[Any], bool]:
-    """(prompts, was it a single one): text, token ids, tensors, arrays and sequences are single prompts."""
-    if not isinstance(prompts, list | tuple) or (prompts and all(isinstance(p, int) for p in prompts)):
-        return [prompts], True
-    if len(prompts) > MAX_PROMPTS:
-        raise InvalidParam(f"{len(prompts)} prompts in one call; the limit is {MAX_PROMPTS}: use several calls")
-    return list(prompts), False
-
-
-def _each(params: Seq[Mapping[str, Any]] | None, items: Seq[Any]) -> Seq[Mapping[str, Any]]:
-    """One mapping of options per prompt."""
-    if params is None:
-        return [{}] * len(items)
-    if isinstance(params, Mapping | str) or not isinstance(params, Seq):
-        raise InvalidParam("params must be a list of dicts, one for each prompt; options of all are arguments")
-    if len(params) != len(items):
-        raise InvalidParam(f"params has {len(params)} entries for {len(items)} prompts; give one each")
-    for own in params:
-        if not isinstance(own, Mapping):
-            raise InvalidParam(f"params must be a list of dicts of options; it holds {type(own).__name__}")
-    return params

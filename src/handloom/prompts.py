@@ -5,6 +5,7 @@ This module does not know how a prompt is run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
-from handloom.errors import InvalidPrompt
+from handloom.errors import InvalidParam, InvalidPrompt
 from handloom.model.families.config import shown
 from handloom.text.tokenizer import Tokenizer
+
+MAX_PROMPTS = 65536
 
 Prompt = str | Seq[int] | Tensor | np.ndarray[Any, Any]
 
@@ -88,3 +91,29 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
     if array.dtype.kind not in "iuf":
         raise InvalidPrompt(f"an array prompt must hold integers or floats, not {array.dtype}")
     return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
+
+
+# Calls with one prompt or several --------------------------------------------------------------
+
+
+def as_list(prompts: Any) -> tuple[list[Any], bool]:
+    """(prompts, was it a single one): text, token ids, tensors, arrays and sequences are single prompts."""
+    if not isinstance(prompts, list | tuple) or (prompts and all(isinstance(p, int) for p in prompts)):
+        return [prompts], True
+    if len(prompts) > MAX_PROMPTS:
+        raise InvalidParam(f"{len(prompts)} prompts in one call; the limit is {MAX_PROMPTS}: use several calls")
+    return list(prompts), False
+
+
+def options_of_each(params: Seq[Mapping[str, Any]] | None, items: Seq[Any]) -> Seq[Mapping[str, Any]]:
+    """One mapping of options per prompt."""
+    if params is None:
+        return [{}] * len(items)
+    if isinstance(params, Mapping | str) or not isinstance(params, Seq):
+        raise InvalidParam("params must be a list of dicts, one for each prompt; options of all are arguments")
+    if len(params) != len(items):
+        raise InvalidParam(f"params has {len(params)} entries for {len(items)} prompts; give one each")
+    for own in params:
+        if not isinstance(own, Mapping):
+            raise InvalidParam(f"params must be a list of dicts of options; it holds {type(own).__name__}")
+    return params

@@ -19,7 +19,7 @@ MAX_LINES = 400
 # From the top of the house to the bottom: a module imports its own floor and the floors below.
 FLOORS = [
     "cli serve integrations __main__",
-    "__init__ lm live collect conversation loading machine measure output prompts",
+    "__init__ lm live collect conversation loading machine measure output progress prompts",
     "engine",
     "decoding",
     "sampling",
