@@ -125,10 +125,10 @@ def test_halves_merge_into_the_whole() -> None:
     parts = [
         part
         for pages in (table[:, :2], table[:, 2:])
-        for part in reference.paged_attention_with_lse(q, k_pages, v_pages, pages, starts, half, 0.3)
+        for part in reference.paged_attention(q, k_pages, v_pages, pages, starts, half, 0.3, return_lse=True)
     ]
     out, lse = merge_attention(*parts)
-    expected = reference.paged_attention_with_lse(q, k_pages, v_pages, table, starts, whole, 0.3)
+    expected = reference.paged_attention(q, k_pages, v_pages, table, starts, whole, 0.3, return_lse=True)
     torch.testing.assert_close((out, lse), expected)
 
 

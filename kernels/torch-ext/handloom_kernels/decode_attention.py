@@ -33,16 +33,16 @@ is a multiple of SPLIT: always the same cuts, however many sequences, programs o
 
 Splits of all sequences lie in one list, which every program works out from context_lens by itself; program p takes the
 entries p, p + P, p + 2 P, ... So P is what fills the GPU, the host need not know a length, and a table with room for
-long sequences costs short ones nothing. A sequence with one split is written at once, with the bits that folding would
-give: times exp(0), plus zeros. Keys before the window are neither read nor looked up.
+long sequences costs short ones no time, only workspace. A sequence with one split is written at once, with the bits
+that folding would give: times exp(0), plus zeros. Keys before the window are neither read nor looked up.
 
 What a row becomes depends on its sequence alone: tiles and splits begin at fixed keys, are folded in fixed order, and
 one in which a row sees nothing leaves its three values as they were, to the bit.
 
 To move, per sequence and KV head: keys * (head_dim + v_head_dim) elements, once for every BLOCK_M rows (from the
-second-level cache after the first), and 2 * 4 bytes * v_head_dim for each row and split. To compute: 2 * (head_dim +
-v_head_dim) FLOPs for each key and row; 16-row tiles at 2 bytes an element need 16 FLOPs a byte, far below what a GPU
-has. Bound by memory; latent attention (576 + 512 columns, 128 rows a key) by both.
+second-level cache after the first), and where there are several splits 2 * 4 bytes * v_head_dim for each row and split.
+To compute: 2 * (head_dim + v_head_dim) FLOPs for each key and row; 16-row tiles at 2 bytes an element need 16 FLOPs a
+byte, far below what a GPU has. Bound by memory; latent attention (576 + 512 columns, 128 rows a key) by both.
 
 This module does not know who owns a page, nor how keys were rotated. Meaning: `reference.paged_attention`.
 """
@@ -265,6 +265,8 @@ def decode_attention(
     in pages past that, and page ids past those in use or before the window, are not read.
     tickets: int32 zeros, `tickets_needed` of them, to be given where launches are captured or repeated: the kernel
     leaves zeros, and launches that share them must not overlap; None allocates them.
+    The workspace takes 4 (v_head_dim + 2) bytes for each of S * max_query_len * num_heads rows and each split, of which
+    a sequence has as many as page_table has room for.
     out: [N, num_heads * v_head_dim] in q's dtype, to be written to in place of a new tensor. Rows of sequences with
     more than max_query_len queries are left as they are: `prefill_attention(longer_than=...)` has written them.
     blocks: overrides the block sizes of the tuning table (powers of two; SPLIT a multiple of BLOCK_N).

@@ -129,6 +129,20 @@ def _attend_tiles(
 
 
 @triton.jit
+def _spans(first_at, queries, window, BLOCK_N: tl.constexpr):
+    """(low, full, edge, high) of the queries at first_at, first_at + 1, ...: keys low .. high are seen by some of them,
+    those of the tiles between `full` and `edge` by all."""
+    low = 0
+    full = 0
+    edge = (first_at + 1) // BLOCK_N * BLOCK_N
+    high = first_at + queries
+    if window is not None:
+        low = tl.maximum(first_at + 1 - window, 0)
+        full = tl.minimum(tl.cdiv(tl.maximum(high - window, 0), BLOCK_N) * BLOCK_N, high)
+    return low, full, edge, high
+
+
+@triton.jit
 def _begin(sinks, heads, unit, BLOCK_M: tl.constexpr, DV: tl.constexpr):
     """top, total and acc before the first key; a sink is one more score, which has no value."""
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -181,14 +195,7 @@ def _prefill_kernel(
     if alibi_slopes is not None:
         slopes = tl.load(alibi_slopes + first_head + head).to(tl.float32)
 
-    # keys low .. high are seen by some row; those of the tiles between `full` and `edge` by every row
-    low = 0
-    high = first_at + queries
-    edge = (first_at + 1) // BLOCK_N * BLOCK_N
-    full = 0
-    if window is not None:
-        low = tl.maximum(first_at + 1 - window, 0)
-        full = tl.minimum(tl.cdiv(tl.maximum(high - window, 0), BLOCK_N) * BLOCK_N, high)
+    low, full, edge, high = _spans(first_at, queries, window, BLOCK_N)
     page_ids = page_table + sequence.to(tl.int64) * table_stride
     k_pages += kv_head.to(tl.int64) * k_head_stride
     v_pages += kv_head.to(tl.int64) * (k_head_stride if v_head_stride is None else v_head_stride)

@@ -15,13 +15,7 @@ These modules do not know about models, layers, devices, speed, or who owns a pa
 from __future__ import annotations
 
 from .activation import ACTIVATIONS, GATED_ACTIVATIONS, activate, gated_activation
-from .attention import (
-    gather_pages,
-    merge_attention,
-    paged_attention,
-    paged_attention_with_lse,
-    shared_prefix_attention,
-)
+from .attention import gather_pages, merge_attention, paged_attention, shared_prefix_attention
 from .head import embed, lm_head, lm_head_choose
 from .linear import linear_residual, norm_mlp, norm_qkv
 from .moe import SCORING_FUNCS, Routing, moe_mlp, route
@@ -86,7 +80,6 @@ __all__ = [
     "normalize_add",
     "pack_codes",
     "paged_attention",
-    "paged_attention_with_lse",
     "qk_norm_rope_write",
     "quantize_kv",
     "quantize_weight",

@@ -5,7 +5,7 @@ This module does not know who owns a page.
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Sequence, cast
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def attend(
     return torch.einsum("hqk,khd->qhd", weights.to(q.dtype), v), lse.T
 
 
-def paged_attention_with_lse(
+def paged_attention(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
@@ -59,10 +59,25 @@ def paged_attention_with_lse(
     alibi_slopes: Tensor | None = None,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`paged_attention`, and beside it each query's log-sum-exp over its scores, sink included: [N, num_heads] float32.
+    *,
+    query_lens: Sequence[int] | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of ragged queries over paged keys and values.
 
-    With it, attention over two sets of keys merges into attention over both (`merge_attention`).
+    Args: q [N, num_heads, head_dim]; k_pages [num_pages, page_size, num_kv_heads, head_dim], v_pages
+    [..., v_head_dim]; page_table [S, max_pages] int; cu_seqlens [S + 1] int, where each sequence's queries start;
+    context_lens [S] int, keys per sequence, this step's tokens included: the last query sees them all.
+    window: a query sees itself and the window - 1 keys before it. softcap: cap * tanh(score / cap), as
+    Gemma 2. sinks [num_heads]: one more score per head that has no value (gpt_oss). alibi_slopes [num_heads]: slope *
+    (key - query position) is added to a score (Press et al. 2021). k_scales, v_scales [num_pages, page_size,
+    num_kv_heads]: what the codes of quantised pages are multiplied by. Query head h reads KV head
+    h // (num_heads / num_kv_heads) (Ainslie et al. 2023). Multi-head latent attention (DeepSeek-V2) is one KV head
+    whose v_pages are the first v_head_dim columns of k_pages. query_lens: how many queries each sequence has, by which
+    kernels are chosen without asking the device; nothing here depends on it.
+    Returns [N, num_heads * v_head_dim] in q's dtype; softmax in float32. With return_lse also each query's log-sum-exp
+    over its scores, sink included, [N, num_heads] float32: with it, attention over two sets of keys merges into
+    attention over both (`merge_attention`).
     """
     group = q.shape[1] // k_pages.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -86,55 +101,8 @@ def paged_attention_with_lse(
         output, lse = attend(q[start:end], k, v, visible, scale, softcap, sinks, bias)
         outputs.append(output)
         lses.append(lse)
-    return torch.cat(outputs).flatten(1), torch.cat(lses)
-
-
-def paged_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    cu_seqlens: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-    *,
-    query_lens: Sequence[int] | None = None,
-) -> Tensor:
-    """Causal attention of ragged queries over paged keys and values.
-
-    Args: q [N, num_heads, head_dim]; k_pages [num_pages, page_size, num_kv_heads, head_dim], v_pages
-    [..., v_head_dim]; page_table [S, max_pages] int; cu_seqlens [S + 1] int, where each sequence's queries start;
-    context_lens [S] int, keys per sequence, this step's tokens included: the last query sees them all.
-    window: a query sees itself and the window - 1 keys before it. softcap: cap * tanh(score / cap), as
-    Gemma 2. sinks [num_heads]: one more score per head that has no value (gpt_oss). alibi_slopes [num_heads]: slope *
-    (key - query position) is added to a score (Press et al. 2021). k_scales, v_scales [num_pages, page_size,
-    num_kv_heads]: what the codes of quantised pages are multiplied by. Query head h reads KV head
-    h // (num_heads / num_kv_heads) (Ainslie et al. 2023). Multi-head latent attention (DeepSeek-V2) is one KV head
-    whose v_pages are the first v_head_dim columns of k_pages. query_lens: how many queries each sequence has, by which
-    kernels are chosen without asking the device; nothing here depends on it.
-    Returns [N, num_heads * v_head_dim] in q's dtype; softmax in float32.
-    """
-    return paged_attention_with_lse(
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        cu_seqlens,
-        context_lens,
-        scale,
-        window,
-        softcap,
-        sinks,
-        alibi_slopes,
-        k_scales,
-        v_scales,
-    )[0]
+    out = torch.cat(outputs).flatten(1)
+    return (out, torch.cat(lses)) if return_lse else out
 
 
 def merge_attention(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +138,5 @@ def shared_prefix_attention(
     context_lens [S]: pages and keys after the prefix, at least the queries themselves. The rest as `paged_attention`.
     """
     whole = torch.cat((prefix_pages.expand(len(page_table), -1), page_table), dim=1)
-    return paged_attention(
-        q, k_pages, v_pages, whole, cu_seqlens, context_lens + prefix_length, scale, None, softcap, sinks
-    )
+    lengths = context_lens + prefix_length
+    return cast(Tensor, paged_attention(q, k_pages, v_pages, whole, cu_seqlens, lengths, scale, None, softcap, sinks))
