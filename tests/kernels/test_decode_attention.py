@@ -186,6 +186,18 @@ def test_tickets_can_be_given_again() -> None:
         assert not tickets.any()
 
 
+@pytest.mark.parametrize("given", [{}, {"window": 20}], ids=["plain", "window"])
+def test_sequences_with_more_queries_are_left_as_they_are(given: dict[str, Any]) -> None:
+    """Among them one whose rows would fill a tile of the others."""
+    counts = [3, 1, 7, 2]
+    args = batch([40, 100, 70, 5], counts, (2, 1))
+    expected = decode(args, **given).split(counts)
+    out = torch.full((13, 64), 7.0, device=DEVICE)
+    assert decode(args, **given, max_query_len=2, out=out) is out
+    for s, rows in enumerate(out.split(counts)):
+        assert torch.equal(rows, expected[s] if counts[s] <= 2 else torch.full_like(rows, 7.0)), s
+
+
 def test_strides_and_integers_of_either_size() -> None:
     q, k_pages, v_pages, table, starts, lengths = batch([50, 20], [1, 2])
     expected = decode((q, k_pages, v_pages, table, starts, lengths))
@@ -259,9 +271,12 @@ def test_what_does_not_fit_is_named() -> None:
         ({}, {"max_query_len": 17}, "max_query_len is 17; there may be 1 to 16"),
         ({}, {"max_query_len": 1}, "3 queries of 2 sequences are more than max_query_len = 1 each"),
         ({}, {"tickets": torch.zeros(1, dtype=torch.int32, device=DEVICE)}, "tickets has 1 elements; 4 are needed"),
+        ({}, {"out": draw(3, 64)}, r"out has shape \[3, 64\]; expected \[3, 128\]"),
+        ({}, {"out": draw(3, 128, dtype=torch.float16)}, "out has dtype torch.float16"),
+        ({}, {"scale": 0.0}, "scale is 0.0; it must be positive"),
         ({}, {"blocks": {**SMALL, "SPLIT": 24}}, "SPLIT = 24 is not a multiple of BLOCK_N = 16"),
     ]
     for change, given, message in wrong:
         changed = tuple(change.get(i, x) for i, x in enumerate(args))
         with pytest.raises(KernelError, match=message):
-            kernels.decode_attention(*changed, 0.3, **{"max_query_len": 2, "blocks": SMALL, **given})
+            kernels.decode_attention(*changed, **{"scale": 0.3, "max_query_len": 2, "blocks": SMALL, **given})

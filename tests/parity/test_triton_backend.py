@@ -51,6 +51,18 @@ def test_a_ragged_batch(triton_pair: Pair) -> None:
         assert_logits_equal(torch.cat((first, last[None])), hf_logits(triton_pair.hf, [*ids, 7]), "ragged")
 
 
+def test_a_row_has_the_same_bits_in_any_company_while_a_step_has_few_rows(triton_pair: Pair) -> None:
+    lm, ids = triton_pair.lm(backend="triton"), random_ids(4, 9)
+    rows = []
+    for others in ((), (10, 3)):
+        sequence = lm.sequence(ids[:8])
+        run(lm, [Work(sequence, 8, "none")])
+        sequence.append(ids[8])
+        company = [lm.sequence(random_ids(i, length)) for i, length in enumerate(others)]
+        rows.append(run(lm, [*(Work(s, len(s), "last") for s in company), Work(sequence, 1, "last")])[-1])
+    assert torch.equal(*rows)
+
+
 def test_greedy_tokens_equal_generate(triton_pair: Pair) -> None:
     prompt = random_ids(5, 6)
     ours = triton_pair.lm(backend="triton").generate(prompt, max_new_tokens=6).token_ids
