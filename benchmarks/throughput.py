@@ -81,7 +81,7 @@ def throughput_case(lm: Any, folder: Path, arguments: argparse.Namespace, result
         results.add("handloom", case, metric, "ms", [1e3 * value for value in seconds])
         results.add("handloom", case, f"{metric} p99", "ms", [1e3 * stats.percentile(seconds, 99)])
     pool = sum(storage.nbytes for storage in lm.pool.storages.values())
-    weights = sum(weight.nbytes for weight in lm.transformer.weights.values())
+    weights = sum(weight.nbytes for weight in lm.transformer.weights.held.values())
     results.add("handloom", case, "pages, peak", "pages", [run.peak_pages for run in found.ours])
     results.add("limit", case, "pages, peak", "pages", [lm.pool.num_pages])
     results.add("handloom", case, "peak memory", "MiB", [found.peak_memory / 2**20])

@@ -74,7 +74,7 @@ def test_the_limit_is_the_slower_of_all_operations_and_all_bytes(family: str) ->
         for at in range(1, new)
     )
     assert limits.serving_seconds(lm, torch.float32, sizes, 1e30, 100.0) == pytest.approx((prefill + steps) / 100)
-    read = 5 * machine.weight_bytes_per_token(spec, torch.float32)
+    read = 5 * machine.weight_bytes_per_token(lm, torch.float32)
     for prompt, new in sizes:
         read += sum(machine.kv_bytes_read(spec, torch.float32, prompt + at) for at in range(1, new))
     assert limits.serving_seconds(lm, torch.float32, sizes, 50.0, 1e30) == pytest.approx(read / 50)
