@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import exp
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from handloom.decoding.decoder import FinishReason, TopLogprobs
@@ -55,6 +57,21 @@ class Output:
     seed: int | None = None
     timing: Timing = field(default_factory=lambda: Timing(0.0, 0.0, 0, 0))
     error: HandloomError | None = None
+
+    def to_transformers(self) -> Any:
+        """The GenerateDecoderOnlyOutput that `generate(..., return_dict_in_generate=True)` gives for this one prompt.
+
+        sequences int64 [1, n], prompt and new tokens (of a prompt of embeddings, the new ones); scores, logits: tuples
+        of float32 [1, vocab_size] where they were asked for. `model.compute_transition_scores` takes them.
+        """
+        from transformers.generation import GenerateDecoderOnlyOutput
+
+        prompt = [id_ for id_ in self.prompt_token_ids if id_ >= 0]
+        return GenerateDecoderOnlyOutput(
+            sequences=torch.tensor([[*prompt, *self.token_ids]], dtype=torch.int64),
+            scores=None if self.scores is None else tuple(step[None] for step in self.scores),
+            logits=None if self.logits is None else tuple(step[None] for step in self.logits),
+        )
 
 
 @dataclass(frozen=True, slots=True)
