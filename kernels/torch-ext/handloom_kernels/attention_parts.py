@@ -1,4 +1,4 @@
-"""What the attention kernels share: tiles of columns, the softmax of a split of keys, its folding, what is checked.
+"""What the attention kernels share: page ids, tiles of columns, a split's softmax, its folding, what is checked.
 
 A row (one query, one query head) that has seen some of its keys is three values, in base 2: `top`, its largest score;
 `total`, the sum of 2^(score - top); `acc`, that of 2^(score - top) * v. Two such triples over different keys make one:

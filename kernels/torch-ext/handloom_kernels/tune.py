@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
@@ -23,6 +22,7 @@ import triton
 from torch import Tensor
 
 from . import KERNELS
+from . import __getattr__ as kernel_named
 from .checks import require
 from .tuning import FOLDER, Problem, device_file, device_name
 
@@ -80,7 +80,7 @@ def tune(kernels: list[str], device: torch.device, folder: Path) -> Path:
     content: dict[str, list[Mapping[str, Any]]] = json.loads(path.read_text()) if path.is_file() else {}
     for kernel in kernels:
         entries: list[Mapping[str, Any]] = []
-        for problem in import_module("." + kernel, __package__).tuning_problems(device):
+        for problem in kernel_named(kernel).tuning_problems(device):
             winner, microseconds = best(problem, time)
             entries.append({"when": dict(problem.when), "config": winner})
             print(f"{kernel} {dict(problem.when)}: {winner}, {microseconds:.2f} us", file=sys.stderr)
