@@ -57,12 +57,13 @@ from .threshold import (
     store_cut,
     threshold_of_row,
 )
+from .tiles import is_last
 from .tuning import Problem, config
 
 MAX_VOCABULARY = 1 << 22  # tokens whose masses, of at most 2^40 units each, still add up in int64
 _STATE = 16  # int64 words of a row's state, see below
-_COUNTED = tl.constexpr(0)  # tiles that have counted
-_GATHERED = tl.constexpr(1)  # tiles that have gathered
+_COUNTED = tl.constexpr(0)  # ticket of the tiles that have counted
+_GATHERED = tl.constexpr(1)  # ticket of the tiles that have gathered
 _LISTED = tl.constexpr(2)  # tokens in the list
 _MASS_ABOVE = tl.constexpr(3)  # of unlisted tokens above the listed ones
 _MASS_BELOW = tl.constexpr(4)  # of unlisted tokens that top-k keeps, below
@@ -142,8 +143,7 @@ def _count_kernel(
         scores = load_scores(logits + row * row_stride, token_ids, vocab_size, divisor, HAS_TEMPERATURE)
         count = tl.histogram(bin_of(scores, highest, width, BINS), BINS, mask=scores > float("-inf"))
         tl.atomic_add(counts + tl.arange(0, BINS), count, mask=count > 0, sem="relaxed")
-        tl.debug_barrier()
-        if tl.atomic_add(state + _COUNTED, 1, sem="acq_rel") == tiles - 1:
+        if is_last(state + _COUNTED, tiles):
             first, last, k_bin, rank = bracket(counts, k, p, width, BINS)
             tl.store(state + _FIRST, first.to(tl.int64))
             tl.store(state + _LAST, last.to(tl.int64))
@@ -221,8 +221,7 @@ def _gather_kernel(
         bins = bin_of(scores, highest, bin_width(highest, lowest, BINS), BINS)
         rank = tl.load(state + _RANK)
         _list_tile(state, scores, token_ids, bins, highest, list_scores, list_ids, HAS_P, LIST)
-        tl.debug_barrier()
-        if tl.atomic_add(state + _GATHERED, 1, sem="acq_rel") == tiles - 1:
+        if is_last(state + _GATHERED, tiles):
             # what other programs wrote in this launch is read past the first-level cache, which is not coherent
             size = tl.load(state + _LISTED, cache_modifier=".cg")
             above = tl.load(state + _MASS_ABOVE, cache_modifier=".cg")
