@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language import target_info
 from triton.runtime.jit import JITFunction
 
 from handloom_kernels import tuning
@@ -141,7 +143,9 @@ def specialise(value: Any, parameter: Any) -> tuple[str, bool]:
 def compiled(launch: Launch, target: Target) -> dict[str, Any]:
     """Compile one launch: shared memory and spills in bytes, registers, assembly."""
     source, options = source_of(launch)
-    out = triton.compile(source, target=target.gpu, options=options)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target.gpu))
+    with mock.patch.object(target_info, "driver", driver):
+        out = triton.compile(source, target=target.gpu, options=options)
     report = {"kernel": launch.kernel.__name__, "shared": out.metadata.shared}
     if target.gpu.backend == "hip":
         text = out.asm["amdgcn"]

@@ -15,7 +15,9 @@ def cases() -> Iterator[Case]:
         scores = torch.empty(4, vocab_size, dtype=dtype)
         kernels.select(scores, value, top_k, value if p else None, value if min_p else None)
 
-    vector_loads = {"cuda": r"ld\.global[a-z0-9.:]*\.v4\.b32"}
-    yield Case("everything", lambda: run(151_936, torch.bfloat16, True, True, True), vector_loads)
-    yield Case("top-k", lambda: run(128_256, torch.float32, True, False, False), vector_loads)
+    # every wave waits for its own stores before the barrier behind which a ticket is drawn
+    ordered = r"(?s)ASMSTART\s+s_waitcnt vmcnt\(0\)(?:(?!global_).)*s_barrier(?:(?!global_).)*buffer_wbl2"
+    expected = {"cuda": r"ld\.global[a-z0-9.:]*\.v4\.b32", "hip": ordered}
+    yield Case("everything", lambda: run(151_936, torch.bfloat16, True, True, True), expected)
+    yield Case("top-k", lambda: run(128_256, torch.float32, True, False, False), expected)
     yield Case("min-p", lambda: run(262_144, torch.float32, False, False, True))

@@ -94,8 +94,12 @@ def is_last(ticket, count):
     """Draw a ticket; the last of `count` to draw sees what all of them stored before, and puts the ticket back to 0.
 
     One thread draws, with release and acquire for the whole GPU. The barriers order all threads' stores before it, and
-    their loads of what others stored after it.
+    their loads of what others stored after it. AMD's barrier does not wait for stores that are on their way to memory,
+    and the draw only for those of its own wave: there each wave first waits for its own.
     """
+    if tl.target_info.is_hip():
+        wait: tl.constexpr = "s_waitcnt vmcnt(0)\n\tv_mov_b32 $0, $1"
+        count += tl.inline_asm_elementwise(wait, "=v,v,~{memory}", [0], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
     drawn = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
     last = drawn == count - 1
