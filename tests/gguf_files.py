@@ -23,6 +23,19 @@ QUANTIZABLE = {"hidden_size": 96, "intermediate_size": 96, "head_dim": 16}
 """Overrides that make every row of a tiny llama or gemma3 a multiple of 32."""
 
 
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "num_attention_heads": 8}
+"""Overrides that make every row of a tiny llama a multiple of 256."""
+MIXED = {
+    "attn_q.weight": Storage.Q4_K,
+    "attn_k.weight": Storage.Q4_K,
+    "attn_v.weight": Storage.Q6_K,
+    "attn_output.weight": Storage.Q5_K,
+    "ffn_gate.weight": Storage.Q4_K,
+    "ffn_up.weight": Storage.Q5_1,
+    "ffn_down.weight": Storage.Q6_K,
+    "token_embd.weight": Storage.Q8_0,
+}
+"""Types by the ends of GGUF names, as files mix them; for `export`."""
 HALVES = {
     "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
     "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch import Tensor
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.checkpoint import open_checkpoint
-from handloom.checkpoint.quantization import held
 from handloom.checkpoint.quantize import Scheme
 from handloom.checkpoint.types import Checkpoint
 from handloom.collect import Collector
@@ -128,7 +127,7 @@ class LM:
     ) -> LM:
         family, spec = read_config(checkpoint.config, f"{checkpoint.name}: config.json", ignore_config_keys)
         where, context = choose_device(device), choose_context(spec, max_context)
-        ops = choose_backend(where, backend, {layer.mixer.head_dim for layer in spec.layers}, scheme is not None)
+        ops = choose_backend(where, backend, {layer.mixer.head_dim for layer in spec.layers})
         quantize = choose_quantization(scheme, checkpoint, ops, dtype, where)
         what = choose_dtype(dtype, torch.float32 if quantize else checkpoint.dtype)
         transformer = load_transformer(
@@ -167,7 +166,7 @@ class LM:
     @property
     def held(self) -> dict[str, int]:
         """Bytes of weights in memory by how they are held: {"int8": 134529024, "float32": 142848}."""
-        return held(cast(Any, self.transformer.weights.held.values()))
+        return self.transformer.weights.nbytes()
 
     # Text and ids ------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Storage
 from torch import Tensor
 
 import handloom as hl
-from gguf_files import QUANTIZABLE, export
+from gguf_files import MIXED, QUANTIZABLE, WIDE, export
 from handloom import machine
 from handloom.checkpoint import open_checkpoint
 from handloom.checkpoint.gguf import GGUFCheckpoint
@@ -26,17 +26,6 @@ from tiny_models import save, tiny_gemma3, tiny_gpt2, tiny_llama
 
 PROMPT = [5, 77, 300, 12, 9, 240, 18, 3]
 LEGACY = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
-MIXED = {
-    "attn_q.weight": Storage.Q4_K,
-    "attn_k.weight": Storage.Q4_K,
-    "attn_v.weight": Storage.Q6_K,
-    "attn_output.weight": Storage.Q5_K,
-    "ffn_gate.weight": Storage.Q4_K,
-    "ffn_up.weight": Storage.Q5_1,
-    "ffn_down.weight": Storage.Q6_K,
-    "token_embd.weight": Storage.Q8_0,
-}
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "num_attention_heads": 8}
 
 
 def load(path: Path, **options: Any) -> Transformer:

@@ -19,7 +19,7 @@ This module does not know files, models, or how a product with such a matrix is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -150,18 +150,19 @@ class QuantizedRows:
 
     def narrow(self, first: int, count: int) -> QuantizedRows:
         """Rows first, …, first + count - 1, sharing memory."""
-        return self._of({name: plane[first : first + count] for name, plane in self.planes()})
+        return self.with_planes({name: plane[first : first + count] for name, plane in self.planes()})
 
     def select(self, rows: Tensor) -> QuantizedRows:
         """Copies of the rows with these indices, int64 [n]."""
-        return self._of({name: plane.index_select(0, rows) for name, plane in self.planes()})
+        return self.with_planes({name: plane.index_select(0, rows) for name, plane in self.planes()})
 
     def put(self, rows: Tensor, values: QuantizedRows) -> None:
         """Write rows of the same format to the rows with these indices, int64 [n]."""
         for name, plane in values.planes():
             getattr(self, name)[rows] = plane
 
-    def _of(self, planes: dict[str, Tensor]) -> QuantizedRows:
+    def with_planes(self, planes: dict[str, Tensor]) -> QuantizedRows:
+        """Other rows of this format and width."""
         return QuantizedRows(self.format, self.columns, **planes)
 
     def codes(self) -> Tensor:
@@ -231,6 +232,14 @@ class QuantizedMatrix:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes by format."""
+        counts: Counter[str] = Counter()
+        for segment in self.segments:
+            counts[segment.format.name] += segment.nbytes
+        return counts
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -265,17 +274,6 @@ class QuantizedMatrix:
 
 Matrix = Tensor | QuantizedMatrix
 """A weight matrix as the forward pass may hold it."""
-
-
-def held(weights: Iterable[Matrix]) -> dict[str, int]:
-    """Bytes by format or dtype, the largest first: {"Q4_1": 70778880, "float32": 142848}."""
-    counts: Counter[str] = Counter()
-    for weight in weights:
-        if isinstance(weight, QuantizedMatrix):
-            counts.update({segment.format.name: segment.nbytes for segment in weight.segments})
-        else:
-            counts[str(weight.dtype).removeprefix("torch.")] += weight.nbytes
-    return dict(counts.most_common())
 
 
 def dense(weight: Matrix) -> Tensor:

@@ -8,6 +8,7 @@ This module does not know files, tokenizers, requests, sampling, or who owns a p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -19,7 +20,7 @@ from handloom.model.hooked import HookedBlock, hooked_embedding, hooked_head
 from handloom.model.hooks import StepHooks
 from handloom.model.rope import inverse_frequencies, rotary_at
 from handloom.model.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
-from handloom.ops import Backend, Norm, Ops, Panels, Rotary, Weight, matrix
+from handloom.ops import Backend, Norm, Ops, QuantizedPanels, Rotary, Weight, matrix
 
 KVPages = Sequence[tuple[Tensor, Tensor]]
 
@@ -59,7 +60,9 @@ def make_norm(spec: NormSpec, weights: Mapping[str, Weight], name: str) -> Norm:
 def hold(spec: ModelSpec, backend: Backend, name: str, weight: Weight) -> Weight:
     """A weight as the backend reads it: matrices of linears in its own form, all else as it is."""
     looked_up = {"positions.weight"} if spec.tied_head else {"positions.weight", "embed.weight"}
-    if isinstance(weight, Panels) or len(weight.shape) != 2 or name in looked_up:
+    if isinstance(weight, QuantizedMatrix):
+        return backend.hold(weight)
+    if not isinstance(weight, Tensor) or len(weight.shape) != 2 or name in looked_up:
         return weight
     return backend.hold(weight)
 
@@ -72,7 +75,19 @@ class Weights(Mapping[str, Tensor | QuantizedMatrix]):
 
     def __getitem__(self, name: str) -> Tensor | QuantizedMatrix:
         weight = self.held[name]
+        if isinstance(weight, QuantizedPanels):
+            return weight.unpack()
         return weight if isinstance(weight, QuantizedMatrix) else matrix(weight)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held in each dtype and quantised format, the largest first."""
+        counts: Counter[str] = Counter()
+        for weight in self.held.values():
+            if isinstance(weight, QuantizedMatrix | QuantizedPanels):
+                counts.update(weight.held)
+            else:
+                counts[str(weight.dtype).removeprefix("torch.")] += weight.nbytes
+        return dict(counts.most_common())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.held)

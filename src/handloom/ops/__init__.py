@@ -20,6 +20,7 @@ from handloom.checkpoint.quantization import QuantizedMatrix
 from handloom.errors import UnsupportedOption
 from handloom.ops import torch_ops
 from handloom.ops.panels import Panels
+from handloom.ops.quantized_panels import QuantizedPanels
 from handloom_kernels import reference
 from handloom_kernels.checks import INTERPRETED
 from handloom_kernels.reference import Norm, Rotary, normalize, rotate
@@ -31,6 +32,7 @@ __all__ = [
     "Norm",
     "Ops",
     "Panels",
+    "QuantizedPanels",
     "Rotary",
     "Weight",
     "choose_backend",
@@ -39,7 +41,7 @@ __all__ = [
     "rotate",
 ]
 
-Weight = Tensor | QuantizedMatrix | Panels
+Weight = Tensor | QuantizedMatrix | Panels | QuantizedPanels
 """A linear's weight [M, K] as its backend holds it (`Backend.hold`)."""
 
 KVPages = Sequence[tuple[Tensor, Tensor]]
@@ -148,24 +150,19 @@ BACKENDS = {
 }
 
 
-QUANTIZED: dict[str, Literal["computed", "expanded"]] = {"torch": "expanded"}
+QUANTIZED: dict[str, Literal["computed", "expanded"]] = {"cpu": "computed", "torch": "expanded"}
 """Backends that take quantised matrices: they compute on them, or make them floats at each use, which is slow."""
 
 
-def choose_backend(
-    device: torch.device, name: str = "auto", head_dims: Collection[int] = (), quantized: bool = False
-) -> Backend:
-    """Pick a backend for a device and a model with heads of these sizes, whose matrices are to be `quantized` or not.
+def choose_backend(device: torch.device, name: str = "auto", head_dims: Collection[int] = ()) -> Backend:
+    """Pick a backend for a device and a model with heads of these sizes.
 
     Raises UnsupportedOption for a name that is not in BACKENDS, or that cannot run there or with that model.
     """
     if name == "auto":
-        if device.type == "cpu" and not (quantized and "cpu" not in QUANTIZED):
+        if device.type == "cpu":
             return _cpu(device, "the default on cpu")
-        why = (
-            "'cpu' does not compute on quantised matrices" if device.type == "cpu" else f"the default on {device.type}"
-        )
-        return Backend("torch", cast(Ops, torch_ops), f"{BACKENDS['torch']}; {why}")
+        return Backend("torch", cast(Ops, torch_ops), f"{BACKENDS['torch']}; the default on {device.type}")
     if name not in BACKENDS:
         raise UnsupportedOption(f"backend {name!r} does not exist; choose 'auto' or one of {', '.join(BACKENDS)}")
     if name == "cpu":
@@ -185,7 +182,7 @@ def _cpu(device: torch.device, why: str) -> Backend:
             f"backend 'cpu', the default on a CPU, needs the package numba: {error}; install it, or choose 'torch'"
         ) from error
     return Backend(
-        "cpu", cast(Ops, cpu), f"{BACKENDS['cpu']}; {why}", cpu.Panels.pack, cast(Callable[[], Program], cpu.Program)
+        "cpu", cast(Ops, cpu), f"{BACKENDS['cpu']}; {why}", cpu.hold, cast(Callable[[], Program], cpu.Program)
     )
 
 

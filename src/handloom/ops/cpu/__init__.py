@@ -4,7 +4,8 @@ Arithmetic is float32 whatever the weights are held in, and so are hidden states
 op gives back the dtype of the states it was given. Sums have one order for each row, on every processor and with any
 number of threads: a row's result depends on nothing but that row.
 
-Weights of the linears come as `Panels`, or as plain matrices, which are then laid out for the call: right, and slow.
+Weights of the linears come in panels, quantised or not, or as plain matrices, which are then laid out for the call:
+right, and slow.
 
 This package does not know about models, sequences or requests.
 """
@@ -16,21 +17,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from handloom.checkpoint.quantization import QuantizedMatrix
 from handloom.ops.cpu import blocks
-from handloom.ops.cpu.blocks import Scale, address
+from handloom.ops.cpu.blocks import Scale, Weight, address
 from handloom.ops.cpu.compiled import compiled_step, is_kept
 from handloom.ops.cpu.instructions import Frame
 from handloom.ops.cpu.machine import run_once
 from handloom.ops.cpu.program import Program, buffer, heads_of
 from handloom.ops.panels import Panels, format_of
+from handloom.ops.quantized_panels import QuantizedPanels
 from handloom_kernels.reference import Norm, Rotary
 
 __all__ = [
     "Panels",
     "Program",
+    "QuantizedPanels",
     "compiled_step",
     "embed",
     "format_of",
+    "hold",
     "is_kept",
     "linear_residual",
     "lm_head",
@@ -40,8 +45,13 @@ __all__ = [
 ]
 
 
-def _panels(weight: Tensor | Panels) -> Panels:
-    return weight if isinstance(weight, Panels) else Panels.pack(weight)
+def hold(weight: Tensor | QuantizedMatrix) -> Panels | QuantizedPanels:
+    """A matrix as the kernels read it. Raises UnsupportedOption for a dtype that they do not read."""
+    return QuantizedPanels.pack(weight) if isinstance(weight, QuantizedMatrix) else Panels.pack(weight)
+
+
+def _panels(weight: Weight) -> Panels | QuantizedPanels:
+    return hold(weight) if isinstance(weight, Tensor) else weight
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -59,9 +69,7 @@ def _scale(norm: Norm | None) -> Scale | None:
     return None if norm is None else Scale.of(norm)
 
 
-def embed(
-    input_ids: Tensor, weight: Tensor | Panels, scale: float, positions: Tensor, position_weight: Tensor | None
-) -> Tensor:
+def embed(input_ids: Tensor, weight: Weight, scale: float, positions: Tensor, position_weight: Tensor | None) -> Tensor:
     """See `handloom_kernels.reference.embed`; float32."""
     input_ids, positions = input_ids.contiguous(), positions.contiguous()
     out = buffer(len(input_ids), weight.shape[1])
@@ -73,7 +81,7 @@ def embed(
 def norm_qkv(
     hidden: Tensor,
     norm: Norm,
-    weight: Tensor | Panels,
+    weight: Weight,
     bias: Tensor | None,
     q_norm: Norm | None,
     k_norm: Norm | None,
@@ -91,7 +99,7 @@ def norm_qkv(
     run_once(
         [
             blocks.norm_rows(x, own, normed),
-            blocks.linear(normed, weight, bias, qkv),
+            *blocks.linear(normed, weight, bias, qkv),
             blocks.finish_qkv(qkv, *scales, rotary, k_pages, v_pages),
         ],
         {Frame.TOKENS: len(x), Frame.SLOT_MAPPING: address(slots)},
@@ -129,24 +137,20 @@ def paged_attention(
     return out.to(q.dtype)
 
 
-def linear_residual(
-    x: Tensor, weight: Tensor | Panels, bias: Tensor | None, post_norm: Norm | None, residual: Tensor
-) -> Tensor:
+def linear_residual(x: Tensor, weight: Weight, bias: Tensor | None, post_norm: Norm | None, residual: Tensor) -> Tensor:
     """See `handloom_kernels.reference.linear_residual`."""
     rows, weight, bias, scale = _matrix(x), _panels(weight), _vector(bias), _scale(post_norm)
     out = _matrix(residual)
     if scale is None:
-        steps: blocks.Instructions = [blocks.linear(rows, weight, bias, out, residual=out)]
+        steps: blocks.Instructions = [*blocks.linear(rows, weight, bias, out, residual=out)]
     else:
         added = buffer(*out.shape)
-        steps = [blocks.linear(rows, weight, bias, added), blocks.norm_rows(added, scale, out, residual=out)]
+        steps = [*blocks.linear(rows, weight, bias, added), blocks.norm_rows(added, scale, out, residual=out)]
     run_once(steps, {Frame.TOKENS: len(rows)})
     return out.to(residual.dtype)
 
 
-def norm_mlp(
-    hidden: Tensor, norm: Norm, weight: Tensor | Panels, bias: Tensor | None, activation: str, gated: bool
-) -> Tensor:
+def norm_mlp(hidden: Tensor, norm: Norm, weight: Weight, bias: Tensor | None, activation: str, gated: bool) -> Tensor:
     """See `handloom_kernels.reference.norm_mlp`."""
     x, weight, own, bias = _matrix(hidden), _panels(weight), Scale.of(norm), _vector(bias)
     normed, up = buffer(*x.shape), buffer(len(x), weight.shape[0])
@@ -154,7 +158,7 @@ def norm_mlp(
     run_once(
         [
             blocks.norm_rows(x, own, normed),
-            blocks.linear(normed, weight, bias, up),
+            *blocks.linear(normed, weight, bias, up),
             blocks.activate(up, activation, gated, out),
         ],
         {Frame.TOKENS: len(x)},
@@ -162,14 +166,14 @@ def norm_mlp(
     return out.to(hidden.dtype)
 
 
-def lm_head(hidden: Tensor, norm: Norm, weight: Tensor | Panels, softcap: float | None) -> Tensor:
+def lm_head(hidden: Tensor, norm: Norm, weight: Weight, softcap: float | None) -> Tensor:
     """See `handloom_kernels.reference.lm_head`."""
     x, weight, own = _matrix(hidden), _panels(weight), Scale.of(norm)
     normed, logits = buffer(*x.shape), torch.empty(len(x), weight.shape[0], dtype=torch.float32)
     run_once(
         [
             blocks.norm_rows(x, own, normed),
-            blocks.linear(normed, weight, None, logits, softcap=softcap),
+            *blocks.linear(normed, weight, None, logits, softcap=softcap),
         ],
         {Frame.TOKENS: len(x)},
     )

@@ -17,11 +17,13 @@ from torch import Tensor
 from handloom.ops.cpu import instructions as ins
 from handloom.ops.cpu.instructions import Frame
 from handloom.ops.panels import PANEL, Panels, format_of
+from handloom.ops.quantized_panels import QUANTIZED, QuantizedPanels
 from handloom_kernels.reference import Norm, Rotary
 
 ACTIVATIONS = {name: number for number, name in enumerate(("silu", "gelu", "gelu_tanh", "relu", "relu2"))}
 """The numbers of `elementary`."""
 
+Weight = Tensor | Panels | QuantizedPanels
 Instructions = list[tuple[int | float, ...]]
 
 
@@ -52,16 +54,18 @@ def stride(matrix: Tensor) -> int:
     return matrix.stride(0) * matrix.element_size()
 
 
-def embed(
-    weight: Tensor | Panels, scale: float, position_weight: Tensor | None, dtype: torch.dtype, out: Tensor
-) -> ins.Embed:
+def embed(weight: Weight, scale: float, position_weight: Tensor | None, dtype: torch.dtype, out: Tensor) -> ins.Embed:
     """out [TOKENS, H]: rows of `weight`, times the scale rounded to the weights' dtype, plus those of the positions."""
-    in_panels = isinstance(weight, Panels)
-    data = weight.data if isinstance(weight, Panels) else weight
+    in_panels = not isinstance(weight, Tensor)
+    if isinstance(weight, QuantizedPanels):
+        (segment,) = weight.segments
+        data, form = segment.entries.ctypes.data, QUANTIZED
+    else:
+        data, form = address(weight.data), format_of(dtype)
     rounded = float(torch.tensor(scale, dtype=dtype)) if scale != 1.0 else 1.0
     table = 0 if position_weight is None else format_of(position_weight.dtype)
     return ins.Embed(
-        address(data), format_of(dtype), int(in_panels), weight.shape[1], rounded, address(position_weight), table,
+        data, form, int(in_panels), weight.shape[1], rounded, address(position_weight), table,
         address(out), stride(out),
     )  # fmt: skip
 
@@ -80,16 +84,29 @@ def norm_rows(
 
 
 def linear(
-    x: Tensor, weight: Panels, bias: Tensor | None, out: Tensor | None, *, residual: Tensor | None = None,
-    softcap: float | None = None, count: Frame = Frame.TOKENS,
-) -> ins.Linear:  # fmt: skip
-    """out [count, M] = residual + softcap(x @ weight.T + bias); None: the run's logits. out may be residual."""
-    columns, depth = weight.shape
-    return ins.Linear(
-        int(count), address(x), stride(x), weight.format, weight.data.element_size(), address(weight.data), columns,
-        depth, address(bias), address(residual), 0 if residual is None else stride(residual), softcap or 0.0,
-        int(out is None), address(out), 4 * columns if out is None else stride(out),
-    )  # fmt: skip
+    x: Tensor, weight: Panels | QuantizedPanels, bias: Tensor | None, out: Tensor | None, *,
+    residual: Tensor | None = None, softcap: float | None = None, count: Frame = Frame.TOKENS,
+) -> list[ins.Linear]:  # fmt: skip
+    """out [count, M] = residual + softcap(x @ weight.T + bias); None: the run's logits. out may be residual.
+
+    One instruction, or one for each segment of a quantised weight, which writes columns of its own.
+    """
+    depth, first, instructions = weight.shape[1], 0, []
+    if isinstance(weight, QuantizedPanels):
+        parts = [(QUANTIZED, 1, s.entries.ctypes.data, s.rows) for s in weight.segments]
+    else:
+        parts = [(weight.format, weight.data.element_size(), address(weight.data), weight.shape[0])]
+    assert out is not None or len(parts) == 1
+    for form, size, data, columns in parts:
+        ours, theirs, added = (None if t is None else t[..., first : first + columns] for t in (out, residual, bias))
+        instruction = ins.Linear(
+            int(count), address(x), stride(x), form, size, data, columns, depth, address(added), address(theirs),
+            0 if theirs is None else stride(theirs), softcap or 0.0, int(out is None), address(ours),
+            4 * columns if ours is None else stride(ours),
+        )  # fmt: skip
+        instructions.append(instruction)
+        first += columns
+    return instructions
 
 
 def activate(x: Tensor, activation: str, gated: bool, out: Tensor) -> ins.Activate:
@@ -128,8 +145,8 @@ def attend(
 
 
 def scratch_bytes(rows: Instructions) -> int:
-    """What one thread needs for these instructions; see `linear.SCRATCH` and `attention.attention_item`."""
-    most = 504 * 4 * PANEL * 4
+    """What one thread needs for these instructions; see `linear.linear_item` and `attention.attention_item`."""
+    most = (504 * 4 + 2 + 64) * PANEL * 4
     for row in rows:
         if isinstance(row, ins.Attention):
             group = row.num_heads // row.num_kv_heads

@@ -1,7 +1,8 @@
 """A matrix product, cut into items that any thread can compute in any order.
 
 An item is a group of panels times a chunk of rows. Within it k runs in blocks of BLOCK, each summed alone and added to
-the total: the same sums in the same order for one row and for a thousand.
+the total: the same sums in the same order for one row and for a thousand. A quantised weight is made floats a block of
+k at a time, which stays in the first cache, and is multiplied like any other.
 
 This module does not know threads, or where operands come from.
 """
@@ -12,9 +13,11 @@ import numpy as np
 from numba import njit
 
 from handloom.ops.cpu import simd
+from handloom.ops.cpu.codes import SCALE_BYTES, unpack_block
 from handloom.ops.cpu.elementary import tanh
 from handloom.ops.cpu.simd import LANES
 from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, PANEL, TILE_ROWS, VECTORS, WIDE, tile_of
+from handloom.ops.quantized_panels import QUANTIZED
 
 BLOCK = 64
 ROWS = 504  # of a chunk: a multiple of every tile
@@ -103,11 +106,18 @@ def linear_item(
     count = min(ROWS, rows - first_row)
     last = min(panels, first + group)
     x = x + first_row * x_stride
+    scales = scratch + SCRATCH
+    block = scales + SCALE_BYTES
     for k in range(0, depth, BLOCK):
+        columns_of_k = min(BLOCK, depth - k)
         for panel in range(first, last):
-            w = data + (panel * depth + k) * PANEL * size
             into = scratch + (panel - first) * ROWS * PANEL * 4
-            product(form, x + 4 * k, x_stride, count, w, min(BLOCK, depth - k), into, k)
+            if form == QUANTIZED:
+                unpack_block(data, panel, depth, k, columns_of_k, scales, block)
+                product(FORMAT_F32, x + 4 * k, x_stride, count, block, columns_of_k, into, k)
+            else:
+                w = data + (panel * depth + k) * PANEL * size
+                product(form, x + 4 * k, x_stride, count, w, columns_of_k, into, k)
     for panel in range(first, last):
         for row in range(count):
             at = first_row + row

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from handloom.ops.cpu import blocks
 from handloom.ops.cpu import instructions as ins
-from handloom.ops.cpu.blocks import Instructions, Scale
+from handloom.ops.cpu.blocks import Instructions, Scale, Weight
 from handloom.ops.cpu.instructions import Frame
 from handloom.ops.cpu.machine import Machine
 from handloom.ops.panels import Panels
+from handloom.ops.quantized_panels import QuantizedPanels
 from handloom_kernels.reference import Norm, Rotary
 
+InPanels = Panels | QuantizedPanels
 KVPages = Sequence[tuple[Tensor, Tensor]]
 MIN_CAPACITY = 16
 SET = 256  # floats: rows a multiple of this apart would fall on the same lines of a cache
@@ -77,7 +79,7 @@ class Recorder:
     def embed(
         self,
         input_ids: Tensor,
-        weight: Tensor | Panels,
+        weight: Weight,
         scale: float,
         positions: Tensor,
         position_weight: Tensor | None,
@@ -90,7 +92,7 @@ class Recorder:
         self,
         hidden: Tensor,
         norm: Norm,
-        weight: Panels,
+        weight: InPanels,
         bias: Tensor | None,
         q_norm: Norm | None,
         k_norm: Norm | None,
@@ -104,7 +106,7 @@ class Recorder:
         assert scale is not None
         self.rows += [
             blocks.norm_rows(hidden, scale, normed),
-            blocks.linear(normed, weight, self._float(bias), qkv),
+            *blocks.linear(normed, weight, self._float(bias), qkv),
             blocks.finish_qkv(qkv, self._keep(q_norm), self._keep(k_norm), rotary, k_pages, v_pages),
         ]
         return heads_of(qkv, k_pages, v_pages)
@@ -128,21 +130,27 @@ class Recorder:
         return out
 
     def linear_residual(
-        self, x: Tensor, weight: Panels, bias: Tensor | None, post_norm: Norm | None, residual: Tensor
+        self, x: Tensor, weight: InPanels, bias: Tensor | None, post_norm: Norm | None, residual: Tensor
     ) -> Tensor:
         bias, scale = self._float(bias), self._keep(post_norm)
         if scale is None:
-            self.rows.append(blocks.linear(x, weight, bias, residual, residual=residual))
+            self.rows += blocks.linear(x, weight, bias, residual, residual=residual)
             return residual
         added = self.matrix("normed", residual.shape[1])
         self.rows += [
-            blocks.linear(x, weight, bias, added),
+            *blocks.linear(x, weight, bias, added),
             blocks.norm_rows(added, scale, residual, residual=residual),
         ]
         return residual
 
     def norm_mlp(
-        self, hidden: Tensor, norm: Norm, weight: Panels, bias: Tensor | None, activation: str, gated: bool
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: InPanels,
+        bias: Tensor | None,
+        activation: str,
+        gated: bool,
     ) -> Tensor:
         normed, scale = self.matrix("normed", hidden.shape[1]), self._keep(norm)
         assert scale is not None
@@ -150,19 +158,19 @@ class Recorder:
         out = self.matrix("mlp", weight.shape[0] // 2 if gated else weight.shape[0])
         self.rows += [
             blocks.norm_rows(hidden, scale, normed),
-            blocks.linear(normed, weight, self._float(bias), up),
+            *blocks.linear(normed, weight, self._float(bias), up),
             blocks.activate(up, activation, gated, out),
         ]
         return out
 
-    def lm_head(self, hidden: Tensor, norm: Norm, weight: Panels, softcap: float | None) -> Tensor:
+    def lm_head(self, hidden: Tensor, norm: Norm, weight: InPanels, softcap: float | None) -> Tensor:
         """Of the rows of the stream that the batch wants logits of; `hidden` is not looked at."""
         stream, normed = self.matrix("hidden", hidden.shape[1]), self.matrix("normed", hidden.shape[1])
         scale = self._keep(norm)
         assert scale is not None
         self.rows += [
             blocks.norm_rows(stream, scale, normed, count=Frame.ROWS, gather=True),
-            blocks.linear(normed, weight, None, None, softcap=softcap, count=Frame.ROWS),
+            *blocks.linear(normed, weight, None, None, softcap=softcap, count=Frame.ROWS),
         ]
         return torch.empty(0, weight.shape[0])
 

@@ -15,12 +15,14 @@ from numba import njit
 from numba.core import types
 
 from handloom.ops.cpu import simd
+from handloom.ops.cpu.codes import SCALE_BYTES, unpack_block
 from handloom.ops.cpu.elementary import activate
 from handloom.ops.cpu.simd import I16, INTS, LANES, Builder, Value, operation, vector
 from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F16, FORMAT_F32
 from handloom.ops.panels import PANEL
 
 ZERO = np.float32(0.0)
+BLOCK = 64  # columns of a quantised table that are made floats at once
 
 # Values of other formats ------------------------------------------------------------------------
 
@@ -180,6 +182,17 @@ def widen_row(x, width, form, out, padded):
     """A row of a format as float32, zeros up to `padded`, a multiple of 16."""
     for i in range(0, padded, LANES):
         simd.store(out + 4 * i, load_as(form, x + size_of(form) * i, width - i) if i < width else simd.splat(ZERO))
+
+
+@njit
+def embed_quantized_row(segment, token, width, scratch, out):
+    """Row `token` of a quantised table."""
+    block = scratch + SCALE_BYTES
+    for k in range(0, width, BLOCK):
+        count = min(BLOCK, width - k)
+        unpack_block(segment, token // PANEL, width, k, count, scratch, block)
+        for i in range(count):
+            simd.write_f32(out + 4 * (k + i), simd.read_f32(block + 4 * (i * PANEL + token % PANEL)))
 
 
 @njit

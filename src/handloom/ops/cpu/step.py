@@ -25,6 +25,7 @@ from handloom.ops.cpu.attention import attention_item, attention_items
 from handloom.ops.cpu.instructions import WIDTH, Frame, Operation
 from handloom.ops.cpu.linear import group_of, linear_item, linear_items
 from handloom.ops.cpu.simd import I32, I64, Builder, Value, as_float, operation, read_i64
+from handloom.ops.quantized_panels import QUANTIZED
 
 LINE = 64
 OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS = (i * LINE for i in range(6))
@@ -154,11 +155,14 @@ def do_attention(i, frame, item, scratch):
 
 
 @njit
-def do_embed(i, frame, token):
+def do_embed(i, frame, token, scratch):
     out = operand(i, 7) + token * operand(i, 8)
     width, scale = operand(i, 3), as_float(operand(i, 4))
     token_id = read_i64(read_i64(frame + INPUT_IDS) + 8 * token)
-    row.embed_row(operand(i, 0), operand(i, 1), operand(i, 2), token_id, width, out)
+    if operand(i, 1) == QUANTIZED:
+        row.embed_quantized_row(operand(i, 0), token_id, width, scratch, out)
+    else:
+        row.embed_row(operand(i, 0), operand(i, 1), operand(i, 2), token_id, width, out)
     if scale != 1.0:
         row.scale_row(out, width, scale)
     if operand(i, 5) != 0:
@@ -227,7 +231,7 @@ def do_item(instruction, frame, item, scratch):
             elif code == QKV:
                 do_qkv(instruction, frame, at)
             else:
-                do_embed(instruction, frame, at)
+                do_embed(instruction, frame, at, scratch)
 
 
 # Runs -------------------------------------------------------------------------------------------

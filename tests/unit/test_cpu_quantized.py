@@ -1,0 +1,162 @@
+"""The CPU's kernels on quantised weights: bit for bit what they compute on the floats that the codes stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Storage
+from torch import Tensor
+
+import handloom as hl
+from gguf_files import MIXED, QUANTIZABLE, WIDE, export, random_matrix
+from handloom.checkpoint.gguf_dequant import take_apart
+from handloom.checkpoint.quantization import FORMATS, QuantizedMatrix, QuantizedRows
+from handloom.checkpoint.quantize import Scheme, quantize_rows
+from handloom.ops import cpu
+from tiny_models import ragged_prompts, save, tiny_gemma3, tiny_gpt2, tiny_llama
+
+SCHEMES = ["int8", "int8:32", "int8:64", "int8:128", "int4", "int4:64", "int4:128", "int4-sym"]
+ROWS = [1, 2, 3, 7, 8, 14, 31, 70]
+
+
+def rows_in(name: str, rows: int, columns: int) -> QuantizedRows:
+    """Random rows in a format of GGUF's, or quantised by a scheme."""
+    if name in FORMATS:
+        out = QuantizedRows.empty(FORMATS[name], rows, columns)
+        take_apart(Storage[name], bytearray(random_matrix(name, rows, columns, seed=rows).tobytes()), out)
+        return out
+    out = QuantizedRows.empty(Scheme.parse(name).format, rows, columns)
+    quantize_rows(torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)), out)
+    return out
+
+
+def stacked(*formats: str, rows: int, columns: int) -> QuantizedMatrix:
+    return QuantizedMatrix([rows_in(name, rows + i, columns) for i, name in enumerate(formats)])
+
+
+def product(x: Tensor, weight: Any) -> Tensor:
+    out: Tensor = cpu.linear_residual(x, weight, None, None, torch.zeros(len(x), weight.shape[0]))
+    return out
+
+
+def shapes() -> Iterator[Any]:
+    for name in [*FORMATS, *SCHEMES]:
+        wide = name.endswith("_K")
+        for rows, columns in ((1, 256), (33, 512), (100, 768)) if wide else ((1, 128), (33, 640), (100, 384)):
+            yield pytest.param(name, rows, columns, id=f"{name}-{rows}x{columns}")
+    yield from (
+        pytest.param("int8", rows, columns, id=f"int8-{rows}x{columns}") for rows, columns in ((5, 1), (40, 75))
+    )
+    yield from (pytest.param(name, 37, 96, id=f"{name}-37x96") for name in ("Q4_0", "Q5_1", "Q8_0", "int4"))
+
+
+@pytest.mark.parametrize(("name", "rows", "columns"), list(shapes()))
+def test_a_product_is_bit_for_bit_that_of_the_floats(name: str, rows: int, columns: int) -> None:
+    held = stacked(name, rows=rows, columns=columns)
+    x = torch.randn(max(ROWS), columns, generator=torch.Generator().manual_seed(1))
+    packed, floats = cpu.hold(held), cpu.hold(held.matrix())
+    for count in ROWS:
+        assert torch.equal(product(x[:count], packed), product(x[:count], floats)), count
+    exact = x.double() @ held.matrix().double().T
+    bound = x.double().abs() @ held.matrix().double().abs().T
+    assert ((product(x, packed).double() - exact).abs() <= 3e-7 * bound).all()
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *SCHEMES])
+def test_a_row_alone_gives_the_bits_that_it_gives_among_others(name: str) -> None:
+    packed = cpu.hold(stacked(name, rows=70, columns=512))
+    x = torch.randn(40, 512, generator=torch.Generator().manual_seed(2))
+    together = product(x, packed)
+    for row in (0, 17, 39):
+        assert torch.equal(product(x[row : row + 1], packed)[0], together[row])
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *SCHEMES])
+def test_panels_lose_nothing(name: str) -> None:
+    held = stacked(name, rows=45, columns=256)
+    packed = cpu.hold(held)
+    back = packed.unpack().segments[0]
+    for (plane, before), (same, after) in zip(held.segments[0].planes(), back.planes(), strict=True):
+        assert plane == same
+        assert before.dtype == after.dtype
+        assert torch.equal(before.view(torch.uint8), after.view(torch.uint8))
+    some = torch.tensor([44, 0, 31, 32])
+    assert torch.equal(packed[some], held.matrix()[some])
+
+
+def test_stacked_formats_are_one_weight() -> None:
+    held = stacked("Q4_K", "Q6_K", "Q8_0", rows=37, columns=256)
+    x, bias = torch.randn(5, 256), torch.randn(held.shape[0])
+    residual = torch.randn(5, held.shape[0])
+    got = cpu.linear_residual(x, cpu.hold(held), bias, None, residual)
+    assert torch.equal(got, cpu.linear_residual(x, cpu.hold(held.matrix()), bias, None, residual))
+
+
+# Whole models ----------------------------------------------------------------------------------
+
+
+def logits(lm: hl.LM, prompts: list[list[int]]) -> Tensor:
+    return lm.step([lm.sequence(prompt) for prompt in prompts])
+
+
+@pytest.mark.parametrize("storage", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "mixed"])
+def test_a_kept_gguf_file_computes_as_its_floats_do(tmp_path: Path, storage: str) -> None:
+    if storage == "mixed":
+        path = export(tiny_llama(**WIDE), tmp_path / "x.gguf", storages=MIXED)
+    else:
+        path = export(tiny_gemma3(**QUANTIZABLE), tmp_path / "x.gguf", Storage[storage])
+    kept, floats = hl.LM.from_pretrained(path), hl.LM.from_pretrained(path, dtype="float32")
+    assert kept.backend.name == "cpu"
+    assert set(kept.held) == ({s.name for s in MIXED.values()} if storage == "mixed" else {storage}) | {"float32"}
+    prompts = ragged_prompts(3, (11, 40, 1))
+    assert torch.equal(logits(kept, prompts), logits(floats, prompts))
+    alone = torch.cat([logits(kept, [prompt]) for prompt in prompts])
+    assert torch.equal(alone, logits(kept, prompts))
+    for prompt in prompts:
+        assert kept.generate(prompt, max_new_tokens=8).token_ids == floats.generate(prompt, max_new_tokens=8).token_ids
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_gemma3], ids=["llama", "gpt2", "gemma3"])
+def test_a_quantised_checkpoint_computes_as_torch_does_in_float64(tmp_path: Path, make: Any, scheme: str) -> None:
+    path = save(make(**({"n_embd": 64} if make is tiny_gpt2 else QUANTIZABLE)), tmp_path / "model")
+    lm = hl.LM.from_pretrained(path, quantize=scheme)
+    exact = hl.LM.from_pretrained(path, quantize=scheme, backend="torch")
+    weights = {
+        name: (w.matrix() if isinstance(w, QuantizedMatrix) else w).double()
+        for name, w in exact.transformer.weights.items()
+    }
+    pool = type(exact.pool)(exact.spec, 64, 16, dtype=torch.float64, device=exact.device)
+    exact = hl.LM(type(exact.transformer)(exact.spec, weights, exact.backend), exact.tokenizer, pool, name="exact")
+    prompt = ragged_prompts(5, (30,))[0]
+    ours, theirs = lm.sequence(prompt).logits, exact.sequence(prompt).logits
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert lm.generate(prompt, max_new_tokens=12).token_ids == exact.generate(prompt, max_new_tokens=12).token_ids
+
+
+def test_a_kept_model_is_held_in_the_bytes_of_its_file(tmp_path: Path) -> None:
+    path = export(
+        tiny_llama(**WIDE | {"num_key_value_heads": 4, "intermediate_size": 512}), tmp_path / "x.gguf", storages=MIXED
+    )
+    tensors = sum(int(t.n_bytes) for t in gguf.GGUFReader(path).tensors)
+    assert sum(hl.LM.from_pretrained(path).held.values()) < 1.04 * tensors
+
+
+def test_hooks_and_fingerprints_see_the_floats(tmp_path: Path) -> None:
+    path = export(tiny_llama(**QUANTIZABLE), tmp_path / "x.gguf", Storage.Q4_1)
+    kept, floats = hl.LM.from_pretrained(path), hl.LM.from_pretrained(path, dtype="float32")
+    prompt, point = ragged_prompts(5, (9,))[0], "blocks.1.attn.hook_q"
+    with kept.capture(point) as acts, floats.capture(point) as expected:
+        kept.score(prompt)
+        floats.score(prompt)
+    assert torch.equal(acts[point], expected[point])
+    for name, weight in floats.transformer.weights.items():
+        own: Any = kept.transformer.weights[name]
+        assert torch.equal(own.matrix() if isinstance(own, QuantizedMatrix) else own, weight)
+    assert np.isfinite(kept.score(prompt).total)
