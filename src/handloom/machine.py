@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import psutil
 import torch
 
+from handloom.checkpoint.quantization import QuantizedMatrix
 from handloom.model.spec import ModelSpec, model_parameters
+from handloom.ops import QuantizedPanels, Weight
 
 if TYPE_CHECKING:
     from handloom.model.transformer import Transformer
@@ -115,13 +117,19 @@ def weight_bytes_per_token(model: ModelSpec | Loaded, dtype: torch.dtype) -> int
     spec = model if isinstance(model, ModelSpec) else model.spec
     looked_up = {"positions.weight"} if spec.tied_head else {"positions.weight", "embed.weight"}
     if not isinstance(model, ModelSpec):
-        weights = model.transformer.weights.held
-        return sum(w.nbytes // len(w) if name in looked_up else w.nbytes for name, w in weights.items())
+        held = model.transformer.weights.held
+        return sum(_useful_bytes(w) // (len(w) if name in looked_up else 1) for name, w in held.items())
     values = sum(
         parameter.shape[1] if name in looked_up else parameter.numel
         for name, parameter in model_parameters(spec).items()
     )
     return values * dtype.itemsize
+
+
+def _useful_bytes(weight: Weight) -> int:
+    """What a weight takes, but not what only fills up the last panel of one in floats."""
+    quantized = isinstance(weight, QuantizedMatrix | QuantizedPanels)
+    return weight.nbytes if quantized else weight.shape.numel() * weight.dtype.itemsize
 
 
 def kv_bytes_read(spec: ModelSpec, dtype: torch.dtype, context: int) -> int:
