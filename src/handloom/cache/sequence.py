@@ -84,9 +84,22 @@ class Sequence:
         first, end = self.num_cached // self.pool.page_size, min(end, len(self.page_table))
         return [index for index in range(first, end) if self.pool.references(self.page_table[index]) > 1]
 
-    @locked
     def grow(self, num_tokens: int) -> None:
         """Own pages for num_tokens tokens, writable from num_computed on. Raises OutOfPages, changing nothing."""
+        if not self._is_grown(num_tokens):
+            self._grow(num_tokens)
+
+    def _is_grown(self, num_tokens: int) -> bool:
+        """Whether there is nothing to do. Pages that are its own and known to nobody stay so, without a lock."""
+        pool, num_evicted = self.pool, self.num_evicted
+        first = (self.num_computed - num_evicted) // pool.page_size
+        end = -(-(num_tokens - num_evicted) // pool.page_size)
+        if end > len(self.page_table):
+            return False
+        return all(pool.references(page) == 1 and page not in pool.prefixes for page in self.page_table[first:end])
+
+    @locked
+    def _grow(self, num_tokens: int) -> None:
         missing, free = self.pages_missing(num_tokens), self.pool.num_free
         if missing > free:
             raise OutOfPages(
@@ -284,11 +297,14 @@ class Sequence:
             return False
         return self.token_ids[:end] == other.token_ids[:end]
 
-    @locked
     def publish(self) -> None:
         """Let others find its full computed pages. Where equal ones are known already, it goes on with those."""
-        if not self._shares:
-            return
+        full = self.num_computed // self.pool.page_size
+        if full and self._shares and self.page_table[full - 1] not in self.pool.prefixes:
+            self._publish()
+
+    @locked
+    def _publish(self) -> None:
         table, known, page_size = self.page_table, self.pool.prefixes, self.pool.page_size
         first = full = self.num_computed // page_size
         while first and table[first - 1] not in known:
