@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
-from numba.core import types
+from numba.core.types import UniTuple  # type: ignore[attr-defined]
 
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.elementary import exp, tanh
 from handloom.ops.cpu.linear import product_f32
 from handloom.ops.cpu.rows import ZERO, size_of, widen_row
-from handloom.ops.cpu.simd import LANES, Builder, Value, operation
+from handloom.ops.cpu.simd import LANES, Builder, Value, float32, float64, int64, kernel, operation, void
 from handloom.ops.cpu.tiles import PANEL
 
 KEYS = 64
 QUERY_ROWS = 64  # queries times heads of a group that an item has at most (a group larger than that is one query)
+position = UniTuple(int64, 2)
 MINUS_INFINITY = np.float32(-np.inf)
 
 
-@operation(types.void, *[types.int64] * 4)
+@operation(void, *[int64] * 4)
 def transpose(b: Builder, source: Value, source_stride: Value, target: Value, target_stride: Value) -> None:
     """16 x 16 float32, rows to columns; strides in bytes"""
     rows = []
@@ -51,19 +51,19 @@ def transpose(b: Builder, source: Value, source_stride: Value, target: Value, ta
         target = b.add(target, target_stride)
 
 
-@njit
+@kernel(int64, int64)
 def padded(width):
     """A head's columns in scratch: whole panels."""
     return (width + PANEL - 1) // PANEL * PANEL
 
 
-@njit
+@kernel(int64, int64)
 def queries_of(group):
     """How many queries an item has."""
     return max(1, QUERY_ROWS // group)
 
 
-@njit
+@kernel(int64, *[int64] * 4)
 def attention_items(cu_seqlens, num_sequences, num_kv_heads, group):
     """How many items there are."""
     blocks, per = 0, queries_of(group)
@@ -73,14 +73,7 @@ def attention_items(cu_seqlens, num_sequences, num_kv_heads, group):
     return blocks * num_kv_heads
 
 
-@njit
-def scratch_bytes(group, head_dim, v_head_dim):
-    """What one thread needs."""
-    rows, d, dv = queries_of(group) * group, padded(head_dim), padded(v_head_dim)
-    return 4 * (rows * (d + dv + KEYS + 2 * LANES) + KEYS * (2 * d + dv))
-
-
-@njit
+@kernel(void, *[int64] * 10)
 def gather(pages, form, stride, page_size, table, first, last, width, out, out_width):
     """Rows `first`..`last` of a sequence's pages as float32 [KEYS, out_width], zeros elsewhere."""
     for i in range(KEYS):
@@ -93,7 +86,7 @@ def gather(pages, form, stride, page_size, table, first, last, width, out, out_w
                 simd.store(out + 4 * (i * out_width + j), simd.splat(ZERO))
 
 
-@njit
+@kernel(float32, int64, int64, int64, float64, float64)
 def score_row(scores, low, high, scale, softcap):
     """Scale (and cap) one row of KEYS scores; outside low..high they become -inf. Returns the largest."""
     largest = simd.splat(MINUS_INFINITY)
@@ -109,7 +102,7 @@ def score_row(scores, low, high, scale, softcap):
     return simd.max_lanes(largest)
 
 
-@njit
+@kernel(void, int64, int64, int64, float64, float64, *[int64] * 4)
 def softmax_row(scores, low, high, scale, softcap, state, total, out, width):
     """Turn one row of scores into weights, relative to the largest score so far, and scale what was summed before.
 
@@ -131,7 +124,7 @@ def softmax_row(scores, low, high, scale, softcap, state, total, out, width):
         simd.store(out + 4 * j, simd.mul(simd.load(out + 4 * j), fading))
 
 
-@njit
+@kernel(position, *[int64] * 4)
 def locate(item, cu_seqlens, num_sequences, per):
     """(sequence, first query within it) of a block of queries."""
     for s in range(num_sequences):
@@ -143,7 +136,7 @@ def locate(item, cu_seqlens, num_sequences, per):
     return num_sequences, 0
 
 
-@njit
+@kernel(void, *[int64] * 16, float64, int64, float64, int64, int64, int64)
 def attention_item(
     item, q, q_stride, num_heads, num_kv_heads, head_dim, v_head_dim, k_pages, v_pages, form, page_size, page_table,
     max_pages, cu_seqlens, context_lens, num_sequences, scale, window, softcap, out, out_stride, scratch,

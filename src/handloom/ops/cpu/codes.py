@@ -15,11 +15,22 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
-from numba.core import types
 
 from handloom.ops.cpu import simd
-from handloom.ops.cpu.simd import I8, INTS, LANES, VECTOR, Builder, Value, operation, read_i64, vector
+from handloom.ops.cpu.simd import (
+    I8,
+    INTS,
+    LANES,
+    VECTOR,
+    Builder,
+    Value,
+    int64,
+    kernel,
+    operation,
+    read_i64,
+    vector,
+    void,
+)
 from handloom.ops.panels import PANEL
 from handloom.ops.quantized_panels import MINIMUM_KINDS, PLANES, SCALE_KINDS
 
@@ -35,19 +46,19 @@ FLOAT32, SUPER_INTEGER = SCALE_KINDS["float32"], SCALE_KINDS["super"]
 NO_MINIMUM, FLOAT16, ZERO_POINT = (MINIMUM_KINDS[name] for name in ("none", "float16", "zero_point"))
 
 
-@operation(vector, types.int64)
+@operation(vector, int64)
 def load_f16(b: Builder, address: Value) -> Value:
     """16 float16"""
     return b.fpext(simd.load_at(b, address, ir.VectorType(ir.HalfType(), LANES), 2), VECTOR)
 
 
-@operation(vector, types.int64)
+@operation(vector, int64)
 def load_i8(b: Builder, address: Value) -> Value:
     """16 int8"""
     return b.sitofp(b.sext(simd.load_at(b, address, ir.VectorType(I8, LANES), 1), INTS), VECTOR)
 
 
-@operation(vector, types.int64)
+@operation(vector, int64)
 def load_u8(b: Builder, address: Value) -> Value:
     """16 uint8"""
     return b.sitofp(b.zext(simd.load_at(b, address, ir.VectorType(I8, LANES), 1), INTS), VECTOR)
@@ -69,7 +80,7 @@ def _field(b: Builder, words: Value, first: int, mask: int, to: int) -> Value:
 def _unpacker(bits: int, columns: int) -> Any:
     """A numba function: unpack(low, high, scales, out) makes `columns` columns of a panel floats."""
 
-    @operation(types.void, types.int64, types.int64, types.int64, types.int64)
+    @operation(void, int64, int64, int64, int64)
     def unpack(b: Builder, low: Value, high: Value, scales: Value, out: Value) -> None:
         """Codes of fewer than 8 bits"""
         width, above = VECTORS * LANES * 4, bits - 4
@@ -94,7 +105,7 @@ unpack_4, unpack_5, unpack_6 = _unpacker(4, 32), _unpacker(5, 32), _unpacker(6, 
 
 
 def _unpacker_of_bytes(columns: int) -> Any:
-    @operation(types.void, types.int64, types.int64, types.int64)
+    @operation(void, int64, int64, int64)
     def unpack(b: Builder, low: Value, scales: Value, out: Value) -> None:
         """Codes of 8 bits, in formats without minima"""
         all_scales = [simd.load_at(b, simd.offset(b, scales, v * LANES * 4), VECTOR, 4) for v in range(VECTORS)]
@@ -111,7 +122,7 @@ def _unpacker_of_bytes(columns: int) -> Any:
 unpack_8, unpack_8_one = _unpacker_of_bytes(8), _unpacker_of_bytes(1)
 
 
-@njit
+@kernel(void, *[int64] * 5)
 def read_scales(segment, panel, depth, k, into):
     """Scales and minima of the group of column k, each PANEL float32."""
     group = read_i64(segment + GROUP)
@@ -140,7 +151,7 @@ def read_scales(segment, panel, depth, k, into):
         simd.store(into + 4 * (PANEL + v), minimum)
 
 
-@njit
+@kernel(void, *[int64] * 7)
 def unpack_bytes(segment, panel, depth, k, count, scales, out):
     """As `unpack_block`, of 8 bits: scales change at multiples of the group."""
     group, low = read_i64(segment + GROUP), read_i64(segment + LOW)
@@ -156,7 +167,7 @@ def unpack_bytes(segment, panel, depth, k, count, scales, out):
             k, out = k + 1, out + PANEL * 4
 
 
-@njit
+@kernel(void, *[int64] * 7)
 def unpack_block(segment, panel, depth, k, count, scales, out):
     """Columns k .. k + count of a panel as float32 [count, PANEL].
 

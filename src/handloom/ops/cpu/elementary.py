@@ -13,10 +13,9 @@ import math
 from collections.abc import Sequence
 
 from llvmlite import ir
-from numba import njit
 
 from handloom.ops.cpu import simd
-from handloom.ops.cpu.simd import INTS, LANES, VECTOR, Builder, Value, constant, fused, operation, vector
+from handloom.ops.cpu.simd import INTS, LANES, VECTOR, Builder, Value, constant, fused, int64, kernel, operation, vector
 
 EXP = (0.50000006, 0.166666701, 0.0416655205, 0.0083324993, 0.00139921368, 0.000203777716)
 TANH = (-0.333333284, 0.133331209, -0.0539361648, 0.0216437466, -0.00803962629, 0.00201986427)
@@ -123,7 +122,7 @@ def relu(b: Builder, x: Value) -> Value:
     return b.select(positive, x, constant(0.0))
 
 
-@njit
+@kernel(vector, vector, int64)
 def activate(x, kind):
     """One of ACTIVATIONS, by number."""
     if kind == SILU:

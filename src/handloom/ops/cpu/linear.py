@@ -10,12 +10,11 @@ This module does not know threads, or where operands come from.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.codes import SCALE_BYTES, unpack_block
 from handloom.ops.cpu.elementary import tanh
-from handloom.ops.cpu.simd import LANES
+from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
 from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, PANEL, TILE_ROWS, VECTORS, WIDE, tile_of
 from handloom.ops.quantized_panels import QUANTIZED
 
@@ -40,7 +39,7 @@ def _product(form):
     most_rows, many_rows, few_rows = TILE_ROWS[0], TILE_ROWS[1], TILE_ROWS[-3]
     size = form.size
 
-    @njit
+    @kernel(void, *[int64] * 9)
     def product(x, x_stride, rows, w, w_stride, k, out, out_stride, accumulate):
         """x [rows, k] times w [k, PANEL] into out [rows, PANEL]; strides in bytes."""
         while rows >= most_rows:
@@ -67,7 +66,7 @@ def _product(form):
 product_f32, product_bf16, product_f16 = (_product(form) for form in FORMATS)
 
 
-@njit
+@kernel(void, *[int64] * 8)
 def product(form, x, x_stride, rows, w, k, out, accumulate):
     """x [rows, k] times k rows of a panel of a format, into out [rows, PANEL]."""
     stride = PANEL * 4
@@ -79,7 +78,7 @@ def product(form, x, x_stride, rows, w, k, out, accumulate):
         product_f16(x, x_stride, rows, w, PANEL * 2, k, out, stride, accumulate)
 
 
-@njit
+@kernel(int64, *[int64] * 4)
 def group_of(columns, depth, size, threads):
     """How many panels an item has: enough to read ITEM_BYTES, few enough that there are items for all threads."""
     panels = (columns + PANEL - 1) // PANEL
@@ -87,14 +86,14 @@ def group_of(columns, depth, size, threads):
     return max(1, min(wanted, GROUP, panels // (4 * threads)))
 
 
-@njit
+@kernel(int64, int64, int64, int64)
 def linear_items(columns, rows, group):
     """How many items a product has."""
     panels = (columns + PANEL - 1) // PANEL
     return (panels + group - 1) // group * ((rows + ROWS - 1) // ROWS)
 
 
-@njit
+@kernel(void, *[int64] * 13, float64, int64, int64, int64)
 def linear_item(
     item, form, size, group, x, x_stride, rows, data, columns, depth, bias, residual, residual_stride, softcap, out,
     out_stride, scratch,

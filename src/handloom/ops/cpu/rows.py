@@ -11,13 +11,23 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
-from numba.core import types
 
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.codes import SCALE_BYTES, unpack_block
 from handloom.ops.cpu.elementary import activate
-from handloom.ops.cpu.simd import I16, INTS, LANES, Builder, Value, operation, vector
+from handloom.ops.cpu.simd import (
+    I16,
+    INTS,
+    LANES,
+    Builder,
+    Value,
+    float64,
+    int64,
+    kernel,
+    operation,
+    vector,
+    void,
+)
 from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F16, FORMAT_F32
 from handloom.ops.panels import PANEL
 
@@ -34,21 +44,21 @@ def _first_halves(b: Builder, address: Value, count: Value) -> Value:
     return simd.call(b, "llvm.masked.load.v16i16.p0", halves, at, simd.I32(2), simd.first_lanes(b, count), zeros)
 
 
-@operation(vector, types.int64, types.int64)
+@operation(vector, int64, int64)
 def load_first_bf16(b: Builder, address: Value, count: Value) -> Value:
     """The first `count` of 16 bfloat16"""
     wide = b.zext(_first_halves(b, address, count), INTS)
     return b.bitcast(b.shl(wide, ir.Constant(INTS, [16] * LANES)), simd.VECTOR)
 
 
-@operation(vector, types.int64, types.int64)
+@operation(vector, int64, int64)
 def load_first_f16(b: Builder, address: Value, count: Value) -> Value:
     """The first `count` of 16 float16"""
     halves = b.bitcast(_first_halves(b, address, count), ir.VectorType(ir.HalfType(), LANES))
     return b.fpext(halves, simd.VECTOR)
 
 
-@operation(types.void, types.int64, vector, types.int64)
+@operation(void, int64, vector, int64)
 def store_first_bf16(b: Builder, address: Value, value: Value, count: Value) -> None:
     """The first `count` of 16, rounded to bfloat16, ties to even; a NaN stays one"""
 
@@ -62,7 +72,7 @@ def store_first_bf16(b: Builder, address: Value, value: Value, count: Value) -> 
     _store_halves(b, address, b.trunc(rounded, ir.VectorType(I16, LANES)), count)
 
 
-@operation(types.void, types.int64, vector, types.int64)
+@operation(void, int64, vector, int64)
 def store_first_f16(b: Builder, address: Value, value: Value, count: Value) -> None:
     """The first `count` of 16, rounded to float16"""
     halves = b.fptrunc(value, ir.VectorType(ir.HalfType(), LANES))
@@ -75,13 +85,13 @@ def _store_halves(b: Builder, address: Value, halves: Value, count: Value) -> No
     simd.call(b, name, ir.VoidType(), halves, at, simd.I32(2), simd.first_lanes(b, count))
 
 
-@njit
+@kernel(int64, int64)
 def size_of(form):
     """Bytes of a value of this format."""
     return 4 if form == FORMAT_F32 else 2
 
 
-@njit
+@kernel(vector, int64, int64, int64)
 def load_as(form, address, count):
     """The first `count` of 16 values of this format, zeros after them."""
     if form == FORMAT_BF16:
@@ -91,7 +101,7 @@ def load_as(form, address, count):
     return simd.load_first(address, count)
 
 
-@njit
+@kernel(void, int64, int64, vector, int64)
 def store_as(form, address, value, count):
     """Round the first `count` lanes to this format and store them."""
     if form == FORMAT_BF16:
@@ -105,7 +115,7 @@ def store_as(form, address, value, count):
 # Rows -------------------------------------------------------------------------------------------
 
 
-@njit
+@kernel(void, *[int64] * 5, float64, int64)
 def normalize(x, width, layer, weight, bias, eps, out):
     """One row: RMS norm, or layer norm; weight and bias float32, an address of 0 for no bias; out may be x."""
     whole = simd.splat(ZERO)
@@ -131,7 +141,7 @@ def normalize(x, width, layer, weight, bias, eps, out):
         simd.store_first(out + 4 * i, value, count)
 
 
-@njit
+@kernel(void, *[int64] * 4)
 def add_rows(x, y, width, out):
     """out = x + y"""
     for i in range(0, width, LANES):
@@ -141,7 +151,7 @@ def add_rows(x, y, width, out):
         )
 
 
-@njit
+@kernel(void, *[int64] * 7)
 def activate_row(x, first, last, width, gated, kind, out):
     """Columns first..last of activation(x[:width]), times x[width:] if gated."""
     for i in range(first, last, LANES):
@@ -152,7 +162,7 @@ def activate_row(x, first, last, width, gated, kind, out):
         simd.store_first(out + 4 * i, value, count)
 
 
-@njit
+@kernel(void, *[int64] * 5)
 def rotate_head(x, cos, sin, half, interleaved):
     """Rotate the first 2 * half values by the angles: halves against each other, or neighbours; in place."""
     if interleaved:
@@ -170,21 +180,21 @@ def rotate_head(x, cos, sin, half, interleaved):
         simd.store_first(x + 4 * (half + i), simd.add(simd.mul(b, c), simd.mul(a, s)), count)
 
 
-@njit
+@kernel(void, *[int64] * 4)
 def convert_row(x, width, form, out):
     """Round a row to a format."""
     for i in range(0, width, LANES):
         store_as(form, out + size_of(form) * i, simd.load_first(x + 4 * i, width - i), width - i)
 
 
-@njit
+@kernel(void, *[int64] * 5)
 def widen_row(x, width, form, out, padded):
     """A row of a format as float32, zeros up to `padded`, a multiple of 16."""
     for i in range(0, padded, LANES):
         simd.store(out + 4 * i, load_as(form, x + size_of(form) * i, width - i) if i < width else simd.splat(ZERO))
 
 
-@njit
+@kernel(void, *[int64] * 5)
 def embed_quantized_row(segment, token, width, scratch, out):
     """Row `token` of a quantised table."""
     block = scratch + SCALE_BYTES
@@ -195,7 +205,7 @@ def embed_quantized_row(segment, token, width, scratch, out):
             simd.write_f32(out + 4 * (k + i), simd.read_f32(block + 4 * (i * PANEL + token % PANEL)))
 
 
-@njit
+@kernel(void, *[int64] * 6)
 def embed_row(weight, form, in_panels, token, width, out):
     """Row `token` of a table: one that lies row by row, or in panels."""
     if not in_panels:
@@ -210,7 +220,7 @@ def embed_row(weight, form, in_panels, token, width, out):
         simd.store_first(out + 4 * i, load_as(form, column + size_of(form) * PANEL * i, 1), 1)
 
 
-@njit
+@kernel(void, *[int64] * 5)
 def add_table_row(table, form, row, width, x):
     """x += row `row` of a table that lies row by row"""
     start = table + size_of(form) * row * width
@@ -220,7 +230,7 @@ def add_table_row(table, form, row, width, x):
         simd.store_first(x + 4 * i, value, count)
 
 
-@njit
+@kernel(void, int64, int64, float64)
 def scale_row(x, width, scale):
     """x *= scale"""
     factor = simd.splat(np.float32(scale))

@@ -16,7 +16,6 @@ import platform
 import sys
 
 from llvmlite import ir
-from numba import njit
 from numba.core import types
 
 from handloom.ops.cpu import rows as row
@@ -24,7 +23,7 @@ from handloom.ops.cpu import simd
 from handloom.ops.cpu.attention import attention_item, attention_items
 from handloom.ops.cpu.instructions import WIDTH, Frame, Operation
 from handloom.ops.cpu.linear import group_of, linear_item, linear_items
-from handloom.ops.cpu.simd import I32, I64, Builder, Value, as_float, operation, read_i64
+from handloom.ops.cpu.simd import I32, I64, Builder, Value, as_float, int64, kernel, operation, read_i64, void
 from handloom.ops.quantized_panels import QUANTIZED
 
 LINE = 64
@@ -52,25 +51,25 @@ EMBED, NORM, LINEAR, ACTIVATE, QKV, ATTENTION = (int(x) for x in Operation)
 # Threads meeting --------------------------------------------------------------------------------
 
 
-@operation(types.int64, types.int64, types.int64)
+@operation(int64, int64, int64)
 def fetch_add(b: Builder, address: Value, amount: Value) -> Value:
     """Add atomically; the value before"""
     return b.atomic_rmw("add", simd.pointer(b, address, I64), amount, "seq_cst")
 
 
-@operation(types.int64, types.int64)
+@operation(int64, int64)
 def load_atomic(b: Builder, address: Value) -> Value:
     """The value, and all that was written before it was"""
     return b.load_atomic(simd.pointer(b, address, I64), "seq_cst", 8)
 
 
-@operation(types.void, types.int64, types.int64)
+@operation(void, int64, int64)
 def store_atomic(b: Builder, address: Value, value: Value) -> None:
     """Write the value after all that was written before"""
     b.store_atomic(value, simd.pointer(b, address, I64), "seq_cst", 8)
 
 
-@operation(types.void)
+@operation(void)
 def pause(b: Builder) -> None:
     """Tell the processor that this is a waiting loop"""
     if platform.machine().lower() in ("x86_64", "amd64"):
@@ -83,7 +82,7 @@ def give_way(b: Builder) -> Value:
     return simd.call(b, "SwitchToThread" if sys.platform == "win32" else "sched_yield", I32)
 
 
-@njit
+@kernel(int64, int64)
 def wait_a_little(spins):
     """Spin at first, then give the core away each time: whoever is waited for may need it."""
     if spins < SPINS:
@@ -96,18 +95,18 @@ def wait_a_little(spins):
 # Instructions -----------------------------------------------------------------------------------
 
 
-@njit
+@kernel(int64, int64, int64)
 def operand(instruction, index):
     """An operand, counted from 0."""
     return read_i64(instruction + 8 * (1 + index))
 
 
-@njit
+@kernel(int64, int64)
 def items_of_rows(count):
     return (count + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
 
 
-@njit
+@kernel(int64, int64, int64)
 def count_items(instruction, frame):
     """How many items an instruction has."""
     code = read_i64(instruction)
@@ -126,14 +125,14 @@ def count_items(instruction, frame):
     return items_of_rows(tokens)
 
 
-@njit
+@kernel(int64, int64, int64)
 def linear_group(instruction, frame):
     return group_of(
         operand(instruction, 6), operand(instruction, 7), operand(instruction, 4), read_i64(frame + THREADS)
     )
 
 
-@njit
+@kernel(void, *[int64] * 4)
 def do_linear(i, frame, item, scratch):
     out = read_i64(frame + LOGITS) if operand(i, 12) != 0 else operand(i, 13)
     linear_item(
@@ -143,7 +142,7 @@ def do_linear(i, frame, item, scratch):
     )  # fmt: skip
 
 
-@njit
+@kernel(void, *[int64] * 4)
 def do_attention(i, frame, item, scratch):
     attention_item(
         item, operand(i, 0), operand(i, 1), operand(i, 2), operand(i, 3), operand(i, 4), operand(i, 5), operand(i, 6),
@@ -154,7 +153,7 @@ def do_attention(i, frame, item, scratch):
     )  # fmt: skip
 
 
-@njit
+@kernel(void, *[int64] * 4)
 def do_embed(i, frame, token, scratch):
     out = operand(i, 7) + token * operand(i, 8)
     width, scale = operand(i, 3), as_float(operand(i, 4))
@@ -170,7 +169,7 @@ def do_embed(i, frame, token, scratch):
         row.add_table_row(operand(i, 5), operand(i, 6), position, width, out)
 
 
-@njit
+@kernel(void, int64, int64, int64)
 def do_norm(i, frame, at):
     stride, residual = operand(i, 10), operand(i, 8)
     source = read_i64(read_i64(frame + LOGITS_ROWS) + 8 * at) if operand(i, 7) != 0 else at
@@ -182,7 +181,7 @@ def do_norm(i, frame, at):
         row.add_rows(residual + at * stride, normed, operand(i, 2), out)
 
 
-@njit
+@kernel(void, int64, int64)
 def do_activate(i, item):
     width = operand(i, 2)
     chunks = (width + COLUMNS_PER_ITEM - 1) // COLUMNS_PER_ITEM
@@ -192,7 +191,7 @@ def do_activate(i, item):
     row.activate_row(x, first, last, width, operand(i, 3), operand(i, 4), out)
 
 
-@njit
+@kernel(void, int64, int64, int64)
 def do_qkv(i, frame, token):
     num_heads, num_kv_heads, head_dim, v_head_dim = operand(i, 2), operand(i, 3), operand(i, 4), operand(i, 5)
     x, half, layer, form = operand(i, 0) + token * operand(i, 1), operand(i, 12), operand(i, 17), operand(i, 16)
@@ -214,7 +213,7 @@ def do_qkv(i, frame, token):
         row.convert_row(v, v_width, form, operand(i, 15) + slot * v_width * row.size_of(form))
 
 
-@njit
+@kernel(void, *[int64] * 4)
 def do_item(instruction, frame, item, scratch):
     code = read_i64(instruction)
     if code == LINEAR:
@@ -237,7 +236,7 @@ def do_item(instruction, frame, item, scratch):
 # Runs -------------------------------------------------------------------------------------------
 
 
-@njit
+@kernel(void, int64, int64)
 def walk(control, thread):
     """Take part in the open run until all of it is done."""
     table, length = read_i64(control + TABLE), read_i64(control + LENGTH)

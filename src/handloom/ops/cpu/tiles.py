@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import binding, ir
-from numba.core import types
 
 from handloom.ops.cpu import simd
-from handloom.ops.cpu.simd import F32, I16, I32, I64, INTS, LANES, VECTOR, Builder, Value, operation
+from handloom.ops.cpu.simd import F32, I16, I32, I64, INTS, LANES, VECTOR, Builder, Value, int64, operation, void
 
 PANEL = 32
 VECTORS = PANEL // LANES
@@ -73,7 +72,7 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
     is stored in out [rows, columns * LANES] float32, or added to what is there.
     """
 
-    @operation(types.void, *[types.int64] * 8)
+    @operation(void, *[int64] * 8)
     def tile(
         b: Builder,
         x: Value,
