@@ -198,6 +198,20 @@ def test_truncating_and_reading_logprobs_compute_the_evicted_tokens_again() -> N
     assert close(sequence.logits, fresh_logits(lm, IDS[1:]))
 
 
+def test_removing_what_was_evicted_closes_the_gap_in_positions_and_leaves_a_fork_alone() -> None:
+    lm = lm_with()
+    sequence, at_once = gapped(lm), lm.sequence(IDS)
+    _ = at_once.logits
+    at_once.remove(2, 8)
+    branch = sequence.fork()
+    before = [torch.cat(sequence.kv(layer, 8)) for layer in range(2)]
+    branch.remove(2, 8)
+    for layer in range(2):
+        assert all(close(a, b) for a, b in zip(branch.kv(layer), at_once.kv(layer), strict=True))
+        assert torch.equal(torch.cat(sequence.kv(layer, 8)), before[layer])
+    assert (branch.evicted, branch.token_ids) == ((), at_once.token_ids)
+
+
 def test_a_removal_moves_the_gaps_after_it_and_the_embeddings_before() -> None:
     lm = lm_with()
     sequence = lm.sequence(lm.transformer.embedding[torch.tensor(IDS[:6])])

@@ -247,14 +247,14 @@ class Sequence:
         self._keep_pages(self.num_computed)
 
     def _close_gap(self, start: int, stop: int) -> None:
-        """Move the K and V of the cached tokens from `stop` on to where those from `start` on are."""
+        """Move K and V of the cached tokens from `stop` on to where those from `start` on are, on pages of its own."""
         if not 0 <= start <= stop <= self.num_computed:
             raise InvalidParam(
                 f"tokens {start} to {stop} are not in the cache: {self.num_computed} of {len(self)} tokens are computed"
             )
-        into, source, end = self.cached_before(start), self.cached_before(stop), self.num_cached
-        if into == source:
+        if start == stop:
             return
+        into, source, end = self.cached_before(start), self.cached_before(stop), self.num_cached
         if source < end:
             self.bring_back()
             self._move(source, end, into)
