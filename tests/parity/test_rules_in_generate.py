@@ -50,7 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "no_repeat_ngram_size": 2,
         "bad_words_ids": [[id_] for id_ in range(1, 331, 5)],
         "min_new_tokens": 6,
-        "exponential_decay_length_penalty": (2, 1.3),
+        "exponential_decay_length_penalty": (7, 1.3),
         "begin_suppress_tokens": [4, 5, 6],
         "typical_p": 0.9,
         "top_k": 30,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers.generation.utils import GenerationMixin
 from handloom.errors import HandloomError
 from handloom.sampling.params import resolve_params
 from handloom.sampling.rules import Row, apply_rules
+from known_wrong import WRONG_ON_INFINITIES
 
 INF = math.inf
 PROMPT_LENGTH, NEW_TOKENS, EOS = 6, 5, [1, 3]
@@ -143,15 +143,6 @@ ALONE: dict[str, list[Any]] = {
         SynthIDTextWatermarkingConfig(ngram_len=5, keys=[1, 2**40], sampling_table_size=9, debug_mode=True),
     ],
     "renormalize_logits": [True],
-}
-# Where the scores are -inf, older releases end with nothing allowed, and with NaN.
-WRONG_ON_INFINITIES = {
-    name
-    for name, kind, mended in [
-        ("prefix_allowed_tokens_fn", hf.PrefixConstrainedLogitsProcessor, "isneginf"),
-        ("exponential_decay_length_penalty", hf.ExponentialDecayLengthPenalty, "isfinite"),
-    ]
-    if mended not in inspect.getsource(kind)
 }
 KINDS = {
     "a model's": "random",

@@ -1,0 +1,21 @@
+"""What releases of transformers are known to get wrong, found by looking at the installed one."""
+
+from __future__ import annotations
+
+import inspect
+
+from transformers import WatermarkDetector
+from transformers.generation import logits_process as hf
+
+# Options that, where scores are -inf already, end in older releases with nothing allowed, or with NaN.
+WRONG_ON_INFINITIES = {
+    name
+    for name, kind, mended in [
+        ("prefix_allowed_tokens_fn", hf.PrefixConstrainedLogitsProcessor, "isneginf"),
+        ("exponential_decay_length_penalty", hf.ExponentialDecayLengthPenalty, "isfinite"),
+    ]
+    if mended not in inspect.getsource(kind)
+}
+
+# Older releases count each n-gram as often as it comes up, whatever ignore_repeated_ngrams says.
+COUNTS_REPEATED_NGRAMS = "tolist" not in inspect.getsource(WatermarkDetector._score_ngrams_in_passage)
