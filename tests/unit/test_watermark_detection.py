@@ -20,7 +20,8 @@ from handloom.sampling.watermark_detection import (
     synthid_flips,
     synthid_mask,
     synthid_posterior,
-)from known_wrong import COUNTS_REPEATED_NGRAMS
+)
+from known_wrong import COUNTS_REPEATED_NGRAMS
 
 VOCAB, BOS, EOS = 300, 1, 2
 KEYS = (654, 400, 836, 123, 340, 443, 597, 160, 57, 29)
