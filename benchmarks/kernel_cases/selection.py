@@ -21,6 +21,14 @@ def by_sort(scores: Tensor, p: float) -> Tensor:
     return scores.masked_fill(cut.scatter(1, token_ids, cut), -torch.inf)
 
 
+def by_topk_and_sort(scores: Tensor, k: int, p: float) -> Tensor:
+    """Both, sorting only the k: quicker than transformers' way, and without its ties."""
+    values, token_ids = scores.topk(k)
+    probabilities = values.softmax(-1)
+    cut = probabilities.cumsum(-1) - probabilities >= p
+    return torch.full_like(scores, -torch.inf).scatter_(1, token_ids, values.masked_fill(cut, -torch.inf))
+
+
 def by_share(scores: Tensor, p: float) -> Tensor:
     """Tokens less likely than p times the best to -inf."""
     probabilities = scores.softmax(-1)
@@ -28,7 +36,8 @@ def by_share(scores: Tensor, p: float) -> Tensor:
 
 
 def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[KernelCase]:
-    """top-k, top-p, both, and min-p, of float32 scores that fall off as a language model's do."""
+    """top-k, top-p, both, and min-p, of normal float32 scores with deviation 3: flatter than most that a language model
+    gives, so that top-p keeps thousands of tokens."""
     shapes = ((2, 64),) if small else ((1, 128_256), (1, 262_144), (64, 128_256), (128, 131_072), (256, 151_936))
     for rows, vocab_size in shapes:
         scores = 3 * torch.randn(rows, vocab_size, device=device)
@@ -47,7 +56,10 @@ def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Ker
                 "torch.sort": lambda s=scores: by_sort(s / 0.8, 0.9),
                 "torch.compile": lambda s=scores, compiled=compiled: compiled(s / 0.8, 0.9),
             },
-            "top-k and top-p": {"torch": both},
+            "top-k and top-p": {
+                "torch": both,
+                "torch.topk, sorted": lambda s=scores, k=k: by_topk_and_sort(s / 0.8, k, 0.9),
+            },
             "min-p": {"torch": lambda s=scores: by_share(s / 0.8, 0.05)},
         }
         given = {

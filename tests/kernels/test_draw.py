@@ -15,7 +15,7 @@ from handloom.sampling import rng, sampler
 from handloom_kernels import draw as kernels
 from handloom_kernels import reference
 from handloom_kernels.checks import KernelError
-from handloom_kernels.gumbel import gumbel_noise
+from handloom_kernels.gumbel import gumbel_noise, noise_of_word
 from handloom_kernels.reference import Choice, Cuts
 from kernel_testing import DEVICE, DTYPES, draw
 
@@ -81,6 +81,24 @@ def test_noise_is_that_of_the_engine_up_to_the_last_bits() -> None:
         assert error.max() <= 3 * 2**-23
         theirs = rng.gumbel_noise(key, torch.tensor([position]), torch.arange(count))
         torch.testing.assert_close(ours[row].cpu(), theirs, rtol=4 * 2**-23, atol=4 * 2**-23)
+
+
+@triton.jit
+def _noise_of_words_kernel(out, words, COUNT: tl.constexpr):  # noqa: N803
+    at = tl.arange(0, COUNT)
+    tl.store(out + at, noise_of_word(tl.load(words + at).to(tl.uint32)))
+
+
+def test_the_noise_of_every_word_is_finite() -> None:
+    """U is never 0 or 1, whose logarithms are infinite; nor is the noise of its neighbours off."""
+    values = [0, 1, 2, 3, 255, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 257, 2**32 - 129, 2**32 - 128, 2**32 - 1]
+    given = torch.tensor([*values, *(2**power for power in range(13, 16))], device=DEVICE)
+    out = torch.empty(len(given), device=DEVICE)
+    _noise_of_words_kernel[(1,)](out, given, COUNT=len(given))
+    uniform = ((given.cpu().float() + 0.5) * 2.0**-32).clamp(max=1 - 2**-24).double()
+    exact = -torch.log(-torch.log1p(-uniform))
+    assert torch.isfinite(out).all()
+    assert ((out.cpu().double() - exact).abs() <= 3 * 2**-23 * exact.abs().clamp(min=1)).all()
 
 
 def test_the_reference_draws_the_noise_of_the_engine_bit_for_bit() -> None:

@@ -57,13 +57,19 @@ def natural_log(x):
 
 
 @triton.jit
-def gumbel_noise(token_ids, seeds, positions):
-    """Standard Gumbel noise, float32: token_ids int32, seeds int64, positions int64, broadcast against each other.
+def noise_of_word(word):
+    """Standard Gumbel noise, float32, of a random word, uint32: finite for every word.
 
     Where 1 - U has no exponent of its own, f is -U itself and not 1 - U - 1, which would have been rounded.
     """
-    word, _, _, _ = tl.philox(seeds, token_ids, positions.to(tl.int32), 0, 0)
     uniform = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, _LARGEST_UNIFORM)
     exponent, f = _split(1.0 - uniform)
     f = tl.where(exponent == 0, -uniform, f)
     return -natural_log(-_log_of(exponent, f))
+
+
+@triton.jit
+def gumbel_noise(token_ids, seeds, positions):
+    """Standard Gumbel noise, float32: token_ids int32, seeds int64, positions int64, broadcast against each other."""
+    word, _, _, _ = tl.philox(seeds, token_ids, positions.to(tl.int32), 0, 0)
+    return noise_of_word(word)
