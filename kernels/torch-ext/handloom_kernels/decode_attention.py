@@ -24,7 +24,7 @@ is a multiple of SPLIT: always the same cuts, however many sequences, programs o
     keys      0        SPLIT     2 SPLIT    3 SPLIT       length
               |----------|----------|----------|-----|
     page ids  |7 |2 |9 |4 |...                             any order; a tile of BLOCK_N keys looks up its pages
-    program   p          p+1        p+2        p+3
+    entry     e          e + H      e + 2 H    e + 3 H     in the list of work, where H KV heads are neighbours
               |          |          |          |
               top, total, acc of each split, in float32, to the workspace; then each takes a ticket
                                                |
