@@ -58,7 +58,9 @@ def test_ranges_are_read(text: str, low: int, high: int) -> None:
     assert Lengths.parse(text) == Lengths(low, high)
 
 
-@pytest.mark.parametrize("text", ["", "-", "5-", "-5", "0", "0-3", "9-5", "a-b", "1e3", "1-2-3", "٣x", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "-", "5-", "-5", "0", "0-3", "9-5", "a-b", "1e3", "1-2-3", "٣x", "9" * 5000, "5-99999999"]
+)
 def test_ranges_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(InvalidParam, match="lengths"):
         Lengths.parse(text)
@@ -116,6 +118,11 @@ def test_a_file_of_nothing_or_of_too_much_is_refused(tmp_path: Path, monkeypatch
         read(tmp_path, *[json.dumps({"prompt": "a"})] * 3)
     with pytest.raises(InvalidParam, match="3 requests asked for"):
         workload.draw(50, 3, SHORT, SHORT)
+    monkeypatch.setattr(workload, "MAX_ALL_TOKENS", 20)
+    with pytest.raises(InvalidParam, match="prompts of 2 requests have 24 tokens; the limit is 20"):
+        read(tmp_path, *[json.dumps({"prompt_tokens": 12})] * 2)
+    with pytest.raises(InvalidParam, match="the limit is 20"):
+        workload.draw(50, 2, Lengths(12, 12), SHORT)
     monkeypatch.setattr(workload, "MAX_FILE_BYTES", 10)
     with pytest.raises(InvalidParam, match="MiB that are read"):
         read(tmp_path, '{"prompt": "a"}')

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ from handloom.checkpoint.json_object import parse_object, quote
 from handloom.errors import InvalidParam
 
 MAX_REQUESTS = 100_000
+MAX_TOKENS = 1 << 20
+"""Of one prompt, and new ones of one request."""
+MAX_ALL_TOKENS = 1 << 24
+"""Of all prompts: a Python integer each."""
 MAX_FILE_BYTES = 256 << 20
 KEYS = ("prompt", "prompt_tokens", "new_tokens")
 
@@ -37,8 +41,10 @@ class Lengths:
     high: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.low <= self.high:
-            raise InvalidParam(f"lengths from {self.low} to {self.high}; expected two numbers from 1, as 64-512 or 128")
+        if not 1 <= self.low <= self.high <= MAX_TOKENS:
+            raise InvalidParam(
+                f"lengths from {self.low} to {self.high}; expected one or two numbers from 1 to {MAX_TOKENS}, as 64-512"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Lengths:
@@ -56,7 +62,21 @@ def draw(vocab_size: int, count: int, prompts: Lengths, outputs: Lengths, seed: 
     """`count` requests of random token ids; the same for the same arguments, on every machine. Raises InvalidParam."""
     check_count(count, "asked for")
     source = random.Random(seed)
-    return [_random(source, vocab_size, prompts, outputs) for _ in range(count)]
+    return _bounded(_random(source, vocab_size, prompts, outputs) for _ in range(count))
+
+
+def _bounded(requests: Iterable[Asked]) -> list[Asked]:
+    """All of them, unless their prompts are too much. Raises InvalidParam."""
+    found: list[Asked] = []
+    total = 0
+    for request in requests:
+        total += len(request.prompt)
+        if total > MAX_ALL_TOKENS:
+            raise InvalidParam(
+                f"the prompts of {len(found) + 1} requests have {total} tokens; the limit is {MAX_ALL_TOKENS} in all"
+            )
+        found.append(request)
+    return found
 
 
 def _random(source: random.Random, vocab_size: int, prompts: Lengths, outputs: Lengths) -> Asked:
@@ -85,7 +105,9 @@ def read(
     lines = [(number, line) for number, line in enumerate(data.splitlines(), start=1) if line.strip()]
     check_count(len(lines), f"in {path}")
     source = random.Random(seed)
-    return [_parsed(line, f"{path}: line {number}", vocab_size, outputs, encode, source) for number, line in lines]
+    return _bounded(
+        _parsed(line, f"{path}: line {number}", vocab_size, outputs, encode, source) for number, line in lines
+    )
 
 
 def _parsed(
@@ -112,8 +134,8 @@ def _parsed(
 
 
 def _whole(value: Any, where: str, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 24:
-        raise InvalidParam(f"{where}: {name} is {quote(value, 40)}; expected an integer from 1 to {1 << 24}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_TOKENS:
+        raise InvalidParam(f"{where}: {name} is {quote(value, 40)}; expected an integer from 1 to {MAX_TOKENS}")
     return value
 
 
