@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from handloom_kernels import norm_qkv as kernels
-from handloom_kernels import reference
-from handloom_kernels.reference import Norm, Rotary
+from handloom_kernels import quantized_linear, reference, rope
+from handloom_kernels.norm import normalize
+from handloom_kernels.reference import Norm, QuantizedWeight, Rotary
 from kernel_case import KernelCase
+
+FORMS = (("int8", 0), ("int4", 128), ("fp8", 0))
 
 # name, heads, KV heads, head_dim, hidden size, norm of q and k
 MODELS = (
@@ -46,6 +50,15 @@ def unfused(
     return reference.rotate(q, rotary)
 
 
+def in_launches(hidden: Tensor, norm: Norm, q: QuantizedWeight, bias: Tensor | None, *rest: Any) -> Tensor:
+    """The same kernels without the fusion: norm, product, and what follows it."""
+    num_kv_heads, head_dim = rest[3].shape[2:]
+    num_heads = q.shape[0] // head_dim - 2 * num_kv_heads
+    return rope.qk_norm_rope_write(
+        quantized_linear.quantized_linear(normalize(hidden, norm), q, bias), num_heads, *rest
+    )
+
+
 def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[KernelCase]:
     """The start of a layer in a decode step. "cuBLAS alone" is the product without what is fused around it."""
 
@@ -78,3 +91,18 @@ def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Ker
                 bytes_moved=hidden.element_size() * (weight.numel() + hidden.numel() + depth + rows * len(weight)),
                 flops=2 * rows * weight.numel(),
             )
+            for kind, group in FORMS if rows != 4 else ():
+                q = reference.quantize_weight(weight, kind, group)
+                given = (*args[:2], q, *args[3:])
+                yield KernelCase(
+                    f"{name}, {kind}{f' g{group}' if group else ''}, {rows} rows",
+                    lambda given=given, tickets=tickets: kernels.quantized_norm_qkv(*given, tickets=tickets),
+                    {
+                        "torch, 16 bits": lambda args=args: unfused(*args),
+                        "a launch for each": lambda given=given: in_launches(*given),
+                    },
+                    bytes_moved=q.data.nbytes
+                    + q.scales.nbytes
+                    + hidden.element_size() * (hidden.numel() + depth + rows * len(weight)),
+                    flops=2 * rows * weight.numel(),
+                )

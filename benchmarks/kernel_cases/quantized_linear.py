@@ -7,7 +7,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from handloom_kernels import quantized_linear as kernels
 from handloom_kernels import reference
-from handloom_kernels.reference import QuantizedWeight
+from handloom_kernels.activation import gated_activation
+from handloom_kernels.norm import normalize
+from handloom_kernels.reference import Norm, QuantizedWeight
 from kernel_case import KernelCase
 
 FORMS = (("int8", 0), ("int4", 128), ("int4", 32), ("fp8", 0))
@@ -38,6 +40,29 @@ def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Ker
                     + num_rows * rows * x.element_size(),
                     flops=2 * num_rows * rows * depth,
                 )
+    yield from fused_and_apart(device, dtype, small)
+
+
+def fused_and_apart(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[KernelCase]:
+    """The norm and activation of an MLP in the product's launch, and in launches of their own."""
+    rows, depth = (64, 128) if small else (28672, 4096)
+    weight = torch.randn(rows, depth, device=device, dtype=dtype) * depth**-0.5
+    norm = Norm("rms", torch.randn(depth, device=device, dtype=dtype), None, 1e-5)
+    for kind, group in FORMS:
+        q = reference.quantize_weight(weight, kind, group)
+        for num_rows in (2,) if small else (1, 16):
+            x = torch.randn(num_rows, depth, device=device, dtype=dtype)
+
+            def apart(x: torch.Tensor = x, q: QuantizedWeight = q) -> torch.Tensor:
+                return gated_activation(kernels.quantized_linear(normalize(x, norm), q), "silu")
+
+            yield KernelCase(
+                f"{kind}{f' g{group}' if group else ''} norm, {num_rows} x {depth} to {rows}, SwiGLU",
+                lambda x=x, q=q: kernels.quantized_norm_mlp(x, norm, q, None, "silu", True),
+                {"a launch for each": apart},
+                bytes_moved=sum(t.nbytes for t in (q.data, q.scales, x)) + num_rows * rows // 2 * x.element_size(),
+                flops=2 * num_rows * rows * depth,
+            )
 
 
 def torchs_own(x: torch.Tensor, q: QuantizedWeight) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:

@@ -36,17 +36,21 @@ def cases() -> Iterator[Case]:
         x, residual = torch.empty(4, depth, dtype=dtype), torch.empty(4, rows, dtype=dtype)
         kernels.quantized_linear(x, weight(kind, group, rows, depth, dtype, **more), None, residual)
 
-    def up(rows: int, depth: int, kind: str, group: int) -> None:
-        hidden = torch.empty(4, depth, dtype=torch.bfloat16)
-        norm = Norm("rms", torch.empty(depth, dtype=torch.bfloat16), None, 1e-5)
-        q = weight(kind, group, rows, depth, torch.bfloat16)
-        kernels.quantized_norm_mlp(hidden, norm, q, None, "silu", True)
+    def up(rows: int, depth: int, kind: str, group: int, norm_kind: str = "rms", zeros: bool = False) -> None:
+        hidden, layer = torch.empty(4, depth, dtype=torch.bfloat16), norm_kind == "layer"
+        values = torch.empty(depth, dtype=torch.bfloat16)
+        q = weight(kind, group, rows, depth, torch.bfloat16, zeros=zeros)
+        norm = Norm(norm_kind, values, values if layer else None, 1e-5)
+        kernels.quantized_norm_mlp(hidden, norm, q, None, "gelu" if layer else "silu", not layer)
 
     for kind, group in (("int8", 0), ("int4", 128), ("fp8", 0)):
         # the first three differ only in numbers that are not compiled in, and are compiled once
         for rows, depth in ((6144, 4096), (4096, 4096), (4096, 14336)):
             yield Case(f"{kind} {group}, {depth} to {rows}", lambda a=(rows, depth, kind, group): linear(*a), MEANT)
         yield Case(f"{kind} {group}, 4096 to 28672", lambda a=(28672, 4096, kind, group): up(*a), MEANT)
+    yield Case("int4 32 with zeros, 4096 to 28672", lambda: up(28672, 4096, "int4", 32, zeros=True), MEANT)
+    yield Case("int4 128, 1024 to 6144", lambda: up(6144, 1024, "int4", 128), MEANT)
+    yield Case("int8, GPT-2 up", lambda: up(3072, 768, "int8", 0, "layer"))
     yield Case("int4 32 with zeros", lambda: linear(4096, 4096, "int4", 32, zeros=True), MEANT)
     yield Case("fp8 by blocks", lambda: linear(4096, 4096, "fp8", 128, scale_rows=128), MEANT)
     yield Case("int8 32, few rows", lambda: linear(1024, 1024, "int8", 32, torch.float16))

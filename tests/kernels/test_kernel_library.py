@@ -15,7 +15,18 @@ from handloom_kernels import reference
 
 PACKAGE = Path(handloom_kernels.__file__).parent
 PROJECT = PACKAGE.parent.parent
-SHARED = {"__init__", "attention_parts", "checks", "gumbel", "threshold", "tiles", "tune", "weight_bits"}
+SHARED = {
+    "__init__",
+    "attention_parts",
+    "checks",
+    "gumbel",
+    "heads",
+    "quantized_product",
+    "threshold",
+    "tiles",
+    "tune",
+    "weight_bits",
+}
 
 
 def test_every_kernel_is_listed_and_has_its_parts() -> None:

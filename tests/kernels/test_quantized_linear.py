@@ -13,7 +13,15 @@ from torch import Tensor
 from handloom_kernels import quantized_linear as kernels
 from handloom_kernels import reference, weight_bits
 from handloom_kernels.checks import KernelError
-from handloom_kernels.reference import ACTIVATIONS, Norm, QuantizedWeight, dequantize_weight, pack_codes, unpack_codes
+from handloom_kernels.reference import (
+    ACTIVATIONS,
+    NORM_KINDS,
+    Norm,
+    QuantizedWeight,
+    dequantize_weight,
+    pack_codes,
+    unpack_codes,
+)
 from handloom_kernels.reference.quantized_linear import BLOCK_K
 from kernel_testing import DEVICE, DTYPES, HALF, assert_as_exact_as, assert_rows_do_not_depend_on_company, draw
 
@@ -187,8 +195,49 @@ def test_quantized_norm_mlp(gated: bool, activation: str) -> None:
     assert_as_exact_as(reference.quantized_norm_mlp, hidden, norm, q, bias, activation, gated, ours=ours)
 
 
+def some_norm(kind: str, width: int, dtype: torch.dtype = torch.float32) -> Norm:
+    bias = draw(width, dtype=dtype) if kind == "layer" else None
+    return Norm(kind, 1 + draw(width, dtype=dtype, scale=0.3), bias, 1e-5)
+
+
+@pytest.mark.parametrize("kind", NORM_KINDS)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[5], FORMS[7], FORMS[11]], ids=name)
+def test_every_norm_before_every_form(form: dict[str, Any], kind: str) -> None:
+    for dtype in DTYPES:
+        for depth in (100, 256):
+            args = draw(3, depth, dtype=dtype), some_norm(kind, depth, dtype), quantized(32, depth, dtype, **form)
+            ours = kernels.quantized_norm_mlp(*args, None, "silu", True, blocks=BLOCKS)
+            assert_as_exact_as(reference.quantized_norm_mlp, *args, None, "silu", True, ours=ours)
+
+
+@pytest.mark.parametrize("num_rows, depth", [(1, 1), (17, 63), (2, 1000)])
+def test_odd_sizes_and_the_default_blocks_of_an_mlp(num_rows: int, depth: int) -> None:
+    for kind, group in (("int8", 0), ("int4", 32)):
+        q = quantized(64, depth, HALF, kind=kind, group_size=group)
+        args = draw(num_rows, depth, dtype=HALF), some_norm("rms", depth, HALF), q, None, "gelu", True
+        assert_as_exact_as(reference.quantized_norm_mlp, *args, ours=kernels.quantized_norm_mlp(*args))
+
+
+@pytest.mark.parametrize("kind", NORM_KINDS)
+def test_a_row_of_an_mlp_does_not_depend_on_its_company_not_even_on_nan(kind: str) -> None:
+    hidden, norm, q = draw(18, 100), some_norm(kind, 100), quantized(32, 100, kind="int4", group_size=32)
+    some = torch.tensor([0, 1, 15, 17], device=DEVICE)
+
+    def run(rows: slice) -> Tensor:
+        return kernels.quantized_norm_mlp(hidden[some][rows], norm, q, None, "silu", True, blocks=BLOCKS)
+
+    assert_rows_do_not_depend_on_company(run, len(some))
+    right = run(slice(None))
+    hidden[[2, 16]] = torch.nan
+    among_all = kernels.quantized_norm_mlp(hidden, norm, q, None, "silu", True, blocks=BLOCKS)
+    assert torch.equal(among_all[some], right)
+    assert among_all[[2, 16]].isnan().all()
+
+
 def test_no_rows_are_fine() -> None:
     assert kernels.quantized_linear(draw(0, 64), quantized(16, 64, kind="int8")).shape == (0, 16)
+    args = some_norm("rms", 64), quantized(64, 64, kind="int8"), None, "silu", True
+    assert kernels.quantized_norm_mlp(draw(0, 64), *args).shape == (0, 32)
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -217,6 +266,18 @@ def test_what_does_not_fit_is_named() -> None:
     ):
         with pytest.raises(KernelError, match=message):
             kernels.quantized_linear(*args)
+    with pytest.raises(KernelError, match="q must be a QuantizedWeight, not Tensor"):
+        kernels.quantized_linear(x, draw(16, 64))
+    mlp = quantized(32, 64, kind="int8")
+    for bad, message in (
+        (norm._replace(weight=draw(63)), r"norm.weight has shape \[63\]; expected \[64\]"),
+        (norm._replace(kind="batch"), "norm.kind is 'batch'"),
+        (norm._replace(bias=draw(64)), "a norm of kind rms has none"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            kernels.quantized_norm_mlp(x, bad, mlp, None, "silu", True)
+    with pytest.raises(KernelError, match=r"hidden has shape \[2, 63\]"):
+        kernels.quantized_norm_mlp(draw(2, 63), norm, mlp, None, "silu", True)
     with pytest.raises(KernelError, match="activation is 'tanh'; as a gate"):
         kernels.quantized_norm_mlp(x, norm, q, None, "tanh", True)
     with pytest.raises(KernelError, match="q has 16 rows; gate and up must each be a multiple of 16"):

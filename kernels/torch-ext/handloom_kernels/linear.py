@@ -49,10 +49,8 @@ from .checks import FLOATS, check, check_device, require
 from .norm import normalize_add
 from .reference.activation import ACTIVATIONS, GATED_ACTIVATIONS
 from .reference.norm import Norm
-from .tiles import ROWS, check_norm, normed_tile, row_statistics, strips_for
+from .tiles import ENOUGH_PROGRAMS, ROWS, check_norm, normed_tile, of_columns, row_statistics, strips_for
 from .tuning import Problem, config
-
-ENOUGH_PROGRAMS = 112  # to keep most of 132 multiprocessors (H100) or 108 (A100) reading
 
 
 @triton.jit
@@ -91,9 +89,9 @@ def product(
         inside = k < (BLOCK_K if EVEN else depth - start)
         a = tl.load(x_at + start, mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0)
         if NORM != "none":
-            a = normed_tile(
-                a.to(tl.float32), mean, scale, norm_weight, norm_bias, start + k, inside, NORM, HAS_NORM_BIAS, a.dtype
-            )
+            w = of_columns(norm_weight, start + k, inside)[None, :]
+            shift = of_columns(norm_bias, start + k, inside)[None, :]
+            a = normed_tile(a.to(tl.float32), mean, scale, w, shift, NORM, HAS_NORM_BIAS, a.dtype)
         b = tl.load(weight_at + start, mask=rows_inside[None, :] & inside[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
@@ -330,7 +328,8 @@ def blocks_for(
         "num_stages": 2 if tuning.is_hip() else stages[block_n],
     }
     dtype = str(x.dtype).removeprefix("torch.")
-    return config(kernel, x.device, default, override, width=width, depth=depth, dtype=dtype, normed=normed)
+    shape: dict[str, int | str | bool] = {"width": width, "depth": depth, "kind": "float", "normed": normed}
+    return config(kernel, x.device, default, override, **shape, dtype=dtype)
 
 
 def tuning_problems(device: torch.device) -> Iterator[Problem]:

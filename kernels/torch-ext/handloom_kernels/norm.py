@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import FLOATS, check, check_device, require
-from .reference.norm import NORM_KINDS, Norm
+from .reference.norm import Norm
+from .tiles import check_norm, normed_tile, of_columns
 from .tuning import Problem, config
 
 MAX_BLOCK = 16384
@@ -97,17 +98,8 @@ def _norm_kernel(
             value = _load_row(x, residual, offsets, inside, dtype, ADD_BEFORE)
         if ADD_BEFORE:
             tl.store(hidden + offsets, value.to(dtype), mask=inside)
-        value = (value - mean) * scale
-        w = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
-        if KIND == "rms":
-            value = value.to(dtype).to(tl.float32) * w
-        elif KIND == "rms_unit_offset":
-            value = value * (1.0 + w)
-        else:
-            value = value * w
-            if HAS_BIAS:
-                value += tl.load(bias + offsets, mask=inside, other=0.0).to(tl.float32)
-        value = value.to(dtype)
+        w, b = of_columns(weight, offsets, inside), of_columns(bias, offsets, inside)
+        value = normed_tile(value, mean, scale, w, b, KIND, HAS_BIAS, dtype)
         if ADD_AFTER:
             kept = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
             value = (kept + value.to(tl.float32)).to(dtype)
@@ -142,11 +134,7 @@ def _launch(
     require(x.dim() > 0, "x must have at least one dimension")
     width = x.shape[-1]
     check("x", x, x.shape, FLOATS, device, strided=True)
-    check("norm.weight", norm.weight, (width,), FLOATS, device)
-    require(norm.kind in NORM_KINDS, f"norm.kind is {norm.kind!r}; there are {', '.join(NORM_KINDS)}")
-    if norm.bias is not None:
-        require(norm.kind == "layer", f"norm.bias is given, and a norm of kind {norm.kind} has none")
-        check("norm.bias", norm.bias, (width,), FLOATS, device)
+    check_norm("norm", norm, width, device)
     rows = x.reshape(-1, width)
     added = rows
     if residual is not None:

@@ -19,6 +19,7 @@ from .checks import FLOATS, check, require
 from .reference.norm import NORM_KINDS, Norm
 
 ROWS = tl.constexpr(16)  # of x in one program: the least that tensor cores multiply
+ENOUGH_PROGRAMS = 112  # to keep most of 132 multiprocessors (H100) or 108 (A100) reading
 MAX_CHUNK = 4096  # elements of a row that are read at once for its statistics
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -57,14 +58,18 @@ def row_statistics(
 
 
 @triton.jit
-def normed_tile(
-    x, mean, scale, weight, bias, columns, inside, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr
-):
-    """A float32 tile of rows normalised and rounded as `reference.normalize` does, in `dtype`.
+def of_columns(values, columns, inside):
+    """The norm's weight or bias at these columns, in float32; 0 where not inside."""
+    return tl.load(values + columns, mask=inside, other=0.0).to(tl.float32)
 
-    mean, scale: of the rows; weight, bias: pointers, read at `columns` (of the tile's last dimension) where `inside`.
+
+@triton.jit
+def normed_tile(x, mean, scale, w, b, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr):
+    """A float32 tile normalised and rounded as `reference.normalize` does, in `dtype`.
+
+    mean, scale: of the rows; w, b: the norm's weight and bias of the columns (`of_columns`). Each has 1 along the axes
+    of the tile on which it does not depend.
     """
-    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     if KIND == "rms":
         y = (x * scale).to(dtype).to(tl.float32) * w
     elif KIND == "rms_unit_offset":
@@ -72,7 +77,7 @@ def normed_tile(
     else:
         y = (x - mean) * scale * w
         if HAS_BIAS:
-            y += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+            y += b
     return y.to(dtype)
 
 

@@ -37,7 +37,7 @@ class Ready:
 class SampleDecoder:
     """Generates from a sequence until a stop. `owns_sequence`: free its pages at the end.
 
-    A sequence of the caller's keeps its pages at the end; in between they may be taken for others.
+    A sequence of the caller's keeps its pages at the end; in between they may be taken and computed anew.
     """
 
     def __init__(

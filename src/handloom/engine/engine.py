@@ -96,7 +96,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything: a request is not paused, and can have a place to run."""
+        """Whether a step would do anything: there is a request that is not paused."""
         return self._is_asked or self.scheduler.has_work
 
     @property
@@ -271,7 +271,7 @@ class Engine:
             self.scheduler.remove(self._leaving.popleft().id)
 
     def run(self) -> Iterator[Event]:
-        """Step until no request is left that can go on; events as they come. Raises what `step` raises."""
+        """Step until no request is left that is not paused; events as they come. Raises what `step` raises."""
         while self.has_work:
             yield from self.step()
 

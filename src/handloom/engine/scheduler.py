@@ -99,14 +99,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether there are requests to go on with, or events to hand out.
-
-        Not where all places are held by paused requests that cannot be preempted.
-        """
-        if self._events or any(not request.paused for request in self.running):
-            return True
-        place = len(self.running) < self.max_running or any(map(self._can_yield, self.running))
-        return place and any(not request.paused for request in self.waiting)
+        """Whether there are requests to go on with, or events to hand out."""
+        return bool(self._events) or any(not request.paused for request in self)
 
     def add(self, request: Request) -> None:
         insort(self.waiting, request, key=_rank)

@@ -28,6 +28,7 @@ from .quantized_linear import (
     quantize_weight,
     quantized_linear,
     quantized_norm_mlp,
+    quantized_norm_qkv,
     unpack_codes,
 )
 from .rope import Rotary, qk_norm_rope_write, rotate
@@ -85,6 +86,7 @@ __all__ = [
     "quantize_weight",
     "quantized_linear",
     "quantized_norm_mlp",
+    "quantized_norm_qkv",
     "rotate",
     "route",
     "select",

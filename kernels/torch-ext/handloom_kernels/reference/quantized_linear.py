@@ -43,8 +43,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .linear import norm_mlp
+from .linear import norm_mlp, norm_qkv
 from .norm import Norm
+from .rope import Rotary
 
 BLOCK_K = {"int8": 32, "int4": 64, "fp8": 32}  # columns of a tile, by kind
 TILE_ROWS = 16
@@ -169,6 +170,27 @@ def quantized_linear(
     """x @ weight.T + bias, and + residual [N, rows]; x [N, K]. Returns [N, rows]."""
     out = F.linear(x, dequantize_weight(q, x.dtype), bias)
     return out if residual is None else residual + out
+
+
+def quantized_norm_qkv(
+    hidden: Tensor,
+    norm: Norm,
+    q: QuantizedWeight,
+    bias: Tensor | None,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+    rotary: Rotary | None,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
+    """`norm_qkv` with the weight that `q` stands for."""
+    weight = dequantize_weight(q, hidden.dtype)
+    return norm_qkv(
+        hidden, norm, weight, bias, q_norm, k_norm, rotary, k_pages, v_pages, slot_mapping, k_scales, v_scales
+    )
 
 
 def quantized_norm_mlp(
