@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from handloom.live import LiveSequence
     from handloom.lm import LM
     from handloom.output import Output, Piece, Score, Timing
+    from handloom.sampling.watermark import SynthID, Watermark
+    from handloom.sampling.watermark_detection import detect_synthid, detect_watermark
 
 __all__ = [
     "LM",
@@ -31,7 +33,11 @@ __all__ = [
     "Output",
     "Piece",
     "Score",
+    "SynthID",
     "Timing",
+    "Watermark",
+    "detect_synthid",
+    "detect_watermark",
 ]
 __version__ = "0.1.0"
 
@@ -45,7 +51,11 @@ _HOMES = {
     "Output": "output",
     "Piece": "output",
     "Score": "output",
+    "SynthID": "sampling.watermark",
     "Timing": "output",
+    "Watermark": "sampling.watermark",
+    "detect_synthid": "sampling.watermark_detection",
+    "detect_watermark": "sampling.watermark_detection",
 }
 
 
