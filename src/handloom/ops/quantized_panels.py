@@ -21,6 +21,8 @@ from torch import Tensor
 from handloom.checkpoint.quantization import QuantizedMatrix, QuantizedRows
 from handloom.ops.panels import PANEL
 
+WHOLE_ROW = 40
+"""The power of 2 that stands for a group of all columns."""
 SCALE_KINDS = {"float32": 0, "float16": 1, "super": 2}
 MINIMUM_KINDS = {"none": 0, "float16": 1, "zero_point": 2, "super": 3}
 QUANTIZED = 3
@@ -36,7 +38,7 @@ class Segment:
         like: no rows of the same format, as a checkpoint has them.
         planes: by the names of QuantizedRows, [panels, width, PANEL]; codes of less than 8 bits as int32.
         entries: what a kernel knows of it, int64: addresses of the planes in the order of PLANES (0: there is none),
-            then bits, group, zero, kind of scale and of minimum.
+            then bits, the power of 2 that is the group, groups of a row, zero, kind of scale and of minimum.
     """
 
     rows: int
@@ -51,7 +53,8 @@ class Segment:
         planes = {name: _panels(_words(name, plane)) for name, plane in held.planes()}
         form, like = held.format, QuantizedRows.empty(held.format, 0, held.columns)
         entries = [planes[name].data_ptr() if name in planes else 0 for name in PLANES]
-        entries += [form.bits, form.group or held.columns, form.zero]
+        shift = form.group.bit_length() - 1 if form.group else WHOLE_ROW
+        entries += [form.bits, shift, form.groups(held.columns), form.zero]
         entries += [SCALE_KINDS[form.scale], MINIMUM_KINDS[form.minimum]]
         return cls(len(held), held.columns, planes, like, np.array(entries, dtype=np.int64))
 

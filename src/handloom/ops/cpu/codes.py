@@ -1,4 +1,4 @@
-"""Quantised weights to float32, a block of a panel at a time, for the tiles of `linear` to multiply.
+"""Quantised weights to float32, a block of a panel at a time: multiplied at once with one row, or for `linear`'s tiles.
 
 A block has up to 64 columns of k of one panel and stays in the first cache. Each weight is one fused multiply-add of
 its code: scale * code + minimum, where a format with a zero has the minimum -scale * zero, which is exact. The floats
@@ -11,6 +11,7 @@ This module does not know threads, or what is multiplied.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from llvmlite import ir
 
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.simd import (
+    F32,
     I8,
     INTS,
     LANES,
@@ -31,17 +33,30 @@ from handloom.ops.cpu.simd import (
     vector,
     void,
 )
+from handloom.ops.cpu.tiles import prefetch
 from handloom.ops.panels import PANEL
 from handloom.ops.quantized_panels import MINIMUM_KINDS, PLANES, SCALE_KINDS
 
 VECTORS = PANEL // LANES
 SUPER = 256
+PREFETCH = 2048  # bytes ahead: a block of 8-bit codes
 SCALE_BYTES = 2 * PANEL * 4  # scales and minima of one group
 ZERO = np.float32(0.0)
 
-LOW, HIGH, SCALE, MINIMUM, SUPER_SCALE, SUPER_MINIMUM, BITS, GROUP, ZERO_CODE, SCALE_KIND, MINIMUM_KIND = (
-    8 * i for i in range(len(PLANES) + 5)
-)
+(
+    LOW,
+    HIGH,
+    SCALE,
+    MINIMUM,
+    SUPER_SCALE,
+    SUPER_MINIMUM,
+    BITS,
+    GROUP_SHIFT,
+    GROUPS,
+    ZERO_CODE,
+    SCALE_KIND,
+    MINIMUM_KIND,
+) = (8 * i for i in range(len(PLANES) + 6))
 FLOAT32, SUPER_INTEGER = SCALE_KINDS["float32"], SCALE_KINDS["super"]
 NO_MINIMUM, FLOAT16, ZERO_POINT = (MINIMUM_KINDS[name] for name in ("none", "float16", "zero_point"))
 
@@ -77,56 +92,73 @@ def _field(b: Builder, words: Value, first: int, mask: int, to: int) -> Value:
     return b.and_(words, _each(mask))
 
 
-def _unpacker(bits: int, columns: int) -> Any:
-    """A numba function: unpack(low, high, scales, out) makes `columns` columns of a panel floats."""
-
-    @operation(void, int64, int64, int64, int64)
-    def unpack(b: Builder, low: Value, high: Value, scales: Value, out: Value) -> None:
-        """Codes of fewer than 8 bits"""
-        width, above = VECTORS * LANES * 4, bits - 4
-        for v in range(VECTORS):
-            at = v * LANES * 4
-            scale = simd.load_at(b, simd.offset(b, scales, at), VECTOR, 4)
-            minimum = simd.load_at(b, simd.offset(b, scales, at + width), VECTOR, 4)
-            upper = simd.load_at(b, simd.offset(b, high, at), INTS, 4) if above else None
-            for k in range(columns):
-                if k % 8 == 0:
-                    words = simd.load_at(b, simd.offset(b, low, k // 8 * width + at), INTS, 4)
-                code = _field(b, words, 4 * (k % 8), 15, 0)
-                if upper is not None:
-                    code = b.or_(code, _field(b, upper, above * k, ((1 << above) - 1) << 4, 4))
-                weight = simd.fused(b, b.sitofp(code, VECTOR), scale, minimum)
-                simd.store_at(b, weight, simd.offset(b, out, k * width + at))
-
-    return unpack
-
-
-unpack_4, unpack_5, unpack_6 = _unpacker(4, 32), _unpacker(5, 32), _unpacker(6, 16)
-
-
-def _unpacker_of_bytes(columns: int) -> Any:
-    @operation(void, int64, int64, int64)
-    def unpack(b: Builder, low: Value, scales: Value, out: Value) -> None:
-        """Codes of 8 bits, in formats without minima"""
-        all_scales = [simd.load_at(b, simd.offset(b, scales, v * LANES * 4), VECTOR, 4) for v in range(VECTORS)]
+def _weights(
+    b: Builder, bits: int, columns: int, low: Value, high: Value, scales: Value
+) -> Iterator[tuple[int, list[Value]]]:
+    """Emit the decoding of `columns` columns of a panel: k, and its weights in VECTORS vectors."""
+    width, above = PANEL * 4, bits - 4
+    vectors = [LANES * 4 * v for v in range(VECTORS)]
+    scale = [simd.load_at(b, simd.offset(b, scales, at), VECTOR, 4) for at in vectors]
+    if bits == 8:
         for k in range(columns):
-            for v, scale in enumerate(all_scales):
-                i = k * VECTORS + v
-                codes = simd.load_at(b, simd.offset(b, low, i * LANES), ir.VectorType(I8, LANES), 1)
-                weight = b.fmul(b.sitofp(b.sext(codes, INTS), VECTOR), scale)
-                simd.store_at(b, weight, simd.offset(b, out, i * LANES * 4))
+            if k % 2 == 0:
+                prefetch(b, simd.offset(b, low, PANEL * k + PREFETCH))
+            places = [simd.offset(b, low, PANEL * k + LANES * v) for v in range(VECTORS)]
+            codes = [simd.load_at(b, place, ir.VectorType(I8, LANES), 1) for place in places]
+            yield k, [b.fmul(b.sitofp(b.sext(x, INTS), VECTOR), y) for x, y in zip(codes, scale, strict=True)]
+        return
+    minimum = [simd.load_at(b, simd.offset(b, scales, at + width), VECTOR, 4) for at in vectors]
+    upper = [simd.load_at(b, simd.offset(b, high, at), INTS, 4) if above else None for at in vectors]
+    words: list[Value] = []
+    for k in range(columns):
+        if k % 8 == 0:
+            places = [simd.offset(b, low, k // 8 * width + at) for at in vectors]
+            words = [simd.load_at(b, place, INTS, 4) for place in places]
+            for place in places:
+                prefetch(b, simd.offset(b, place, PREFETCH))
+        weights = []
+        for word, rest, x, y in zip(words, upper, scale, minimum, strict=True):
+            code = _field(b, word, 4 * (k % 8), 15, 0)
+            if rest is not None:
+                code = b.or_(code, _field(b, rest, above * k, ((1 << above) - 1) << 4, 4))
+            weights.append(simd.fused(b, b.sitofp(code, VECTOR), x, y))
+        yield k, weights
+
+
+def _unpacker(bits: int, columns: int) -> Any:
+    """A numba function: (low, high, scales, x, out) makes `columns` columns of a panel floats."""
+
+    @operation(void, *[int64] * 5)
+    def unpack(b: Builder, low: Value, high: Value, scales: Value, x: Value, out: Value) -> None:
+        """Codes to floats"""
+        for k, weights in _weights(b, bits, columns, low, high, scales):
+            for v, weight in enumerate(weights):
+                simd.store_at(b, weight, simd.offset(b, out, (PANEL * k + LANES * v) * 4))
 
     return unpack
 
 
-unpack_8, unpack_8_one = _unpacker_of_bytes(8), _unpacker_of_bytes(1)
+def _multiplier(bits: int, columns: int) -> Any:
+    """A numba function: (low, high, scales, x, sums) adds x [columns] times these columns to sums [PANEL]."""
+
+    @operation(void, *[int64] * 5)
+    def multiply(b: Builder, low: Value, high: Value, scales: Value, x: Value, sums: Value) -> None:
+        """Codes times one row"""
+        places = [simd.offset(b, sums, LANES * 4 * v) for v in range(VECTORS)]
+        totals = [simd.load_at(b, place, VECTOR, 4) for place in places]
+        for k, weights in _weights(b, bits, columns, low, high, scales):
+            value = simd.splat_of(b, simd.load_at(b, simd.offset(b, x, 4 * k), F32, 4), VECTOR)
+            totals = [simd.fused(b, value, *pair) for pair in zip(weights, totals, strict=True)]
+        for total, place in zip(totals, places, strict=True):
+            simd.store_at(b, total, place)
+
+    return multiply
 
 
 @kernel(void, *[int64] * 5)
 def read_scales(segment, panel, depth, k, into):
     """Scales and minima of the group of column k, each PANEL float32."""
-    group = read_i64(segment + GROUP)
-    at = (panel * (depth // group) + k // group) * PANEL
+    at = (panel * read_i64(segment + GROUPS) + (k >> read_i64(segment + GROUP_SHIFT))) * PANEL
     above = (panel * (depth // SUPER) + k // SUPER) * PANEL * 2
     kind, least = read_i64(segment + SCALE_KIND), read_i64(segment + MINIMUM_KIND)
     for v in range(0, PANEL, LANES):
@@ -151,41 +183,48 @@ def read_scales(segment, panel, depth, k, into):
         simd.store(into + 4 * (PANEL + v), minimum)
 
 
-@kernel(void, *[int64] * 7)
-def unpack_bytes(segment, panel, depth, k, count, scales, out):
-    """As `unpack_block`, of 8 bits: scales change at multiples of the group."""
-    group, low = read_i64(segment + GROUP), read_i64(segment + LOW)
-    end = k + count
-    while k < end:
-        read_scales(segment, panel, depth, k, scales)
-        last = min(end, (k // group + 1) * group)
-        while k + 8 <= last:
-            unpack_8(low + (panel * depth + k) * PANEL, scales, out)
-            k, out = k + 8, out + 8 * PANEL * 4
-        while k < last:
-            unpack_8_one(low + (panel * depth + k) * PANEL, scales, out)
-            k, out = k + 1, out + PANEL * 4
+def _walk(make: Callable[[int, int], Any], step: int) -> Any:
+    """A numba function that does what `make` makes to a block: (segment, panel, depth, k, count, scales, x, out).
 
-
-@kernel(void, *[int64] * 7)
-def unpack_block(segment, panel, depth, k, count, scales, out):
-    """Columns k .. k + count of a panel as float32 [count, PANEL].
-
-    k is a multiple of 64, count 64 or what is left; scales: SCALE_BYTES of scratch.
+    Columns k .. k + count of a panel; k is a multiple of 64, count 64 or what is left. scales: SCALE_BYTES of scratch;
+    x goes on by a float each column, out by `step` bytes.
     """
-    bits = read_i64(segment + BITS)
-    if bits == 8:
-        unpack_bytes(segment, panel, depth, k, count, scales, out)
-        return
-    low, high = read_i64(segment + LOW), read_i64(segment + HIGH)
-    step = 16 if bits == 6 else 32
-    for at in range(k, k + count, step):
-        read_scales(segment, panel, depth, at, scales)
-        nibbles = low + (panel * depth + at) // 2 * PANEL
-        if bits == 4:
-            unpack_4(nibbles, high, scales, out)
-        elif bits == 5:
-            unpack_5(nibbles, high + (panel * depth + at) // 8 * PANEL, scales, out)
-        else:
-            unpack_6(nibbles, high + (panel * depth + at) // 4 * PANEL, scales, out)
-        out = out + step * PANEL * 4
+    nibbles, fives, sixes, octets, octet = make(4, 32), make(5, 32), make(6, 16), make(8, 32), make(8, 1)
+
+    @kernel(void, *[int64] * 8)
+    def walk_bytes(segment, panel, depth, k, count, scales, x, out):
+        shift, low = read_i64(segment + GROUP_SHIFT), read_i64(segment + LOW)
+        end = k + count
+        while k < end:
+            read_scales(segment, panel, depth, k, scales)
+            last = min(end, ((k >> shift) + 1) << shift)
+            while k + 32 <= last:
+                octets(low + (panel * depth + k) * PANEL, 0, scales, x, out)
+                k, x, out = k + 32, x + 4 * 32, out + 32 * step
+            while k < last:
+                octet(low + (panel * depth + k) * PANEL, 0, scales, x, out)
+                k, x, out = k + 1, x + 4, out + step
+
+    @kernel(void, *[int64] * 8)
+    def walk(segment, panel, depth, k, count, scales, x, out):
+        bits = read_i64(segment + BITS)
+        if bits == 8:
+            walk_bytes(segment, panel, depth, k, count, scales, x, out)
+            return
+        low, high = read_i64(segment + LOW), read_i64(segment + HIGH)
+        columns = 16 if bits == 6 else 32
+        for at in range(k, k + count, columns):
+            read_scales(segment, panel, depth, at, scales)
+            first = panel * depth + at
+            if bits == 4:
+                nibbles(low + first // 2 * PANEL, 0, scales, x, out)
+            elif bits == 5:
+                fives(low + first // 2 * PANEL, high + first // 8 * PANEL, scales, x, out)
+            else:
+                sixes(low + first // 2 * PANEL, high + first // 4 * PANEL, scales, x, out)
+            x, out = x + 4 * columns, out + columns * step
+
+    return walk
+
+
+unpack_block, multiply_block = _walk(_unpacker, PANEL * 4), _walk(_multiplier, 0)

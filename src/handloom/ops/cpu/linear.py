@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from handloom.ops.cpu import simd
-from handloom.ops.cpu.codes import SCALE_BYTES, unpack_block
+from handloom.ops.cpu.codes import SCALE_BYTES, ZERO, multiply_block, unpack_block
 from handloom.ops.cpu.elementary import tanh
 from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
 from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, PANEL, TILE_ROWS, VECTORS, WIDE, tile_of
@@ -93,6 +93,19 @@ def linear_items(columns, rows, group):
     return (panels + group - 1) // group * ((rows + ROWS - 1) // ROWS)
 
 
+@kernel(void, *[int64] * 9)
+def add_block(segment, panel, depth, k, count, x, scales, sums, out):
+    """out [PANEL] += one row times a block of quantised weights; the first block is stored."""
+    for v in range(0, PANEL, LANES):
+        simd.store(sums + 4 * v, simd.splat(ZERO))
+    multiply_block(segment, panel, depth, k, count, scales, x, sums)
+    for v in range(0, PANEL, LANES):
+        total = simd.load(sums + 4 * v)
+        if k > 0:
+            total = simd.add(simd.load(out + 4 * v), total)
+        simd.store(out + 4 * v, total)
+
+
 @kernel(void, *[int64] * 13, float64, int64, int64, int64)
 def linear_item(
     item, form, size, group, x, x_stride, rows, data, columns, depth, bias, residual, residual_stride, softcap, out,
@@ -111,8 +124,10 @@ def linear_item(
         columns_of_k = min(BLOCK, depth - k)
         for panel in range(first, last):
             into = scratch + (panel - first) * ROWS * PANEL * 4
-            if form == QUANTIZED:
-                unpack_block(data, panel, depth, k, columns_of_k, scales, block)
+            if form == QUANTIZED and count == 1:
+                add_block(data, panel, depth, k, columns_of_k, x + 4 * k, scales, block, into)
+            elif form == QUANTIZED:
+                unpack_block(data, panel, depth, k, columns_of_k, scales, x, block)
                 product(FORMAT_F32, x + 4 * k, x_stride, count, block, columns_of_k, into, k)
             else:
                 w = data + (panel * depth + k) * PANEL * size

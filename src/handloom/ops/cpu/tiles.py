@@ -31,6 +31,7 @@ class Format:
 
     size: int
     load: Callable[[Builder, Value], Value]
+    prefetch: bool = True
 
 
 def _load_f32(b: Builder, address: Value) -> Value:
@@ -97,7 +98,8 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
         column.add_incoming(w, entry)
         sums = [[b.phi(VECTOR) for _ in range(columns)] for _ in range(rows)]
         weights = [form.load(b, simd.offset(b, column, LANES * form.size * v)) for v in range(columns)]
-        _prefetch(b, simd.offset(b, column, PREFETCH), columns * LANES * form.size)
+        for line in range(0, columns * LANES * form.size if form.prefetch else 0, 64):
+            prefetch(b, simd.offset(b, column, PREFETCH + line))
         after = []
         for start, row in zip(starts, sums, strict=True):
             value = simd.splat_of(b, simd.load_at(b, b.add(start, b.shl(at, I64(2))), F32, 4), VECTOR)
@@ -115,10 +117,9 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
     return tile
 
 
-def _prefetch(b: Builder, address: Value, nbytes: int) -> None:
-    for line in range(0, nbytes, 64):
-        at = simd.pointer(b, simd.offset(b, address, line), simd.I8)
-        simd.call(b, "llvm.prefetch.p0", ir.VoidType(), at, I32(0), I32(3), I32(1))
+def prefetch(b: Builder, address: Value) -> None:
+    """Ask for a line of memory that will be read."""
+    simd.call(b, "llvm.prefetch.p0", ir.VoidType(), simd.pointer(b, address, simd.I8), I32(0), I32(3), I32(1))
 
 
 def _finish(b: Builder, sums: list[list[Value]], out: Value, stride: Value, add: Value) -> None:
