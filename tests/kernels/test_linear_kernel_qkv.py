@@ -67,6 +67,23 @@ def test_quantised_pages(name: str) -> None:
         torch.testing.assert_close(scale, their_scale, rtol=1e-5, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_dimension_that_is_not_rotated_keeps_infinity_to_itself() -> None:
+    args = list(arguments(KINDS["part of a head rotated"], torch.float32))
+    args[3] = torch.zeros(len(args[2]), device=DEVICE)
+    args[3][8] = torch.inf  # of the first head, the first beyond the rotated ones
+    q = with_pages(kernels.norm_qkv, blocks=SMALL)(*args)[0]
+    assert q.isinf()[:, 0, 8].all()
+    assert (~q.isfinite()).sum() == len(q)
+
+
+def test_heads_of_nothing_are_refused() -> None:
+    args = list(arguments(KINDS["Llama"], torch.float32))
+    args[7:9] = [pages[..., :0].contiguous() for pages in args[7:9]]
+    with pytest.raises(KernelError, match="there is nothing to write"):
+        kernels.norm_qkv(*args)
+
+
 def test_tickets_are_left_as_they_were() -> None:
     args = arguments(KINDS["Qwen3"], torch.float32, rows=17)
     tickets = torch.zeros(kernels.tickets_needed(17, 2, 1), dtype=torch.int32, device=DEVICE)

@@ -76,6 +76,22 @@ def test_a_code_lies_where_the_layout_says(kind: str) -> None:
         assert torch.equal(pack_codes(codes, kind), expected.to(torch.int32))
 
 
+@pytest.mark.parametrize("kind", NUM_CODES)
+def test_every_code_is_read_back_by_the_formulas_of_the_layout(kind: str) -> None:
+    """Word and bits of each row and column as the text of the reference gives them, without any of its code."""
+    rows, depth = 37, 200
+    codes = torch.randint(0, NUM_CODES[kind], (rows, depth), dtype=torch.uint8)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(depth), indexing="ij")
+    lane, columns = 4 * (row % 8) + column // 2 % 4, 64 if kind == "int4" else 32
+    within = column % columns
+    if kind == "int4":
+        part, bits = within // 16, 16 * (column % 2) + 8 * (column // 8 % 2) + 4 * (row // 8 % 2)
+    else:
+        part, bits = 2 * (within // 16) + column // 8 % 2, 16 * (column % 2) + 8 * (row // 8 % 2)
+    words = pack_codes(codes, kind)[row // 16, column // columns, 4 * lane + part].long()
+    assert torch.equal((words >> bits) & (NUM_CODES[kind] - 1), codes.long())
+
+
 def test_the_error_of_four_bits_is_that_of_a_uniform_quantiser() -> None:
     """Its error is spread evenly over a step: step / sqrt(12). The largest of 128 normal numbers is 2.79 in the root
     mean square, which makes the step 2.79 / 7 and the error 0.115 of the weight's own."""

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from handloom_kernels import KERNELS, norm, tune, tuning
+from handloom_kernels import KERNELS, norm, quantized_linear, reference, tune, tuning
 from handloom_kernels.checks import KernelError
+from handloom_kernels.quantized_product import quantized_blocks
 from handloom_kernels.tuning import Problem, config
 from kernel_testing import DEVICE, draw
 
@@ -72,6 +73,18 @@ def test_tuning_writes_the_fastest_that_agrees(folder: Path, monkeypatch: pytest
     written = tune.tune(["norm"], DEVICE, folder)
     assert json.loads(written.read_text()) == {"rope": [], "norm": [{"when": {"width": 8}, "config": {"BLOCK": 4}}]}
     assert config("norm", DEVICE, DEFAULT, width=8)["BLOCK"] == 4
+
+
+def test_blocks_for_a_plain_product_are_not_taken_for_a_gated_one(folder: Path) -> None:
+    """A gated program needs two tiles of the quantised weight: blocks tuned for one of the same shape may have one."""
+    q = reference.quantize_weight(draw(64, 64), "int8")
+    x, norm = draw(2, 64), reference.Norm("rms", draw(64), None, 1e-5)
+    when = {"width": 64, "depth": 64, "kind": "int8", "group": 0, "dtype": "float32", "paired": False}
+    entry = {"when": when, "config": {"BLOCK_N": 16, "SLICES": 2, "num_warps": 2, "num_stages": 2}}
+    (folder / "h100.json").write_text(json.dumps({"quantized_linear": [entry]}))
+    chosen = quantized_blocks("quantized_linear", x, q, None, normed=False, paired=False)
+    assert (chosen["BLOCK_N"], chosen["num_stages"]) == (16, 2)
+    assert quantized_linear.quantized_norm_mlp(x, norm, q, None, "silu", True).shape == (2, 32)
 
 
 def test_a_problem_without_a_candidate_that_works_says_so() -> None:

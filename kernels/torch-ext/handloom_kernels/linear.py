@@ -314,8 +314,8 @@ def blocks_for(
     """BLOCK_N (rows of the weight in a program), BLOCK_K (elements of a step), num_warps and num_stages.
 
     Of a weight [width, depth], never of a number of rows of x. A program is as wide as leaves enough programs. Where x
-    is normed, each warp does it for all of a step: steps are short, so that it fits in registers, and beside 16 rows of
-    the weight there are 2 warps, if no wide head has to meet in one program. 28 to 48 KB of the weight are on the way.
+    is normed, steps are short, so that what each warp norms fits in its registers, and beside 16 rows of the weight
+    there are 2 warps, if no wide head has to meet in one program. 28 to 48 KB of the weight are on the way.
     """
     depth = x.shape[1]
     block_n = next((n for n in (64, 32) if n <= widest and width // n >= ENOUGH_PROGRAMS), 16)
