@@ -258,7 +258,7 @@ def pair(tiny_pair: Callable[..., Pair]) -> Pair:
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_every_pair_works_as_in_generate_and_each_keeps_its_promise(pair: Pair, name: str) -> None:
+def test_safety_20_every_pair_works_as_in_generate_and_each_keeps_its_promise(pair: Pair, name: str) -> None:
     lm = pair.lm()
     for names in [frozenset({name}), *(names for names in PAIRS if min(names) == name)]:
         shared, own = merged(names)
@@ -278,7 +278,7 @@ def test_every_pair_works_as_in_generate_and_each_keeps_its_promise(pair: Pair, 
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_every_pair_gives_the_same_alone_beside_another_and_streamed(pair: Pair, name: str) -> None:
+def test_safety_20_every_pair_gives_the_same_alone_beside_another_and_streamed(pair: Pair, name: str) -> None:
     lm = pair.lm()
     for names in (names for names in PAIRS if min(names) == name and names not in CONTRADICT):
         shared, own = merged(names)
@@ -301,7 +301,7 @@ UNSUPPORTED = {name: {"num_return_sequences": 2, "num_beams": 4}.get(name, [5]) 
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_an_option_that_is_not_supported_is_refused_by_name_beside_every_other(pair: Pair, name: str) -> None:
+def test_safety_20_an_option_that_is_not_supported_is_refused_by_name_beside_every_other(pair: Pair, name: str) -> None:
     for each in FEATURES:
         shared, own = merged(frozenset({each}))
         with pytest.raises(UnsupportedOption, match=rf"^{name}="):
@@ -321,7 +321,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "named"), REFUSED, ids=lambda value: str(value)[:50])
-def test_options_that_contradict_each_other_are_refused_by_name(pair: Pair, options: Any, named: str) -> None:
+def test_safety_20_options_that_contradict_each_other_are_refused_by_name(pair: Pair, options: Any, named: str) -> None:
     with pytest.raises(InvalidParam, match=named):
         pair.lm().generate(PROMPT, **options)
 

@@ -28,6 +28,8 @@ class TokenTensor:
         self._size = 0
 
     def extend(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            return
         size = self._size + len(token_ids)
         if size > len(self._buffer):
             self._buffer = torch.cat((self._buffer[: self._size], torch.empty(2 * size, dtype=torch.int64)))
@@ -96,9 +98,9 @@ def repetition_penalty(scores: Tensor, penalties: Sequence[float], token_ids: Se
     if not on:
         return
     seen = flat_indices({row: token_ids[row] for row in on}, scores)
-    factors: float | Tensor = next(iter(on.values()))
-    if len(on) > 1:
-        factors = torch.tensor(penalties, dtype=torch.float32, device=scores.device)[seen // scores.shape[1]]
+    # a tensor also where it is one number: a GPU divides by a number of Python's with other bits
+    factors = torch.tensor(penalties, dtype=torch.float32, device=scores.device)
+    factors = factors[next(iter(on))] if len(on) == 1 else factors[seen // scores.shape[1]]
     flat = scores.view(-1)
     score = flat.gather(0, seen)
     flat.scatter_(0, seen, torch.where(score < 0, score * factors, score / factors))
@@ -123,10 +125,15 @@ def forbid(scores: Tensor, token_ids: Sequence[Sequence[int] | Tensor]) -> None:
 
 def flat_indices(token_ids: dict[int, Sequence[int] | Tensor], scores: Tensor) -> Tensor:
     """Where the rows' token ids lie in `scores.view(-1)`, int64 [n]; ids that have no column are left out."""
-    vocab_size, parts = scores.shape[1], []
-    for row, ids in token_ids.items():
-        part = torch.as_tensor(ids, dtype=torch.int64)
-        if len(part) and int(part.max()) >= vocab_size:
-            part = part[part < vocab_size]
-        parts.append(part + row * vocab_size if row else part)
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(scores.device)
+    vocab_size = scores.shape[1]
+    starts: int | Tensor
+    parts = [torch.as_tensor(ids, dtype=torch.int64) for ids in token_ids.values()]
+    if len(parts) == 1:
+        ids, starts = parts[0], next(iter(token_ids)) * vocab_size
+    else:
+        ids, counts = torch.cat(parts), torch.tensor([len(part) for part in parts])
+        starts = (torch.tensor(list(token_ids)) * vocab_size).repeat_interleave(counts)
+    flat = ids + starts
+    if len(ids) and int(ids.max()) >= vocab_size:
+        flat = flat[ids < vocab_size]
+    return flat.to(scores.device)
