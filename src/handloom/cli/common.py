@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 import math
 import re
 import sys
@@ -272,7 +273,7 @@ def load_model(options: ModelOptions, *, quiet: bool = False) -> LM:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-    with weights_bar(quiet) as progress:
+    with notices(quiet), weights_bar(quiet) as progress:
         lm = LM.from_pretrained(
             options.model,
             device=options.device,
@@ -288,6 +289,25 @@ def load_model(options: ModelOptions, *, quiet: bool = False) -> LM:
     say(f"model: {lm.origin}", quiet)
     say(f"{held} on {lm.device}, {lm.backend.name} backend, ready in {time.perf_counter() - started:.1f} s", quiet)
     return lm
+
+
+@contextmanager
+def notices(quiet: bool = False) -> Iterator[None]:
+    """What handloom logs meanwhile, such as that it compiles, as lines for people."""
+
+    class Said(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage(), quiet)
+
+    logger, handler = logging.getLogger("handloom"), Said(logging.INFO)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -49,12 +49,12 @@ class HookedBlock:
         widths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
 
         def projected(span: Span, part: int) -> Tensor:
-            qkv = linear(normalize(hidden[span.rows], layer.attn_norm), layer.qkv, layer.qkv_bias)
+            qkv = linear(normalized(hidden[span.rows], layer.attn_norm), layer.qkv, layer.qkv_bias)
             own: Tensor = qkv.split(widths, dim=-1)[part]
             return own.reshape(len(own), -1, head_dim)
 
         def entering(span: Span, x: Tensor, norm: Norm | None) -> Tensor:
-            x = x if norm is None else normalize(x, norm)
+            x = x if norm is None else normalized(x, norm)
             if rotary is None:
                 return x
             return rotate(x, rotary._replace(cos=rotary.cos[span.rows], sin=rotary.sin[span.rows]))
@@ -121,6 +121,12 @@ class HookedBlock:
         self.hooks.visit(self.prefix + name, alone, lambda span, new: out[span.rows].copy_(residual[span.rows] + new))
 
 
+def normalized(x: Tensor, norm: Norm) -> Tensor:
+    """The norm by the plain formula, in x's dtype, which may be wider than the weights'."""
+    bias = None if norm.bias is None else norm.bias.to(x.dtype)
+    return normalize(x, norm._replace(weight=norm.weight.to(x.dtype), bias=bias))
+
+
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias by the plain formula, in x's dtype."""
     return F.linear(x, matrix(weight).to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -166,4 +172,4 @@ def hooked_head(model: Transformer, hooks: StepHooks, batch: ForwardBatch, hidde
         cap = model.spec.logits_softcap
         logits[inside] = (own if cap is None else cap * torch.tanh(own / cap)).float()
 
-    hooks.visit("ln_final.hook_normalized", lambda span: normalize(hidden[span.rows], model.final_norm), replace)
+    hooks.visit("ln_final.hook_normalized", lambda span: normalized(hidden[span.rows], model.final_norm), replace)

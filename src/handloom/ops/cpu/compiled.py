@@ -32,7 +32,7 @@ _lock = threading.Lock()
 
 
 def compiled_step() -> Callable[[int, int], None]:
-    """`step.run` as machine code that lets go of the interpreter's lock: 10 seconds the first time on a machine."""
+    """`step.run` as machine code that lets go of the interpreter's lock; says so in the log when it has to be made."""
     with _lock:
         return _compiled_step()
 
@@ -41,10 +41,13 @@ def compiled_step() -> Callable[[int, int], None]:
 def _compiled_step() -> Callable[[int, int], None]:
     function = njit(nogil=True, error_model="numpy")(step.run)
     function._cache = _Cache(step.run)
-    started = time.perf_counter()
-    function.compile(SIGNATURE)
-    if not sum(function.stats.cache_hits.values()):
-        logger.info("compiled the CPU kernels in %.1f s", time.perf_counter() - started)
+    if is_kept():
+        function.compile(SIGNATURE)
+    else:
+        started = time.perf_counter()
+        logger.info("compiling the CPU kernels, once on this machine, which takes 5 to 15 seconds")
+        function.compile(SIGNATURE)
+        logger.info("compiled in %.1f s", time.perf_counter() - started)
     compiled: Callable[[int, int], None] = function
     return compiled
 

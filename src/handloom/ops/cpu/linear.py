@@ -20,6 +20,7 @@ from handloom.ops.quantized_panels import QUANTIZED
 
 BLOCK = 64
 ROWS = 504  # of a chunk: a multiple of every tile
+MANY = 64
 GROUP = 4  # panels of an item at most
 ITEM_BYTES = 1 << 17  # of weights that an item is to read: less is lost in handing out items
 SCRATCH = ROWS * GROUP * PANEL * 4
@@ -78,11 +79,14 @@ def product(form, x, x_stride, rows, w, k, out, accumulate):
         product_f16(x, x_stride, rows, w, PANEL * 2, k, out, stride, accumulate)
 
 
-@kernel(int64, *[int64] * 4)
-def group_of(columns, depth, size, threads):
-    """How many panels an item has: enough to read ITEM_BYTES, few enough that there are items for all threads."""
+@kernel(int64, *[int64] * 5)
+def group_of(columns, depth, size, rows, threads):
+    """How many panels an item has: enough to read ITEM_BYTES, few enough that there are items for all threads.
+
+    Many rows are read from a far cache once for all panels of an item, so there are as many as can be.
+    """
     panels = (columns + PANEL - 1) // PANEL
-    wanted = ITEM_BYTES // (depth * PANEL * size)
+    wanted = GROUP if rows > MANY else ITEM_BYTES // (depth * PANEL * size)
     return max(1, min(wanted, GROUP, panels // (4 * threads)))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from handloom.ops.cpu import blocks
 from handloom.ops.cpu import instructions as ins
 from handloom.ops.cpu.blocks import Instructions, Scale, Weight
+from handloom.ops.cpu.compiled import compiled_step
 from handloom.ops.cpu.instructions import Frame
 from handloom.ops.cpu.machine import Machine
 from handloom.ops.panels import Panels
@@ -201,6 +202,7 @@ class Program:
     """A model's step; see `handloom.ops.Program`."""
 
     def __init__(self) -> None:
+        compiled_step()  # now, rather than in the first step
         self._machine, self._lock = Machine(), threading.Lock()
         self._recorded: Recorder | None = None
         self._pages: list[int] = []

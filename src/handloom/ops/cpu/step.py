@@ -127,8 +127,9 @@ def count_items(instruction, frame):
 
 @kernel(int64, int64, int64)
 def linear_group(instruction, frame):
+    rows = read_i64(frame + 8 * operand(instruction, 0))
     return group_of(
-        operand(instruction, 6), operand(instruction, 7), operand(instruction, 4), read_i64(frame + THREADS)
+        operand(instruction, 6), operand(instruction, 7), operand(instruction, 4), rows, read_i64(frame + THREADS)
     )
 
 
