@@ -38,11 +38,11 @@ class Memory:
         self._read: list[int] = []
         calls_the_caller = params.logits_processor or params.prefix_allowed_tokens_fn is not None
         self._ids = TokenTensor() if calls_the_caller else None
-        self._seen = SeenTokens() if params.repetition_penalty != 1.0 else None
-        self._ngrams = NgramTable(params.no_repeat_ngram_size) if params.no_repeat_ngram_size else None
-        self._prompt_seen = SeenTokens() if params.encoder_repetition_penalty != 1.0 else None
-        size = params.encoder_no_repeat_ngram_size
-        self._prompt_ngrams = NgramTable(size) if size else None
+        size, prompt_size = params.no_repeat_ngram_size, params.encoder_no_repeat_ngram_size
+        self._seen = SeenTokens() if params.repetition_penalty != 1.0 or size == 1 else None
+        self._ngrams = NgramTable(size) if size > 1 else None
+        self._prompt_seen = SeenTokens() if params.encoder_repetition_penalty != 1.0 or prompt_size == 1 else None
+        self._prompt_ngrams = NgramTable(prompt_size) if prompt_size > 1 else None
         self.synthid = SynthIDContext(mark) if isinstance(mark, SynthID) else None
         readers = (self._ids, self._seen, self._ngrams, self._prompt_seen, self._prompt_ngrams, self.synthid)
         self._reads = any(reader is not None for reader in readers)
@@ -81,10 +81,10 @@ class Memory:
         """Distinct ids of the prompt, int64 [n]."""
         return _NOTHING if self._prompt_seen is None else self._prompt_seen.ids
 
-    def repeating(self) -> Sequence[int]:
+    def repeating(self) -> Sequence[int] | Tensor:
         """The tokens that would complete an n-gram of the sequence."""
-        return [] if self._ngrams is None else list(self._ngrams.completing(self._read))
+        return self.seen if self._ngrams is None else list(self._ngrams.completing(self._read))
 
-    def repeating_prompt(self) -> Sequence[int]:
+    def repeating_prompt(self) -> Sequence[int] | Tensor:
         """The tokens that would complete an n-gram of the prompt."""
-        return [] if self._prompt_ngrams is None else list(self._prompt_ngrams.completing(self._read))
+        return self.prompt_seen if self._prompt_ngrams is None else list(self._prompt_ngrams.completing(self._read))

@@ -11,6 +11,7 @@ This module does not know requests or which rules a request has on.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Hashable, Sequence
 from hashlib import blake2b
 
@@ -72,20 +73,22 @@ class NgramTable:
 
     def read(self, token_ids: Sequence[int], start: int) -> None:
         """Take in the n-grams that end in token_ids[start:]."""
-        for end in range(max(start, self.size - 1), len(token_ids)):
-            self._next.setdefault(self._key(token_ids, end), {})[token_ids[end]] = None
+        length = self.size - 1
+        recent = array("q", token_ids[max(0, start - length) :])
+        for end in range(length, len(recent)):
+            self._next.setdefault(self._key(recent[end - length : end]), {})[recent[end]] = None
 
     def completing(self, token_ids: Sequence[int]) -> Collection[int]:
         """The tokens after which the sequence would end in an n-gram that was read."""
-        if len(token_ids) < self.size - 1:
+        length = self.size - 1
+        if len(token_ids) < length:
             return ()
-        return self._next.get(self._key(token_ids, len(token_ids)), ())
+        return self._next.get(self._key(array("q", token_ids[len(token_ids) - length :])), ())
 
-    def _key(self, token_ids: Sequence[int], end: int) -> Hashable:
-        before = token_ids[end - self.size + 1 : end]
-        if self.size <= _LONGEST_TUPLE:
+    def _key(self, before: array[int]) -> Hashable:
+        if len(before) < _LONGEST_TUPLE:
             return tuple(before)
-        return blake2b(repr(before).encode(), digest_size=16).digest()
+        return blake2b(before, digest_size=16).digest()
 
 
 def repetition_penalty(scores: Tensor, penalties: Sequence[float], token_ids: Sequence[Sequence[int] | Tensor]) -> None:
