@@ -14,6 +14,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -114,16 +115,18 @@ def weight_bytes_per_token(model: ModelSpec | Loaded, dtype: torch.dtype) -> int
     Every weight once, a tied head included; of the tables that are only looked up (positions, and the
     embedding where the head is untied) one row.
     """
-    spec = model if isinstance(model, ModelSpec) else model.spec
+    if isinstance(model, ModelSpec):
+        sizes = {name: parameter.numel * dtype.itemsize for name, parameter in model_parameters(model).items()}
+        return bytes_per_token(model, sizes)
+    held = model.transformer.weights.held
+    return bytes_per_token(model.spec, {name: _useful_bytes(weight) for name, weight in held.items()})
+
+
+def bytes_per_token(spec: ModelSpec, sizes: Mapping[str, int]) -> int:
+    """As weight_bytes_per_token, of weights that take so many bytes each."""
     looked_up = {"positions.weight"} if spec.tied_head else {"positions.weight", "embed.weight"}
-    if not isinstance(model, ModelSpec):
-        held = model.transformer.weights.held
-        return sum(_useful_bytes(w) // (len(w) if name in looked_up else 1) for name, w in held.items())
-    values = sum(
-        parameter.shape[1] if name in looked_up else parameter.numel
-        for name, parameter in model_parameters(spec).items()
-    )
-    return values * dtype.itemsize
+    shapes = model_parameters(spec)
+    return sum(size // (shapes[name].shape[0] if name in looked_up else 1) for name, size in sizes.items())
 
 
 def _useful_bytes(weight: Weight) -> int:

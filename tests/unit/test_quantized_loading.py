@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Storage
 from torch import Tensor
+from typer.testing import CliRunner
 
 import handloom as hl
 from gguf_files import MIXED, QUANTIZABLE, WIDE, export
@@ -17,6 +19,7 @@ from handloom import machine
 from handloom.checkpoint import open_checkpoint
 from handloom.checkpoint.gguf import GGUFCheckpoint
 from handloom.checkpoint.quantization import FORMATS, QuantizedMatrix, QuantizedRows
+from handloom.cli import app
 from handloom.errors import CheckpointError, InvalidParam, UnsupportedOption
 from handloom.model.families import read_config
 from handloom.model.loading import load_transformer
@@ -178,3 +181,16 @@ def test_a_weight_is_read_only_in_the_format_and_shape_that_the_file_has(tmp_pat
             checkpoint.read_quantized(name, QuantizedRows.empty(FORMATS[format], rows, columns))
     with pytest.raises(CheckpointError, match="transposed"):
         checkpoint.read_quantized(name, QuantizedRows.empty(FORMATS["Q8_0"], 96, 96), transpose=True)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_inspect_says_how_a_file_would_be_held_and_loading_holds_it_so(
+    tmp_path: Path, quantize: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "read_bandwidth", lambda **_: 10e9)
+    path = export(tiny_llama(**QUANTIZABLE, vocab_size=352), tmp_path / "x.gguf", Storage.Q5_0)
+    options = [] if quantize is None else ["--quantize", quantize]
+    found = json.loads(CliRunner().invoke(app, ["inspect", str(path), "--json", *options]).stdout)
+    lm = hl.LM.from_pretrained(path, quantize=quantize, backend="torch" if quantize else "cpu")
+    assert found["held"] == {"dtype": "float32", "bytes": sum(lm.held.values()), "formats": lm.held}
+    assert found["decode_limit"]["tokens_per_second"] == machine.decode_limit(lm, torch.float32, 10e9)

@@ -24,6 +24,7 @@ NORMS = {"rms": "RMSNorm", "rms_unit_offset": "RMSNorm, weight + 1", "layer": "L
 def inspect(
     model: common.ModelArgument = None,
     dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
     revision: common.Revision = None,
     json: common.Json = False,
     quiet: common.Quiet = False,
@@ -33,27 +34,40 @@ def inspect(
     The decode limit is memory bandwidth, measured now, over the bytes that one token needs at batch 1.
     """
     with common.waiting("starting", quiet or json):
+        import torch
+
         from handloom import machine
         from handloom.checkpoint import open_checkpoint
-        from handloom.loading import choose_device, choose_dtype
+        from handloom.checkpoint.quantize import Scheme
+        from handloom.loading import choose_device, choose_dtype, choose_quantization
         from handloom.model.families import read_config
+        from handloom.model.loading import plan
+        from handloom.ops import choose_backend
     checkpoint = open_checkpoint(model, revision=revision)
     try:
-        _, spec = read_config(checkpoint.config, f"{checkpoint.name}: config.json")
-        held = choose_dtype(dtype, checkpoint.dtype)
+        family, spec = read_config(checkpoint.config, f"{checkpoint.name}: config.json")
+        device, scheme = choose_device("auto"), None if quantize is None else Scheme.parse(quantize)
+        how = choose_quantization(scheme, checkpoint, choose_backend(device), dtype, device)
+        held = choose_dtype(dtype, torch.float32 if how else checkpoint.dtype)
+        planned = plan(checkpoint, family, spec, held, how)
         with common.waiting("measuring memory bandwidth", quiet or json):
-            device = choose_device("auto")
             bandwidth = machine.read_bandwidth(device=device)
         found = _describe(checkpoint, spec, held)
     finally:
         checkpoint.close()
+    formats: Counter[str] = Counter()
+    for counts in planned.values():
+        formats.update(counts)
+    found["held"] |= {"bytes": formats.total()} | ({"formats": dict(formats.most_common())} if how else {})
+    per_token = machine.bytes_per_token(spec, {name: sum(counts.values()) for name, counts in planned.items()})
+    in_cache = machine.kv_bytes_read(spec, held, spec.max_context)
     found["decode_limit"] = {
         "device": str(device),
         "bandwidth": bandwidth,
         "machine_busy": machine.is_busy(),
-        "bytes_per_token": machine.weight_bytes_per_token(spec, held),
-        "tokens_per_second": machine.decode_limit(spec, held, bandwidth),
-        "tokens_per_second_full_context": machine.decode_limit(spec, held, bandwidth, spec.max_context),
+        "bytes_per_token": per_token,
+        "tokens_per_second": bandwidth / per_token,
+        "tokens_per_second_full_context": bandwidth / (per_token + in_cache),
     }
     if json:
         common.emit_json(found, indent=2)
@@ -85,7 +99,7 @@ def _describe(checkpoint: Checkpoint, spec: ModelSpec, held: torch.dtype) -> dic
         "logits_softcap": spec.logits_softcap,
         "parameters": parameters,
         "file": {"dtypes": dict(storages.most_common()), "tensors": len(checkpoint.tensors), "bytes": storages.total()},
-        "held": {"dtype": str(held).removeprefix("torch."), "bytes": parameters * held.itemsize},
+        "held": {"dtype": str(held).removeprefix("torch.")},
         "kv_bytes_per_token": kv_values_per_token(spec) * held.itemsize,
     }
 
@@ -158,15 +172,21 @@ def _show(found: dict[str, Any]) -> None:
         **({"logits softcap": f"{found['logits_softcap']:g}"} if found["logits_softcap"] else {}),
         "parameters": f"{found['parameters']:,}",
         "in the file": f"{common.size(file['bytes'])} in {file['tensors']} tensors: {_shares(file)}",
-        "in memory": f"{common.size(held['bytes'])} as {held['dtype']}",
+        "in memory": f"{common.size(held['bytes'])} as {_as(held)}",
         "KV cache": f"{common.size(found['kv_bytes_per_token'])} per token",
-        "decode limit": f"{rate} at batch 1 as {held['dtype']}, {full}",
+        "decode limit": f"{rate} at batch 1, {full}",
         "": f"{limit['bandwidth'] / 1e9:.1f} GB/s read on {limit['device']} (measured), "
         f"{limit['bytes_per_token'] / 1e6:.1f} MB per token"
         + ("; the machine is busy, so the true limit is higher" if limit["machine_busy"] else ""),
     }
     common.show_table(common.facts(rows))
     common.show_table(_layer_table(found["layer_kinds"]))
+
+
+def _as(held: dict[str, Any]) -> str:
+    if "formats" not in held:
+        return str(held["dtype"])
+    return ", ".join(f"{name} ({common.size(nbytes)})" for name, nbytes in held["formats"].items())
 
 
 def _grouped(kinds: list[dict[str, Any]]) -> str:

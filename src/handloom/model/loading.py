@@ -12,6 +12,7 @@ This module does not know file formats or how config.json is written.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -213,6 +214,25 @@ def _formats(
             f"{format.multiple}; " + (f"use a group of {fitting}" if fitting else "'int8' takes rows of any length")
         )
     return (format,) * len(source.names)
+
+
+def plan(
+    checkpoint: Checkpoint,
+    family: Family,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    quantize: Scheme | Literal["keep"] | None,
+) -> dict[str, dict[str, int]]:
+    """How load_transformer would hold each weight: bytes by dtype or format. No weight is read; raises as it does."""
+    sources, parameters = dict(_sources(family, spec, _prefix(checkpoint, family))), model_parameters(spec)
+    _check_names(checkpoint, family, sources)
+    planned = {}
+    for name, parameter in parameters.items():
+        formats, counts = _formats(checkpoint, name, sources[name], parameter, quantize), Counter[str]()
+        for format, rows in zip(formats, _parts(parameter, len(formats)), strict=False):
+            counts[format.name] += format.nbytes(rows, parameter.shape[1])
+        planned[name] = dict(counts) or {str(dtype).removeprefix("torch."): _nbytes(parameter, (), dtype)}
+    return planned
 
 
 def _nbytes(parameter: Parameter, formats: tuple[Format, ...], dtype: torch.dtype) -> int:
