@@ -105,7 +105,7 @@ def repetition_penalty(scores: Tensor, penalties: Sequence[float], token_ids: Se
     factors = torch.tensor(penalties, dtype=torch.float32, device=scores.device)
     factors = factors[next(iter(on))] if len(on) == 1 else factors[seen // scores.shape[1]]
     flat = scores.view(-1)
-    score = flat.gather(0, seen)
+    score = flat.index_select(0, seen)
     flat.scatter_(0, seen, torch.where(score < 0, score * factors, score / factors))
 
 
