@@ -411,7 +411,7 @@ STAND_INS: list[tuple[dict[str, Any], Any]] = [
 
 
 @pytest.mark.parametrize("on", [True, False], ids=["option on", "option off"])
-@pytest.mark.parametrize(("option", "processor"), STAND_INS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("option", "processor"), STAND_INS, ids=[next(iter(option)) for option, _ in STAND_INS])
 def test_a_callers_processor_of_a_built_in_class_replaces_the_built_in_one_in_its_place(option, processor, on):
     options = {"temperature": 0.5, "do_sample": True, "top_k": 0, "suppress_tokens": [9], **(option if on else {})}
     for prompt in ([0, 1, 2, 0, 1, 2], [0]):
