@@ -14,7 +14,7 @@ import pytest
 
 from tiny_models import save, tiny_llama
 
-WIDTH = 900_000
+LAYERS, HIDDEN, WIDTH = 8, 64, 100_000
 LOAD = """
 import sys
 from pathlib import Path
@@ -38,7 +38,10 @@ print(*sorted(name for name in set(sys.modules) - imported if name.startswith("t
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The bytes that loading half a GiB of weights added, and what of transformers was imported."""
-    folder = save(tiny_llama(num_hidden_layers=1, intermediate_size=WIDTH), tmp_path_factory.mktemp("large"))
+    folder = save(
+        tiny_llama(num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=WIDTH),
+        tmp_path_factory.mktemp("large"),
+    )
     return subprocess.run(
         [sys.executable, "-c", LOAD, str(folder)], stdout=subprocess.PIPE, text=True, check=True
     ).stdout.splitlines()
@@ -46,7 +49,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's record of peak memory")
 def test_the_peak_of_a_whole_load_is_that_of_the_weights(printed: list[str]) -> None:
-    weights = 3 * 48 * WIDTH * 4
+    weights = LAYERS * 3 * HIDDEN * WIDTH * 4
     assert 0.98 * weights < int(printed[0]) < 1.2 * weights
 
 

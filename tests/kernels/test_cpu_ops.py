@@ -217,6 +217,12 @@ def test_panels_are_the_matrix() -> None:
     for rows, columns in ((1, 1), (32, 5), (70, 33)):
         weight = draw(rows, columns, dtype=torch.bfloat16)
         panels = Panels.pack(weight)
+        room = torch.full((-(-rows // 32) * 32 + 3, columns), 7.0, dtype=weight.dtype)
+        room[:rows] = weight
+        taken = Panels.take(room[:rows])
+        assert taken.data.data_ptr() == room.data_ptr()
+        assert torch.equal(taken.data, panels.data)
+        assert torch.equal(Panels.take(weight.clone()).data, panels.data)
         assert torch.equal(panels.matrix(), weight)
         assert torch.equal(panels[[0, rows - 1]], weight[[0, rows - 1]])
         assert panels[0].shape == weight[0].shape

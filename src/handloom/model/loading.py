@@ -33,6 +33,7 @@ from handloom.model.transformer import Transformer, hold
 from handloom.ops import Backend, Weight
 
 READERS = 2
+ROOM = 32  # rows of a matrix are rounded up to it, so that it can be laid out in its own memory; see Backend.take
 Progress = Callable[[int, int], None]
 
 
@@ -72,7 +73,7 @@ def load_transformer(
             _read_quantized(checkpoint, sources[name], parameters[name], weight, keep=quantize == "keep")
         else:
             _read(checkpoint, sources[name], parameters[name], weight)
-        weights[name] = hold(spec, backend, name, weight)
+        weights[name] = hold(spec, backend, name, weight, own=True)
         return weight.nbytes
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -247,7 +248,9 @@ def _empty(
 ) -> Tensor | QuantizedMatrix:
     """Memory for a weight; neighbours of one format become one segment."""
     if not formats:
-        return torch.empty(parameter.shape, dtype=dtype, device=device)
+        rows, *columns = parameter.shape
+        room = -(-rows // ROOM) * ROOM if columns else rows
+        return torch.empty(room, *columns, dtype=dtype, device=device)[:rows]
     parts = zip(formats, _parts(parameter, len(formats)), strict=True)
     segments = [
         QuantizedRows.empty(format, sum(count for _, count in same), parameter.shape[1])

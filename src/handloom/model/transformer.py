@@ -57,14 +57,17 @@ def make_norm(spec: NormSpec, weights: Mapping[str, Weight], name: str) -> Norm:
     return Norm(spec.kind, weight, vector(weights, f"{name}.bias"), spec.eps)
 
 
-def hold(spec: ModelSpec, backend: Backend, name: str, weight: Weight) -> Weight:
-    """A weight as the backend reads it: matrices of linears in its own form, all else as it is."""
+def hold(spec: ModelSpec, backend: Backend, name: str, weight: Weight, *, own: bool = False) -> Weight:
+    """A weight as the backend reads it: matrices of linears in its own form, all else as it is.
+
+    own: nobody else uses the weight, and its memory may be taken.
+    """
     looked_up = {"positions.weight"} if spec.tied_head else {"positions.weight", "embed.weight"}
-    if isinstance(weight, QuantizedMatrix):
-        return backend.hold(weight)
-    if not isinstance(weight, Tensor) or len(weight.shape) != 2 or name in looked_up:
+    if isinstance(weight, Tensor) and (len(weight.shape) != 2 or name in looked_up):
         return weight
-    return backend.hold(weight)
+    if not isinstance(weight, Tensor | QuantizedMatrix):
+        return weight
+    return backend.take(weight) if own else backend.hold(weight)
 
 
 class Weights(Mapping[str, Tensor | QuantizedMatrix]):

@@ -122,7 +122,8 @@ def _as_it_is(weight: Weight) -> Weight:
 class Backend:
     """What computes the model, and why it was chosen; `str(backend)` is what a user is told.
 
-    hold: a linear's weight in the form that this backend's ops read, which takes its place. program: makes an
+    hold: a linear's weight in the form that this backend's ops read, which takes its place; take: the
+    same in the weight's own memory where that goes. program: makes an
     empty Program for a model; None where steps run op by op.
     """
 
@@ -130,6 +131,7 @@ class Backend:
     ops: Ops
     reason: str
     hold: Callable[[Any], Weight] = _as_it_is
+    take: Callable[[Any], Weight] = _as_it_is
     program: Callable[[], Program] | None = None
 
     @property
@@ -181,9 +183,8 @@ def _cpu(device: torch.device, why: str) -> Backend:
         raise UnsupportedOption(
             f"backend 'cpu', the default on a CPU, needs the package numba: {error}; install it, or choose 'torch'"
         ) from error
-    return Backend(
-        "cpu", cast(Ops, cpu), f"{BACKENDS['cpu']}; {why}", cpu.hold, cast(Callable[[], Program], cpu.Program)
-    )
+    program = cast(Callable[[], Program], cpu.Program)
+    return Backend("cpu", cast(Ops, cpu), f"{BACKENDS['cpu']}; {why}", cpu.hold, cpu.take, program)
 
 
 def _triton_ops(device: torch.device, head_dims: Collection[int]) -> Ops:

@@ -17,6 +17,7 @@ from torch import Tensor
 from handloom.errors import UnsupportedOption
 
 PANEL = 32
+CHUNK_VALUES = 1 << 20
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The number by which kernels know how a value lies in memory, for weights, tables and pages of these dtypes."""
 
@@ -53,6 +54,23 @@ class Panels:
         if whole < len(data):
             data[whole] = 0
             data[whole, :, : columns - whole * PANEL] = weight[whole * PANEL :].T
+        return cls(data, weight.shape, form)
+
+    @classmethod
+    def take(cls, weight: Tensor) -> Panels:
+        """Lay out a matrix in its own memory, if its storage goes on for whole panels; it is no matrix then."""
+        form, (columns, depth) = format_of(weight.dtype), weight.shape
+        count = -(-columns // PANEL)
+        room = weight.untyped_storage().nbytes() // weight.element_size() - weight.storage_offset()
+        if not weight.is_contiguous() or room < count * PANEL * depth:
+            return cls.pack(weight)
+        rows = weight.as_strided((count * PANEL, depth), (depth, 1))
+        rows[columns:] = 0
+        data = rows.view(count, depth, PANEL)
+        step = max(1, CHUNK_VALUES // (PANEL * depth))
+        for first in range(0, count, step):
+            part = data[first : first + step]
+            part.copy_(part.view(-1, PANEL, depth).transpose(1, 2).clone(memory_format=torch.contiguous_format))
         return cls(data, weight.shape, form)
 
     @property

@@ -42,12 +42,18 @@ __all__ = [
     "norm_mlp",
     "norm_qkv",
     "paged_attention",
+    "take",
 ]
 
 
 def hold(weight: Tensor | QuantizedMatrix) -> Panels | QuantizedPanels:
     """A matrix as the kernels read it. Raises UnsupportedOption for a dtype that they do not read."""
     return QuantizedPanels.pack(weight) if isinstance(weight, QuantizedMatrix) else Panels.pack(weight)
+
+
+def take(weight: Tensor | QuantizedMatrix) -> Panels | QuantizedPanels:
+    """`hold` of a matrix that nobody else uses, whose memory becomes that of the panels if it has room for them."""
+    return QuantizedPanels.pack(weight) if isinstance(weight, QuantizedMatrix) else Panels.take(weight)
 
 
 def _panels(weight: Weight) -> Panels | QuantizedPanels:
