@@ -1,7 +1,8 @@
 """Loading a folder with its tokenizer, up to the first token, costs little more than its weights.
 
 In a process of its own, for what a load imports is a part of its price; what `transformers.AutoTokenizer` imports by
-itself, the most with transformers before 5.18, is not counted.
+itself, the most with transformers before 5.18, is not counted; nor is numba with the compiled step, 140 MiB whatever
+the model.
 """
 
 from __future__ import annotations
@@ -14,46 +15,54 @@ import pytest
 
 from tiny_models import save, tiny_llama
 
-LAYERS, HIDDEN, WIDTH = 8, 64, 100_000
+LAYERS, HIDDEN, WIDTH = 8, 96, 56_000
 LOAD = """
 import sys
 from pathlib import Path
 import handloom as hl
 import torch
+from handloom.ops import cpu
 from transformers import AutoTokenizer
 
 def status(key):
     return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
 
 torch.ones(8, 8) @ torch.ones(8, 8)
+cpu.compiled_step()
 Path("/proc/self/clear_refs").write_text("5")
 before, imported = status("VmRSS"), set(sys.modules)
-lm = hl.LM.from_pretrained(sys.argv[1], dtype="float32")
+lm = hl.LM.from_pretrained(sys.argv[1], dtype="float32", backend=sys.argv[2])
 print(status("VmHWM") - before)
 lm.generate("one two", max_new_tokens=1)
 print(*sorted(name for name in set(sys.modules) - imported if name.startswith("transformers.")))
 """
 
 
+# of the weights; what a matrix turned in its own memory and the compiled code take beside them is some 100 MiB
+ALLOWED = {"torch": 1.2, "cpu": 1.35}
+
+
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The bytes that loading half a GiB of weights added, and what of transformers was imported."""
-    folder = save(
-        tiny_llama(num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=WIDTH),
-        tmp_path_factory.mktemp("large"),
-    )
-    return subprocess.run(
-        [sys.executable, "-c", LOAD, str(folder)], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout.splitlines()
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_llama(num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=WIDTH)
+    return save(model, tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture(scope="module", params=sorted(ALLOWED))
+def loaded(request: pytest.FixtureRequest, folder: Path) -> tuple[str, list[str]]:
+    """The backend; the bytes that loading half a GiB of weights added, and what of transformers was imported."""
+    command = [sys.executable, "-c", LOAD, str(folder), request.param]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    return request.param, printed
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's record of peak memory")
-def test_the_peak_of_a_whole_load_is_that_of_the_weights(printed: list[str]) -> None:
-    weights = LAYERS * 3 * HIDDEN * WIDTH * 4
-    assert 0.98 * weights < int(printed[0]) < 1.2 * weights
+def test_the_peak_of_a_whole_load_is_that_of_the_weights(loaded: tuple[str, list[str]]) -> None:
+    (backend, printed), weights = loaded, LAYERS * 3 * HIDDEN * WIDTH * 4
+    assert 0.98 * weights < int(printed[0]) < ALLOWED[backend] * weights
 
 
-def test_nothing_of_transformers_own_models_is_imported(printed: list[str]) -> None:
+def test_nothing_of_transformers_own_models_is_imported(loaded: tuple[str, list[str]]) -> None:
     """Its configuration and generation modules bring in a thousand others: 200 MiB and more than a second."""
-    imported = set(printed[1].split())
+    imported = set(loaded[1][1].split())
     assert not imported & {"transformers.models.llama", "transformers.modeling_utils", "transformers.generation.utils"}
