@@ -31,6 +31,7 @@ PROOFS = {
     "forced_bos_token_id": "test_rules_in_generate.py",
     "renormalize_logits": "test_rules_in_generate.py",
     "remove_invalid_values": "test_rules_in_generate.py",
+    "num_return_sequences": "test_several_samples.py",
     "output_scores": "test_scores_and_logprobs.py",
     "output_logits": "test_scores_and_logprobs.py",
 }

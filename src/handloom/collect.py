@@ -7,82 +7,102 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from handloom.decoding.decoder import Event, FinishedEvent, PromptLogprobsEvent, TokenEvent
+from handloom.decoding.decoder import Event, FinishedEvent, PromptLogprobsEvent, SampleFinishedEvent, TokenEvent
 from handloom.engine import Engine
 from handloom.output import Output, Piece, Timing
 from handloom.sampling.params import GenerationParams
+from handloom.sampling.rng import seed_of_sample
 
 
 class Collector:
-    """One call's requests: `add` all, then exhaust `pieces`; `outputs` stand in the order of `add`."""
+    """One call's requests: `add` all, then exhaust `pieces`; `outputs` stand in that order, a prompt's together."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.outputs: list[Output] = []
-        self._index: dict[int, int] = {}
-        self._started: list[float] = []
-        self._first: list[float | None] = []
+        self._requests: dict[int, _Request] = {}
 
     def add(self, prompt: Any, /, **options: Any) -> None:
         """Queue a prompt. Raises what Engine.add_request raises."""
+        index = len(self._requests)
         allowed = options.get("prefix_allowed_tokens_fn")
         if callable(allowed):  # as in transformers, it is told which prompt of the call it is about
-            options["prefix_allowed_tokens_fn"] = partial(_about, len(self.outputs), allowed)
+            options["prefix_allowed_tokens_fn"] = partial(_about, index, allowed)
         decoder = self.engine.prepare(prompt, options)
-        self._index[self.engine.add(decoder)] = len(self.outputs)
-        self.outputs.append(_empty(decoder.sequence.token_ids, decoder.params))
-        self._started.append(time.perf_counter())
-        self._first.append(None)
+        request = self.engine.add(decoder)
+        outputs = [_empty(decoder.sequence.token_ids, decoder.params, at) for at in range(decoder.num_outputs)]
+        self._requests[request] = _Request(index, outputs, time.perf_counter())
+        self.outputs += outputs
 
     def pieces(self) -> Iterator[Piece]:
         """Run to the end, recording every event and yielding the visible ones."""
         for event in self.engine.run():
-            piece = self._record(self._index[event.request_id], event)
-            if piece is not None:
-                yield piece
+            yield from self._requests[event.request_id].record(event)
 
-    def _record(self, index: int, event: Event) -> Piece | None:
-        output = self.outputs[index]
+
+@dataclass(slots=True)
+class _Request:
+    """A prompt's place in the call, and its outputs as they grow. Times are time.perf_counter() in seconds."""
+
+    index: int
+    outputs: list[Output]
+    started: float
+    first: float | None = None
+    over: set[int] = field(default_factory=set)
+
+    def record(self, event: Event) -> Iterator[Piece]:
+        """Take an event into the outputs; yield what is to be seen of it."""
         if isinstance(event, TokenEvent):
-            if self._first[index] is None:
-                self._first[index] = time.perf_counter()
-            _add_token(output, event)
-            return Piece(index, event.text, event.token_id, event.logprob, event.top_logprobs)
-        if isinstance(event, PromptLogprobsEvent):
+            self.first = self.first or time.perf_counter()
+            _add_token(self.outputs[event.sample], event)
+            yield Piece(self.index, event.text, event.token_id, event.logprob, event.top_logprobs, sample=event.sample)
+        elif isinstance(event, PromptLogprobsEvent):
+            output = self.outputs[0]
             assert output.prompt_logprobs is not None and output.prompt_top_logprobs is not None
             output.prompt_logprobs += event.logprobs
             output.prompt_top_logprobs += event.top_logprobs
-            return None
-        return self._finish(index, event)
+        elif isinstance(event, SampleFinishedEvent):
+            self.outputs[event.sample].beams = event.search
+            yield self._finish(event.sample, event)
+        else:
+            for sample in range(len(self.outputs)):
+                if sample not in self.over:
+                    yield self._finish(sample, event)
 
-    def _finish(self, index: int, event: FinishedEvent) -> Piece:
-        output, now = self.outputs[index], time.perf_counter()
+    def _finish(self, sample: int, event: FinishedEvent | SampleFinishedEvent) -> Piece:
+        self.over.add(sample)
+        output, now = self.outputs[sample], time.perf_counter()
         output.text += event.text
         output.finish_reason, output.stop_string, output.error = event.reason, event.stop_string, event.error
-        started, first = self._started[index], self._first[index] or now
-        output.timing = Timing(first - started, now - started, len(output.prompt_token_ids), len(output.token_ids))
-        return Piece(index, event.text, None, finish_reason=event.reason, error=event.error)
+        first = self.first or now
+        output.timing = Timing(
+            first - self.started, now - self.started, len(output.prompt_token_ids), len(output.token_ids)
+        )
+        return Piece(self.index, event.text, None, finish_reason=event.reason, error=event.error, sample=sample)
 
 
 def _about(index: int, function: Callable[[int, Tensor], Any], _: int, token_ids: Tensor) -> Any:
     return function(index, token_ids)
 
 
-def _empty(prompt: list[int], params: GenerationParams) -> Output:
-    """An output with a list for everything that was asked for."""
-    output = Output(list(prompt), seed=params.seed if params.do_sample and params.rng == "counter" else None)
+def _empty(prompt: list[int], params: GenerationParams, sample: int) -> Output:
+    """Output number `sample` of a request, with a list for everything that was asked for."""
+    output = Output(list(prompt))
+    if params.do_sample and params.rng == "counter":
+        output.seed = params.seed if params.num_beams > 1 else seed_of_sample(params.seed, sample)
     if params.logprobs is not None:
         output.logprobs = []
         output.top_logprobs = []
     if params.prompt_logprobs is not None:
         output.prompt_logprobs, output.prompt_top_logprobs = [], []
-    output.scores = [] if params.output_scores else None
-    output.logits = [] if params.output_logits else None
+    output.scores = [] if params.output_scores and params.num_beams == 1 else None
+    output.logits = [] if params.output_logits and params.num_beams == 1 else None
     return output
 
 

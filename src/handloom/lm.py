@@ -216,6 +216,9 @@ class LM:
     ) -> Any:
         """Generate from one prompt, giving an Output, or from a list of them, giving a list.
 
+        With num_return_sequences > 1 it is a list in any case, in transformers' order: all outputs of the first prompt,
+        then those of the next.
+
         A prompt is text, token ids, embeddings [n, hidden_size], or a LiveSequence, which is continued in
         place. Options are those of transformers' GenerationConfig (see handloom.sampling.params);
         params: further options of each prompt. Everything is checked before anything runs. progress: whether a bar on
@@ -229,17 +232,17 @@ class LM:
         try:
             for prompt, own in zip(items, options_of_each(params, items), strict=True):
                 collector.add(prompt, **{**options, **own})
-            with requests_bar(len(items), progress) as tell:
+            with requests_bar(len(collector.outputs), progress) as tell:
                 for piece in collector.pieces():
                     tell(piece.token_id is not None, piece.finish_reason is not None)
         finally:
             collector.engine.close()
         if not single:
             return collector.outputs
-        output = collector.outputs[0]
-        if output.error is not None:
-            raise output.error
-        return output
+        for output in collector.outputs:
+            if output.error is not None:
+                raise output.error
+        return collector.outputs if len(collector.outputs) > 1 else collector.outputs[0]
 
     def stream(
         self,
@@ -250,8 +253,9 @@ class LM:
     ) -> Iterator[Piece]:
         """Like generate, yielding Pieces as they come; leaving the loop ends the requests and frees their pages.
 
-        With a list, pieces of all prompts come interleaved; `piece.index` says whose. A failed prompt's
-        last piece carries its error; with a single prompt it is raised.
+        With a list, pieces of all prompts come interleaved; `piece.index` says whose, `piece.sample` which of several
+        outputs. A failed prompt's last piece carries its error; with a single prompt it is raised. Of beam search come
+        the tokens that cannot change any more: those that all beams have in common, the rest at its end.
         """
         items, single = as_list(prompts)
         collector = Collector(Engine(self))
@@ -277,6 +281,12 @@ class LM:
         **options: Any,
     ) -> Output:
         """The assistant's next message in a conversation. Raises ChatTemplateError and what generate raises."""
+        options = {"num_return_sequences": 1, **options}
+        if options["num_return_sequences"] not in (1, None):
+            raise InvalidParam(
+                f"num_return_sequences={options['num_return_sequences']!r}: a chat has one next message; use "
+                "generate(lm.render_chat(messages)) for several"
+            )
         output = self.generate(self.render_chat(messages, tools=tools, **(template_options or {})), **options)
         assert isinstance(output, Output)
         return output

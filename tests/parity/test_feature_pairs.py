@@ -297,7 +297,7 @@ def test_safety_20_every_pair_gives_the_same_alone_beside_another_and_streamed(p
             FEATURES[each].holds(alone, shared)
 
 
-UNSUPPORTED = {name: {"num_return_sequences": 2, "num_beams": 4}.get(name, [5]) for name in WHY_NOT}
+UNSUPPORTED = {name: [5] for name in WHY_NOT}
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

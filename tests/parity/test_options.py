@@ -16,6 +16,7 @@ PROMPT = random_ids(1, 12)
 EOS_SET = list(range(4, 331, 30))
 BASE: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": EOS_SET}
 SAMPLED: dict[str, Any] = {**BASE, "do_sample": True}
+BEAMS: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": list(range(1, 331, 8)), "num_beams": 4}
 
 # A value that is not the default, and what it must be set beside to matter.
 WORKS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -46,7 +47,12 @@ WORKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "suppress_tokens": (list(range(0, 331, 2)), SAMPLED),
     "begin_suppress_tokens": (list(range(300)), SAMPLED),
     "watermarking_config": (WatermarkingConfig(bias=20.0), SAMPLED),
+    "num_beams": (3, {"max_new_tokens": 24, "eos_token_id": None}),
+    "early_stopping": (True, {**BEAMS, "length_penalty": 2.0}),
+    "length_penalty": (-1.0, BEAMS),
 }
+# What makes a list of outputs, with the file that compares them.
+ELSEWHERE = {"num_return_sequences": "test_several_samples.py"}
 # Fields that change no token: what they ask for is given, or is how an Output always is.
 CHANGE_NO_TOKEN: dict[str, Any] = {
     "output_scores": True,
@@ -61,17 +67,13 @@ CHANGE_NO_TOKEN: dict[str, Any] = {
     "forced_bos_token_id": 5,  # it follows a prompt of one token only
 }
 REFUSED: dict[str, Any] = {
-    "early_stopping": True,
-    "num_beams": 3,
     "use_mtp": True,
     "use_cache": False,
     "cache_implementation": "static",
     "cache_config": {"backend": "quanto"},
     "max_cache_len": 64,
-    "length_penalty": 2.0,
     "token_healing": True,
     "guidance_scale": 2.0,
-    "num_return_sequences": 2,
     "output_attentions": True,
     "output_hidden_states": True,
     "decoder_start_token_id": 5,
@@ -102,7 +104,7 @@ FIELDS = sorted(GenerationConfig().to_dict())
 
 
 def test_every_field_of_the_installed_transformers_is_in_one_of_the_tables() -> None:
-    known = [*WORKS, *CHANGE_NO_TOKEN, *REFUSED]
+    known = [*WORKS, *ELSEWHERE, *CHANGE_NO_TOKEN, *REFUSED]
     assert len(known) == len(set(known))
     assert not set(FIELDS) - set(known)
 
@@ -147,7 +149,7 @@ def test_a_field_that_does_not_work_is_refused_by_name(pair: Pair, name: str) ->
     assert pair.lm().generate(PROMPT, **BASE, **{name: default}).token_ids == expected
 
 
-@pytest.mark.parametrize("name", sorted({"num_beams", "guidance_scale", "low_memory", "penalty_alpha"}))
+@pytest.mark.parametrize("name", sorted({"num_beam_groups", "guidance_scale", "low_memory", "penalty_alpha"}))
 def test_a_field_in_a_passed_generation_config_is_refused_by_name(pair: Pair, name: str) -> None:
     config = GenerationConfig(**BASE)
     setattr(config, name, REFUSED[name])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from handloom.errors import ContextOverflow, InvalidParam, UnsupportedOption
+from handloom.errors import ContextOverflow, InvalidParam
 from option_checks import CONTEXT, VOCAB, resolve
 
 NOT_NUMBERS: list[Any] = [
@@ -55,8 +55,9 @@ def test_safety_14_15_a_number_out_of_range_is_refused_by_name(name, value):
 
 
 def test_safety_13_a_million_sequences_are_refused_at_parse():
-    with pytest.raises(UnsupportedOption, match="num_return_sequences=1000000"):
-        resolve({"num_return_sequences": 1_000_000})
+    for name in ("num_return_sequences", "num_beams"):
+        with pytest.raises(InvalidParam, match=f"{name}=1000000.*from 1 to 1024"):
+            resolve({name: 1_000_000})
 
 
 def test_safety_14_prompts_and_limits_beyond_the_context_are_refused_with_the_numbers():

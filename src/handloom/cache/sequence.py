@@ -329,6 +329,19 @@ class Sequence:
             self.pool.share(page)
         return child
 
+    @locked
+    def adopt(self, other: Sequence, num_tokens: int) -> None:
+        """Share the pages of the first num_tokens tokens, which `other` begins with too and has computed, for its own.
+
+        None of them may be evicted. Raises OutOfPages where they are in host memory and cannot come back.
+        """
+        other.bring_back()
+        self.forget(0)
+        self.page_table = other.page_table[: -(-num_tokens // self.pool.page_size)]
+        for page in self.page_table:
+            self.pool.share(page)
+        self.num_computed = num_tokens
+
     def free(self) -> None:
         """Give every page back; the token ids stay, uncomputed. Freeing twice does nothing."""
         self.forget(0)

@@ -21,7 +21,10 @@ TopLogprobs = list[tuple[int, float]]
 
 @dataclass(slots=True)
 class TokenEvent:
-    """One chosen token. `text`: what is now certain of the output's text, possibly empty."""
+    """One chosen token. `text`: what is now certain of the output's text, possibly empty.
+
+    sample: which of the request's outputs it belongs to, where there are several.
+    """
 
     token_id: int
     text: str = ""
@@ -30,6 +33,7 @@ class TokenEvent:
     scores: Tensor | None = None
     logits: Tensor | None = None
     request_id: int = -1
+    sample: int = 0
 
 
 @dataclass(slots=True)
@@ -43,8 +47,43 @@ class PromptLogprobsEvent:
 
 
 @dataclass(slots=True)
+class SampleFinishedEvent:
+    """One of a request's outputs is over; of a request with several, and of a beam search. Fields as in FinishedEvent.
+
+    search: what beam search tells of this output.
+    """
+
+    sample: int
+    reason: FinishReason
+    text: str = ""
+    stop_string: str | None = None
+    error: HandloomError | None = None
+    search: BeamTrace | None = None
+    request_id: int = -1
+
+
+@dataclass(slots=True)
+class BeamTrace:
+    """How beam search came to an output of n tokens.
+
+    score: the sum of its log-probabilities, over its length to the power of length_penalty. beam_indices [n]: which
+    beam each token continued. scores, logits: of every step of the search, float32 [num_beams, vocab_size], after and
+    before the rules, where asked for; the outputs of a request share them.
+    """
+
+    score: float
+    beam_indices: list[int]
+    scores: list[Tensor] | None = None
+    logits: list[Tensor] | None = None
+
+
+@dataclass(slots=True)
 class FinishedEvent:
-    """The request is over; `text` is the rest of its text. `error` is set when reason is "error"."""
+    """The request is over, the last of its events; `text` is the rest of its text.
+
+    `error` is set when reason is "error". A request with several outputs has told of each by a SampleFinishedEvent,
+    unless all ended together, by an error or from outside.
+    """
 
     reason: FinishReason
     text: str = ""
@@ -53,7 +92,7 @@ class FinishedEvent:
     request_id: int = -1
 
 
-Event = TokenEvent | PromptLogprobsEvent | FinishedEvent
+Event = TokenEvent | PromptLogprobsEvent | SampleFinishedEvent | FinishedEvent
 
 
 class Decoder(Protocol):

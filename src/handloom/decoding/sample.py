@@ -43,7 +43,7 @@ class SampleDecoder:
     def __init__(
         self, sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None, *, owns_sequence: bool = True
     ) -> None:
-        self.sequence, self.params, self.owns_sequence = sequence, params, owns_sequence
+        self.sequence, self.params, self.owns_sequence, self.num_outputs = sequence, params, owns_sequence, 1
         self.prompt_length = len(sequence)
         # the sampler sees no ids for embedded positions, and counts no length for them
         hidden = sequence.num_embeddings
@@ -52,15 +52,7 @@ class SampleDecoder:
         self.started = time.monotonic()
         self.finished = False
         self._scores: list[Tensor] = []
-        self._text: StreamText | None = None
-        if tokenizer is not None:
-            self._text = StreamText(
-                tokenizer,
-                skip_special_tokens=params.skip_special_tokens,
-                stop_strings=params.stop_strings,
-                include_stop_text=params.include_stop_text,
-                prompt_ids=sequence.token_ids[sequence.num_embeddings :],
-            )
+        self._text = output_text(tokenizer, params, sequence.token_ids[hidden:])
         self._next_prompt_logprob = 1
 
     @property
@@ -149,18 +141,37 @@ class SampleDecoder:
         return "criteria" if self._criteria_met() else None
 
     def _criteria_met(self) -> bool:
-        """The caller's criteria, called as transformers does: (input_ids [1, n], scores or None) -> bool."""
         if not self.params.stopping_criteria:
             return False
         ids = torch.tensor([self.sequence.token_ids[self.sequence.num_embeddings :]])
         scores = tuple(s.unsqueeze(0) for s in self._scores) if self._scores else None
-        for criterion in self.params.stopping_criteria:
-            try:
-                if bool(torch.as_tensor(criterion(ids, scores)).any()):
-                    return True
-            except Exception as cause:
-                raise RequestFailed(f"the stopping criterion {criterion!r} raised {cause!r}") from cause
-        return False
+        return criteria_met(self.params, ids, scores)[0]
+
+
+def output_text(tokenizer: Tokenizer | None, params: GenerationParams, prompt_ids: Seq[int]) -> StreamText | None:
+    """The text of an output that is to come after these ids; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    return StreamText(
+        tokenizer,
+        skip_special_tokens=params.skip_special_tokens,
+        stop_strings=params.stop_strings,
+        include_stop_text=params.include_stop_text,
+        prompt_ids=prompt_ids,
+    )
+
+
+def criteria_met(params: GenerationParams, ids: Tensor, scores: tuple[Tensor, ...] | None) -> list[bool]:
+    """Which of r sequences the caller's criteria end, called as transformers does: (input_ids [r, n], scores or None)
+    -> bool or bool [r]. Raises RequestFailed where one of them raises."""
+    met = torch.zeros(len(ids), dtype=torch.bool)
+    for criterion in params.stopping_criteria:
+        try:
+            met |= torch.as_tensor(criterion(ids, scores)).cpu() != 0
+        except Exception as cause:
+            raise RequestFailed(f"the stopping criterion {criterion!r} raised {cause!r}") from cause
+    found: list[bool] = met.tolist()
+    return found
 
 
 def advance_together(ready: Seq[Ready], logits: Tensor) -> list[list[Event]]:

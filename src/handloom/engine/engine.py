@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
+from handloom.decoding.modes import RequestDecoder, make_decoder
 from handloom.decoding.sample import SampleDecoder
 from handloom.engine.events import EngineEvent, EngineStats
 from handloom.engine.runner import Runner
@@ -139,19 +140,19 @@ class Engine:
             )
         return params
 
-    def prepare(self, prompt: Any, options: dict[str, Any], *, cache_salt: str = "") -> SampleDecoder:
+    def prepare(self, prompt: Any, options: dict[str, Any], *, cache_salt: str = "") -> RequestDecoder:
         """The decoder of a request, checked and not queued yet. Arguments and errors are those of `add_request`."""
         if not isinstance(cache_salt, str):
             raise InvalidParam(f"cache_salt is {cache_salt!r}; expected a text, the same for requests that may share")
         if not isinstance(prompt, Sequence):
             sequence = self.model.encode(prompt)
             sequence.salt = cache_salt
-            return SampleDecoder(sequence, self.resolve(sequence, options), self.model.tokenizer)
+            return make_decoder(sequence, self.resolve(sequence, options), self.model.tokenizer)
         if cache_salt != prompt.salt and cache_salt:
             raise InvalidParam("a sequence has its own salt; leave cache_salt out, or pass the sequence's token_ids")
         if prompt.pool is not self.model.pool:
             raise InvalidPrompt("the sequence lives in the cache of another model; pass its token_ids instead")
-        return SampleDecoder(prompt, self.resolve(prompt, options), self.model.tokenizer, owns_sequence=False)
+        return make_decoder(prompt, self.resolve(prompt, options), self.model.tokenizer, owns_sequence=False)
 
     def add_request(self, prompt: Any, /, *, priority: int = 0, cache_salt: str = "", **options: Any) -> int:
         """Queue a prompt (text, token ids, embeddings [n, hidden_size], or a Sequence of the cache).

@@ -293,9 +293,13 @@ class Scheduler:
         self.add(request)
 
     def _take_pages(self, request: Request) -> None:
-        """Free its pages; what is in them goes to host memory where that has room, first what is worth most."""
-        for sequence in sorted(request.decoder.sequences, key=lambda sequence: not sequence.private):
-            if self._has_room(sequence.num_spillable):
+        """Free its pages; what is in them goes to host memory where that has room, first what is worth most.
+
+        Pages that several of its sequences share would come back once for each: these are computed again.
+        """
+        sequences = request.decoder.sequences
+        for sequence in sorted(sequences, key=lambda sequence: not sequence.private):
+            if (sequence.private or len(sequences) == 1) and self._has_room(sequence.num_spillable):
                 sequence.spill()
             elif not sequence.private:
                 sequence.free()

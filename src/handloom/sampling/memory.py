@@ -8,6 +8,7 @@ This module does not know scores, or in which order rules run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,12 @@ class Memory:
         self.suppressed = torch.tensor(params.suppress_tokens, dtype=torch.int64)
         self.begin_suppressed = torch.tensor(params.begin_suppress_tokens, dtype=torch.int64)
         self._start_anew()
+
+    def fork(self) -> Memory:
+        """Another with the same tables, which has read nothing yet."""
+        other = copy.copy(self)
+        other._start_anew()
+        return other
 
     def _start_anew(self) -> None:
         params, mark = self._params, self._params.watermarking_config

@@ -42,10 +42,7 @@ NO_EFFECT_IN_A_FILE = frozenset(
 # Values under which a field does nothing, where that is not None or False.
 INERT: dict[str, int | float | str] = {
     "use_cache": True,
-    "num_beams": 1,
     "num_beam_groups": 1,
-    "num_return_sequences": 1,
-    "length_penalty": 1.0,
     "diversity_penalty": 0.0,
     "guidance_scale": 1.0,
     "num_assistant_tokens": 20,

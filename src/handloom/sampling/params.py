@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from handloom.errors import ContextOverflow, InvalidParam
+from handloom.errors import ContextOverflow, InvalidParam, UnsupportedOption
 from handloom.sampling.options import (
     CALLER,
     LARGEST_FACTOR,
@@ -38,6 +38,7 @@ from handloom.sampling.options import (
     zero_or_factor,
 )
 from handloom.sampling.rng import fresh_seed
+from handloom.sampling.search_options import EarlyStopping, read_search
 from handloom.sampling.token_lists import (
     MAX_LISTED_IDS,
     start_and_factor,
@@ -104,6 +105,10 @@ class GenerationParams:
         logits_processor: callables (input_ids [1, n] int64, scores [1, V] float32) -> scores [1, V] float32.
         stopping_criteria: callables (input_ids [1, n], scores) -> bool.
         output_scores, output_logits: keep each step's processed scores, raw logits, float32 [V].
+        num_return_sequences: outputs of one prompt, which runs once. Needs sampling or beams; at most num_beams of
+            these. With sampling, output i draws with `rng.seed_of_sample(seed, i)`; the first as if it were alone.
+        num_beams: 1, or beam search over so many sequences; sampled where do_sample is true. See
+            `handloom.decoding.beam`, also for length_penalty and early_stopping, which only beam search has a use for.
         skip_special_tokens: leave special tokens out of the text.
         max_time: seconds after which the sequence ends with the token at hand.
     """
@@ -146,8 +151,17 @@ class GenerationParams:
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
     output_scores: bool = False
     output_logits: bool = False
+    num_return_sequences: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
     skip_special_tokens: bool = True
     max_time: float | None = None
+
+    @property
+    def min_tokens_to_keep(self) -> int:
+        """Tokens that rules of sampling leave at least: under beams one that is no end-of-sequence token."""
+        return 1 if self.num_beams == 1 else max(2, len(self.eos_token_id) + 1)
 
 
 _FIELDS = frozenset(field.name for field in fields(GenerationParams)) | {"max_length"}
@@ -179,6 +193,13 @@ def resolve_params(
     ngram = integer(0, 2**31 - 1)
     eos = _token_ids(asked, "eos_token_id", vocab_size, eos_token_id)
     suppressed = _token_ids(asked, "suppress_tokens", vocab_size)
+    watermark = asked.read("watermarking_config", watermarking, default=None, off=None)
+    search = read_search(asked, do_sample=do_sample, num_eos=len(eos), vocab_size=vocab_size)
+    if search.num_beams > 1 and isinstance(watermark, SynthID):
+        raise UnsupportedOption(
+            "watermarking_config: SynthID goes by the tokens of one output, and beside num_beams transformers mixes "
+            "those of all beams; use a Watermark, or sample without beams"
+        )
     return GenerationParams(
         max_new_tokens=new_tokens,
         min_new_tokens=min_new_tokens,
@@ -211,7 +232,7 @@ def resolve_params(
         exponential_decay_length_penalty=_decay(asked, eos),
         suppress_tokens=suppressed,
         begin_suppress_tokens=_token_ids(asked, "begin_suppress_tokens", vocab_size),
-        watermarking_config=asked.read("watermarking_config", watermarking, default=None, off=None),
+        watermarking_config=watermark,
         renormalize_logits=asked.read("renormalize_logits", flag, default=False, off=False),
         eos_token_id=eos,
         stop_strings=_stop_strings(asked),
@@ -225,6 +246,10 @@ def resolve_params(
         output_scores=asked.read("output_scores", flag, default=False, off=False),
         output_logits=asked.read("output_logits", flag, default=False, off=False),
         skip_special_tokens=asked.read("skip_special_tokens", flag, default=True, off=True),
+        num_return_sequences=search.num_return_sequences,
+        num_beams=search.num_beams,
+        length_penalty=search.length_penalty,
+        early_stopping=search.early_stopping,
         max_time=asked.read("max_time", real(0, LARGEST_FACTOR, above=True), default=None, off=None),
     )
 

@@ -9,7 +9,7 @@ This module does not know tokens seen before, requests, or which rules a request
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -143,6 +143,49 @@ def eta_cutoff(scores: Tensor, epsilons: Sequence[float]) -> None:
     unlikely = part.softmax(dim=-1) < torch.minimum(epsilon, epsilon.sqrt() * (-entropy).exp())
     part.masked_fill_(unlikely & (part < part.amax(dim=-1, keepdim=True)), -torch.inf)
     _put(scores, list(on), part)
+
+
+def keeping(rule: Callable[..., None]) -> Callable[..., None]:
+    """A rule of this module that leaves each row at least `keeps` [R] tokens, those that transformers' class leaves."""
+    best = _BEST[rule]
+
+    def apply(scores: Tensor, values: Sequence[float], keeps: Sequence[int]) -> None:
+        before = {row: scores[row].clone() for row, keep in enumerate(keeps) if keep > 1}
+        rule(scores, values)
+        for row, own in before.items():
+            token_ids = best(own, min(keeps[row], len(own)))
+            scores[row, token_ids] = own[token_ids]
+
+    return apply
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """The `count` highest of `scores` [V], and what is as high as the last of them."""
+    return (scores >= scores.topk(count).values[-1]).nonzero().flatten()
+
+
+def _last_ascending(scores: Tensor, count: int) -> Tensor:
+    return scores.sort().indices[-count:]
+
+
+def _first_descending(scores: Tensor, count: int) -> Tensor:
+    return scores.argsort(descending=True)[:count]
+
+
+def _most_typical(scores: Tensor, count: int) -> Tensor:
+    logprobs = scores.log_softmax(dim=-1)
+    entropy = -(logprobs * logprobs.exp()).nansum(dim=-1, keepdim=True)
+    return (-logprobs - entropy).abs_().sort().indices[:count]
+
+
+_BEST: dict[Callable[..., None], Callable[[Tensor, int], Tensor]] = {
+    top_k: _highest,
+    top_p: _last_ascending,
+    min_p: _first_descending,
+    typical_p: _most_typical,
+    epsilon_cutoff: _highest,
+    eta_cutoff: _highest,
+}
 
 
 def renormalize_logits(scores: Tensor, flags: Sequence[bool]) -> None:

@@ -14,6 +14,7 @@ This module does not know what a score means, which rules shaped it, or what a r
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Sequence
 from itertools import groupby
@@ -33,6 +34,14 @@ _FEW = 4096  # a row with no more tokens than this is drawn together with others
 def fresh_seed() -> int:
     """A seed from the operating system's entropy, in [0, 2^53): exact also as a JSON number."""
     return secrets.randbits(53)
+
+
+def seed_of_sample(seed: int, sample: int) -> int:
+    """The seed of a request's output number `sample`: the request's own for the first, else in [0, 2^53) by a hash."""
+    if sample == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed} {sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 11
 
 
 def _half_round(multiplier: int, word: Tensor, neighbour: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,6 +133,18 @@ def sample(scores: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> li
             totals[part] += gumbel_noise([word[own] for word in key], places[own], token_ids[part])
             chosen += token_ids[part][_best_of_each(totals[part], sizes)].tolist()
     return chosen
+
+
+def sample_without_replacement(scores: Tensor, seed: int, position: int, count: int) -> Tensor:
+    """Draw `count` different indices, int64 [count], one after another with probability softmax(scores) of those left.
+
+    `scores` is float32 [N] without NaN or +inf. Where fewer are possible, others fill up in the order of their scores.
+    By Gumbel-top-k: Kool et al., "Stochastic beams and where to find them", 2019 (arXiv 1903.06059).
+    """
+    (indices,) = (scores >= scores.topk(count).values[-1] - _NOISE_RANGE).nonzero(as_tuple=True)
+    place = torch.tensor([position], dtype=torch.int64, device=scores.device)
+    totals = scores[indices] + gumbel_noise(seed_words([seed], scores.device), place, indices)
+    return indices[totals.topk(count).indices]
 
 
 def _best_of_each(values: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ This module does not know what a rule does, how a token is drawn, or where a seq
 
 from __future__ import annotations
 
+import copy
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,14 @@ class Rule:
 
 def _sampled(option: str, neutral: Any, apply: Callable[..., None]) -> Rule:
     return Rule(option, neutral, None, apply, (neutral,), lambda row: (getattr(row.params, option),), sampled=True)
+
+
+def _keeping(option: str, neutral: Any, apply: Callable[..., None]) -> Rule:
+    """One that leaves at least params.min_tokens_to_keep tokens."""
+    return Rule(
+        option, neutral, None, processors.keeping(apply), (neutral, 1),
+        lambda row: (getattr(row.params, option), row.params.min_tokens_to_keep), sampled=True,
+    )  # fmt: skip
 
 
 def _runs_as_a_callers(scores: Tensor) -> None:
@@ -148,12 +157,12 @@ BEFORE_THE_CALLERS = (
 AFTER_THE_CALLERS = (
     _sampled("temperature", 1.0, processors.temperature),
     _sampled("top_h", None, processors.top_h),
-    _sampled("top_k", 0, processors.top_k),
-    _sampled("top_p", 1.0, processors.top_p),
-    _sampled("min_p", None, processors.min_p),
-    _sampled("typical_p", 1.0, processors.typical_p),
-    _sampled("epsilon_cutoff", 0.0, processors.epsilon_cutoff),
-    _sampled("eta_cutoff", 0.0, processors.eta_cutoff),
+    _keeping("top_k", 0, processors.top_k),
+    _keeping("top_p", 1.0, processors.top_p),
+    _keeping("min_p", None, processors.min_p),
+    _keeping("typical_p", 1.0, processors.typical_p),
+    _keeping("epsilon_cutoff", 0.0, processors.epsilon_cutoff),
+    _keeping("eta_cutoff", 0.0, processors.eta_cutoff),
     Rule(
         "watermarking_config", None, None, watermark.apply_watermarks, (None, None, ()),
         lambda row: (row.params.watermarking_config, row.memory.synthid, row.token_ids),
@@ -185,6 +194,12 @@ class RequestRules:
         allowed = params.prefix_allowed_tokens_fn
         if allowed is not None and self.runs("prefix_allowed_tokens_fn"):
             self.active["prefix_allowed_tokens_fn"] = constraints.OnlyAllowed(allowed)
+
+    def fork(self) -> RequestRules:
+        """The rules of a sequence that goes on from one of these: the same, and a memory of its own."""
+        other = copy.copy(self)
+        other.memory = self.memory.fork()
+        return other
 
     def runs(self, option: str) -> bool:
         """Whether a rule is on, and ours."""

@@ -39,12 +39,24 @@ class Choice:
     errors: list[HandloomError | None]  # that row's own failure
 
 
-def choose(logits: Tensor, rows: Sequence[Row]) -> Choice:
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Rows of one request with several outputs: row i is output places[i] of `count`.
+
+    With rng="torch" they are drawn by one call for all outputs, those that are over among them, as transformers does.
+    """
+
+    places: Sequence[int]
+    count: int
+
+
+def choose(logits: Tensor, rows: Sequence[Row], draws: Draws | None = None) -> Choice:
     """Choose one token per row of `logits` [R, V] (any float dtype; left as it is).
 
     Greedy rows take the highest score, the lowest id among equals. Sampled rows draw by
     (seed, number of tokens in the sequence); with rng="torch", by torch.multinomial on the global generator, in
-    row order. Rows with NaN or +inf logits, without a finite score, or with a failing processor get an error.
+    row order, or together where `draws` says so. Rows with NaN or +inf logits, without a finite score, or with a
+    failing processor get an error.
     """
     best, ids = logits.max(dim=-1)  # one pass finds both the greedy tokens and every NaN and +inf
     nothing: list[None] = [None] * len(rows)
@@ -53,9 +65,10 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> Choice:
         if not rows[row].params.remove_invalid_values:
             _fail(choice, row, _not_finite("the model's logits", float(best[row]), rows[row]))
     shaped = [row for row, error in enumerate(choice.errors) if error is None and rows[row].is_shaped]
-    size = max(1, CPU_BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(rows)
+    together = draws is not None or logits.device.type != "cpu"
+    size = len(rows) if together else max(1, CPU_BLOCK // logits.shape[1])
     for start in range(0, len(shaped), size):
-        _choose_shaped(logits, rows, shaped[start : start + size], choice)
+        _choose_shaped(logits, rows, shaped[start : start + size], choice, draws)
     _report(logits, rows, choice)
     return choice
 
@@ -80,7 +93,7 @@ def token_logprobs(
     return chosen, top
 
 
-def _choose_shaped(logits: Tensor, rows: Sequence[Row], shaped: list[int], choice: Choice) -> None:
+def _choose_shaped(logits: Tensor, rows: Sequence[Row], shaped: list[int], choice: Choice, draws: Draws | None) -> None:
     """Apply the rules to the rows named in `shaped` and choose their tokens, into `choice`."""
     scores = _float32_copy(logits, shaped)
     group = [rows[row] for row in shaped]
@@ -90,7 +103,8 @@ def _choose_shaped(logits: Tensor, rows: Sequence[Row], shaped: list[int], choic
         forced = best[at] == torch.inf and not row.params.do_sample  # +inf is a way to say: this token
         if errors[at] is None and not forced and not math.isfinite(best[at]):
             errors[at] = _not_finite("the processed scores", best[at], row)
-    for at, token_id in _draw(scores, group, errors).items():
+    places = None if draws is None else Draws([draws.places[row] for row in shaped], draws.count)
+    for at, token_id in _draw(scores, group, errors, places).items():
         ids[at] = token_id
     for at, index in enumerate(shaped):
         error = errors[at]
@@ -102,7 +116,9 @@ def _choose_shaped(logits: Tensor, rows: Sequence[Row], shaped: list[int], choic
             choice.scores[index] = scores[at].clone()
 
 
-def _draw(scores: Tensor, rows: Sequence[Row], errors: Sequence[HandloomError | None]) -> dict[int, int]:
+def _draw(
+    scores: Tensor, rows: Sequence[Row], errors: Sequence[HandloomError | None], draws: Draws | None
+) -> dict[int, int]:
     """The token ids of the sampled rows, by index of the row."""
     sampled = [at for at, row in enumerate(rows) if row.params.do_sample and errors[at] is None]
     counted = [at for at in sampled if rows[at].params.rng == "counter"]
@@ -112,9 +128,15 @@ def _draw(scores: Tensor, rows: Sequence[Row], errors: Sequence[HandloomError | 
         seeds = [rows[at].params.seed for at in counted]
         positions = [len(rows[at].token_ids) for at in counted]
         drawn.update(zip(counted, rng.sample(part, seeds, positions), strict=True))
-    for at in sampled:
-        if at not in drawn:
-            drawn[at] = int(torch.multinomial(scores[at : at + 1].softmax(dim=-1), num_samples=1))
+    rest = [at for at in sampled if at not in drawn]
+    if draws is not None and rest:
+        probabilities = torch.ones(draws.count, scores.shape[1], device=scores.device)
+        probabilities[[draws.places[at] for at in rest]] = scores[rest].softmax(dim=-1)
+        ids = torch.multinomial(probabilities, num_samples=1).flatten().tolist()
+        drawn.update((at, ids[draws.places[at]]) for at in rest)
+        return drawn
+    for at in rest:
+        drawn[at] = int(torch.multinomial(scores[at : at + 1].softmax(dim=-1), num_samples=1))
     return drawn
 
 

@@ -7,7 +7,8 @@ This module does not know how an option is checked or what it does.
 
 from __future__ import annotations
 
-_BEAMS = "there is no beam search yet"
+_GROUPS = "there is no beam search in groups yet"
+_CONSTRAINED = "there is no constrained beam search yet; `prefix_allowed_tokens_fn` works with beams"
 _SPECULATION = "there is no speculative decoding yet"
 _CACHE = "there is one paged KV cache, whose size is `kv_cache_tokens` of `LM.from_pretrained`"
 _COMPILE = "nothing here is compiled by torch.compile"
@@ -18,14 +19,10 @@ _GUIDANCE = "there is no classifier-free guidance yet"
 # Options of transformers that are refused by name unless their value asks for nothing.
 WHY_NOT: dict[str, str] = {
     # fields of GenerationConfig
-    "num_beams": _BEAMS,
-    "early_stopping": _BEAMS,
-    "length_penalty": _BEAMS,
-    "num_beam_groups": _BEAMS,
-    "diversity_penalty": _BEAMS,
-    "constraints": _BEAMS,
-    "force_words_ids": _BEAMS,
-    "num_return_sequences": "put the prompt into the list several times; its pages are shared",
+    "num_beam_groups": _GROUPS,
+    "diversity_penalty": _GROUPS,
+    "constraints": _CONSTRAINED,
+    "force_words_ids": _CONSTRAINED,
     "use_cache": "the engine lives on its KV cache",
     "cache_implementation": _CACHE,
     "cache_config": _CACHE,
@@ -92,8 +89,12 @@ NOTES: dict[str, str] = {
     "temperature": "0 means greedy",
     "top_k": "50 when sampling and nothing is said, as in transformers; None or 0 for off",
     "eos_token_id": "one or several; None for none",
-    "output_scores": "per step float32 [vocab_size], after the rules",
-    "output_logits": "per step float32 [vocab_size], before the rules",
+    "num_return_sequences": "outputs come as in transformers, in one list: all of the first prompt, then the next's",
+    "num_beams": "up to 1024; beams fork pages, and the prompt runs once",
+    "length_penalty": "refused without beams, which alone have a use for it",
+    "early_stopping": "True, False or 'never'; refused without beams, which alone have a use for it",
+    "output_scores": "per step float32 [vocab_size], after the rules; under beams see `Output.beams`",
+    "output_logits": "per step float32 [vocab_size], before the rules; under beams see `Output.beams`",
     "sequence_bias": "biases up to 1e30 either way, or -inf; at most 2^20 token ids",
     "bad_words_ids": "a single eos among them is left out; at most 2^20 token ids",
     "encoder_repetition_penalty": "over the prompt's token ids; refused where they are embeddings",

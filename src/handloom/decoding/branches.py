@@ -1,0 +1,75 @@
+"""Sequences that grew out of one prompt and go on together: each step has a row of logits for every one of them.
+
+The prompt is computed once. A sequence that goes on in several ways is forked, so what is common lies on shared pages.
+When the scheduler has taken all pages, what the sequences have in common is again computed once, and shared.
+
+This module does not know how tokens are chosen, or which sequences should go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from handloom.cache.batch import Work
+from handloom.cache.sequence import Sequence
+
+
+class Branches:
+    """`leaves` are the sequences that go on. Their rows of logits may come in over several steps."""
+
+    def __init__(self, prompt: Sequence) -> None:
+        self.leaves = [prompt]
+        self._rows: dict[Sequence, Tensor] = {}  # logits [vocab_size] after the last token, of those that have them
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The leaves that hold pages, and the first, which is computed before the others share what they can."""
+        return [leaf for leaf in self.leaves if leaf is self.leaves[0] or leaf.page_table]
+
+    def plan(self) -> list[Work]:
+        """What must run before every leaf has its row."""
+        self._rows = {leaf: row for leaf, row in self._rows.items() if not leaf.num_pending}
+        bare = [leaf for leaf in self.leaves[1:] if not leaf.num_computed]
+        if bare:
+            first, common = self.leaves[0], _common_length(self.leaves)
+            if first.num_computed < common:
+                return [Work(first, common - first.num_computed, "none")]
+            for leaf in bare:
+                leaf.adopt(first, common)
+        return [Work(leaf, leaf.num_pending, "last") for leaf in self.leaves if leaf not in self._rows]
+
+    def take(self, logits: Tensor) -> Tensor | None:
+        """Keep the rows that came, [r, vocab_size]; all of them [len(leaves), vocab_size] once none is missing."""
+        came = [leaf for leaf in self.leaves if leaf not in self._rows and not leaf.num_pending]
+        if len(came) == len(self.leaves):
+            return logits
+        self._rows.update(zip(came, logits.clone(), strict=True))
+        if len(self._rows) < len(self.leaves):
+            return None
+        return torch.stack([self._rows[leaf] for leaf in self.leaves])
+
+    def split(self, parents: Seq[int]) -> None:
+        """Leaf i from now on is what leaf parents[i] was; those that are the parent of none are freed."""
+        before, taken = self.leaves, set[int]()
+        self.leaves = []
+        for parent in parents:
+            self.leaves.append(before[parent].fork() if parent in taken else before[parent])
+            taken.add(parent)
+        for at, leaf in enumerate(before):
+            if at not in taken:
+                leaf.free()
+        self._rows = {}
+
+    def free(self) -> None:
+        for leaf in self.leaves:
+            leaf.free()
+
+
+def _common_length(leaves: Seq[Sequence]) -> int:
+    """How many tokens all begin with; the last of each is left out, since its logits are wanted."""
+    columns = zip(*(leaf.token_ids[:-1] for leaf in leaves), strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))

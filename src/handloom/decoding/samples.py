@@ -1,0 +1,81 @@
+"""Several sampled outputs of one prompt (num_return_sequences): the prompt runs once, and is forked.
+
+With rng="counter" output i has a seed of its own, made of the request's and i: its tokens are those that a request with
+that seed has. With rng="torch" the outputs of a step are drawn together, as transformers draws those of a batch.
+
+This module does not know the scheduler or other modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+from torch import Tensor
+
+from handloom.cache.batch import Work
+from handloom.cache.sequence import Sequence
+from handloom.decoding.branches import Branches
+from handloom.decoding.decoder import Event, FinishedEvent, SampleFinishedEvent, TokenEvent
+from handloom.decoding.sample import SampleDecoder
+from handloom.sampling.params import GenerationParams
+from handloom.sampling.rng import seed_of_sample
+from handloom.sampling.sampler import Draws, choose
+from handloom.text.tokenizer import Tokenizer
+
+
+class SamplesDecoder:
+    """Generates params.num_return_sequences outputs from a sequence, which it owns."""
+
+    def __init__(self, sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None) -> None:
+        self.sequence, self.params, self.num_outputs = sequence, params, params.num_return_sequences
+        self.max_length = len(sequence) + params.max_new_tokens
+        self._branches = Branches(sequence)
+        self._samples = [
+            SampleDecoder(sequence, replace(params, seed=seed_of_sample(params.seed, at)), tokenizer)
+            for at in range(self.num_outputs)
+        ]
+        self._alive: list[int] = []  # the outputs that the leaves are; none before the prompt has run
+
+    @property
+    def sequences(self) -> Seq[Sequence]:
+        return self._branches.sequences
+
+    def plan(self) -> Seq[Work]:
+        return self._branches.plan()
+
+    def advance(self, logits: Tensor) -> list[Event]:
+        """Choose a token of every output that goes on, once the logits of all are there."""
+        rows = self._branches.take(logits)
+        if rows is None:
+            return []
+        if not self._alive:
+            self._alive = list(range(self.num_outputs))
+            self._branches.split([0] * self.num_outputs)
+            rows = rows.expand(self.num_outputs, -1)
+        for at, leaf in zip(self._alive, self._branches.leaves, strict=True):
+            self._samples[at].sequence = leaf
+        choice = choose(rows, [self._samples[at].row() for at in self._alive], Draws(self._alive, self.num_outputs))
+        events: list[Event] = []
+        for row, at in enumerate(self._alive):
+            events += [_tagged(event, at) for event in self._samples[at].accept(choice, row)]
+        going_on = [row for row, at in enumerate(self._alive) if not self._samples[at].finished]
+        if not going_on:
+            last = events[-1]
+            assert isinstance(last, SampleFinishedEvent)
+            return [*events, FinishedEvent(last.reason)]
+        self._branches.split(going_on)
+        self._alive = [self._alive[row] for row in going_on]
+        return events
+
+    def close(self) -> None:
+        self._branches.free()
+
+
+def _tagged(event: Event, sample: int) -> Event:
+    """An event of one output as one of the request."""
+    if isinstance(event, TokenEvent):
+        event.sample = sample
+    if isinstance(event, FinishedEvent):
+        return SampleFinishedEvent(sample, event.reason, event.text, event.stop_string, event.error)
+    return event
