@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from gguf_files import ARCHITECTURES, QUANTIZABLE, architecture_keys, export, tokenizer_keys
 from handloom.checkpoint.gguf import GGUFCheckpoint
+from handloom.checkpoint.quantization import FORMATS, QuantizedRows
 from handloom.errors import HandloomError
 from tiny_models import TINY
 
@@ -137,6 +138,8 @@ def use(path: Path) -> None:
     try:
         for name, info in checkpoint.tensors.items():
             checkpoint.read_into(name, torch.empty(info.shape))
+            if info.storage in FORMATS:
+                checkpoint.read_quantized(name, QuantizedRows.empty(FORMATS[info.storage], *info.shape))
         if (tokenizer := checkpoint.tokenizer()) is not None:
             tokenizer.hf.decode(tokenizer.hf.encode("ab  12 \u00e9\U0001f600 <s>"))
     finally:

@@ -120,6 +120,7 @@ def environment(lm: LM, busy: bool) -> dict[str, Any]:
         "model": lm.name,
         "origin": lm.origin,
         "dtype": str(lm.dtype).removeprefix("torch."),
+        "weights": "/".join(lm.held),
         "backend": lm.backend.name,
         "device": gpus[lm.device.index or 0]["name"] if is_gpu else f"{cpu['name']}, {cpu['usable_cores']:g} cores",
         "threads": torch.get_num_threads(),
@@ -136,9 +137,9 @@ def environment(lm: LM, busy: bool) -> dict[str, Any]:
 def _markdown(environment: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]) -> str:
     versions = environment["versions"]
     head = (
-        f"{environment['model']} · {environment['dtype']} · {environment['backend']} backend · {environment['device']} "
-        f"· {environment['threads']} threads · handloom {versions['handloom']}, torch {versions['torch']}, "
-        f"Python {versions['python']} · {environment['time']}"
+        f"{environment['model']} · {environment['weights']} · {environment['backend']} backend · "
+        f"{environment['device']} · {environment['threads']} threads · handloom {versions['handloom']}, "
+        f"torch {versions['torch']}, Python {versions['python']} · {environment['time']}"
     )
     busy = ["**Other programs were using the machine: these numbers are too low.**", ""]
     lines = [head, "", *(busy if environment["machine_busy"] else [])]
