@@ -36,8 +36,7 @@ def format_of(dtype: torch.dtype) -> int:
 class Panels:
     """A weight matrix of this shape [M, K] in panels: data [ceil(M / PANEL), K, PANEL], contiguous.
 
-    Where weights are to be held quantised, this is the place: another `format` (see `tiles.FORMATS`), with `scales`
-    beside `data`.
+    Quantised ones are `handloom.ops.quantized_panels.QuantizedPanels`.
     """
 
     data: Tensor
