@@ -5,80 +5,22 @@ A result is a line of JSON in results/*.jsonl; tables and pictures are drawn fro
 
 from __future__ import annotations
 
-import json
-import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 import handloom as hl
 from handloom import machine
 from handloom.measure import limits, parity, speed
 from handloom.measure.peer import Transformers
+from handloom.measure.results import Results, open_results, revision
 from handloom.measure.speed import Run
-from handloom.measure.stats import interleave, summarize
+from handloom.measure.stats import interleave
 
-ROOT = Path(__file__).resolve().parent.parent
+__all__ = ["RESULTS", "SMALL", "Results", "Sizes", "generation_cases", "open_results", "revision"]
+
 RESULTS = Path(__file__).resolve().parent / "results"
 BATCH_LENGTHS = (16, 32, 64, 96, 128, 160, 208, 256)
-
-
-@dataclass
-class Results:
-    """One suite's rows, written to a file as they come; `labels` are the columns that all rows share."""
-
-    file: Path
-    labels: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, peer: str, case: str, metric: str, unit: str, values: Sequence[float]) -> None:
-        """Append a row. peer: who was measured, or "limit"; metric: what; values: one per round."""
-        row = {"peer": peer, "case": case, "metric": metric, "unit": unit, **asdict(summarize(values)), **self.labels}
-        self.rows.append(row)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as out:
-            out.write(json.dumps(row) + "\n")
-        print(f"{case}: {metric}: {peer} {row['p50']:.4g} {unit}", file=sys.stderr, flush=True)
-
-
-def open_results(suite: str, file: Path, device: torch.device, dtype: torch.dtype, **labels: Any) -> Results:
-    """Results of a run that starts now, with all that the numbers depend on."""
-    found = machine.describe()
-    gpus, cpu = found["gpus"], f"{found['cpu']['name']}, {found['cpu']['usable_cores']:g} cores"
-    return Results(
-        file,
-        {
-            "suite": suite,
-            **labels,
-            "device": gpus[device.index or 0]["name"] if device.type == "cuda" else cpu,
-            "dtype": str(dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "machine_busy": machine.is_busy(),
-            "versions": {name: version for name, version in found["versions"].items() if version},
-            "revision": revision(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "command": shlex.join(["python", *(Path(sys.argv[0]).name, *sys.argv[1:])]),
-        },
-    )
-
-
-def revision() -> str:
-    """The commit of this checkout, with "+changes" if src or kernels differ from it; "unknown" outside of git."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "kernels")
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 # Cases -----------------------------------------------------------------------------------------

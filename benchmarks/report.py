@@ -2,7 +2,7 @@
 
     python benchmarks/report.py results/cpu_vs_transformers.jsonl [--picture out.svg]
 
-Of each case the newest row counts.
+Of each case the newest row counts. Rows of `handloom bench cpu` have tables and a picture of their own (report_cpu.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def markdown(rows: Iterable[Row]) -> str:
     for (setting, case, metric), peers in newest(rows).items():
         if setting != last:
             row = next(iter(peers.values()))
-            lines += ["", f"**{setting}** ({row['time']}, revision {row['revision']}, {_versions(row)})", ""]
+            lines += ["", f"**{setting}** ({row['time']}, revision {row['revision']}, {versions(row)})", ""]
             lines += ["The machine was busy: too low, and uneven.", ""] if row["machine_busy"] else []
             lines += ["| case | metric | handloom p50 (p20–p80) | transformers | ratio | limit | % of limit |"]
             lines += ["|---|---|---|---|---:|---:|---:|"]
@@ -52,9 +52,9 @@ def markdown(rows: Iterable[Row]) -> str:
 def _line(case: str, metric: str, peers: dict[str, Row]) -> str:
     ours, theirs, limit = peers.get(OURS), peers.get(THEIRS), peers.get(LIMIT)
     unit = next(iter(peers.values()))["unit"]
-    cells = [case, f"{metric}, {unit}", _spread(ours), _spread(theirs)]
+    cells = [case, f"{metric}, {unit}", spread(ours), spread(theirs)]
     cells.append(f"{ratio(ours, theirs):.2f}" if ours and theirs else "")
-    cells.append(_number(limit["p50"]) if limit else "")
+    cells.append(number(limit["p50"]) if limit else "")
     cells.append(f"{100 * ours['p50'] / limit['p50']:.0f}" if ours and limit else "")
     return "| " + " | ".join(cells) + " |"
 
@@ -65,17 +65,17 @@ def ratio(ours: Row, theirs: Row) -> float:
     return float(theirs["p50"] / ours["p50"] if less else ours["p50"] / theirs["p50"])
 
 
-def _spread(row: Row | None) -> str:
+def spread(row: Row | None) -> str:
     if row is None:
         return ""
-    return _number(row["p50"]) + (f" ({_number(row['p20'])}–{_number(row['p80'])})" if row["n"] > 1 else "")
+    return number(row["p50"]) + (f" ({number(row['p20'])}–{number(row['p80'])})" if row["n"] > 1 else "")
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def _versions(row: Row) -> str:
+def versions(row: Row) -> str:
     names = ("python", "torch", "transformers")
     return ", ".join(f"{name} {row['versions'][name]}" for name in names)
 
@@ -107,10 +107,17 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
+    import report_cpu
+
     rows = [row for file in arguments.files for row in read(file)]
-    print(markdown(rows), end="")
+    ours, cpu = ([row for row in rows if (row["suite"] == "cpu") is wanted] for wanted in (False, True))
+    if arguments.picture and ours and cpu:
+        parser.error("--picture: the suite cpu has a picture of its own; name its files apart")
+    for report, some in ((markdown, ours), (report_cpu.markdown, cpu)):
+        if some:
+            print(report(some), end="")
     if arguments.picture:
-        picture(rows, arguments.picture)
+        (report_cpu.picture if cpu else picture)(rows, arguments.picture)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from handloom.cli import bench_table, common
+from handloom.cli.bench_cpu import cpu
 from handloom.cli.bench_prefix import prefix
 from handloom.cli.bench_table import Row, row
 from handloom.cli.bench_throughput import throughput
@@ -137,5 +138,5 @@ class _Group(TyperGroup):
 
 
 bench = typer.Typer(cls=_Group, help="Measure speed: `bench MODEL`, or one of the commands below.")
-for command in (speed, throughput, prefix):
+for command in (speed, throughput, prefix, cpu):
     bench.command()(common.guarded(command))

@@ -1,0 +1,84 @@
+"""Tables and the picture of `handloom bench cpu`: every precision, tok/s beside the limit and beside every peer.
+
+This module does not know how anything was measured; report.py calls it with the rows of suite "cpu".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from report import LIMIT, OURS, Row, newest, number, spread, versions
+
+COLOURS = ("#3b7a57", "#c96f2e", "#4668a8", "#8a5a9e", "#a8a03c", "#7d7d7d", "#b04a5a")
+
+
+def _peers(rows: Iterable[Row]) -> list[str]:
+    """Who was measured, handloom first."""
+    names = dict.fromkeys(row["peer"] for row in rows if row["peer"] != LIMIT)
+    return sorted(names, key=lambda name: name != OURS)
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table per precision: medians (p20–p80) of every engine, and the share of the limit that handloom reached."""
+    lines: list[str] = []
+    for setting, group in groupby(newest(rows).items(), key=lambda item: item[0][0]):
+        cases = [(case, metric, found) for (_, case, metric), found in group]
+        measured = [row for *_, found in cases for row in found.values()]
+        peers, row = _peers(measured), measured[0]
+        held = {row["peer"]: f"{row['held']}, {row['version']}" for row in measured if "held" in row}
+        lines += ["", f"**{setting}** ({row['time']}, revision {row['revision']}, {versions(row)})", ""]
+        lines += ["; ".join(f"{peer}: {what}" for peer, what in held.items()), ""]
+        lines += ["The machine was busy: too low, and uneven.", ""] if row["machine_busy"] else []
+        lines += [f"| case | metric | {' | '.join(peers)} | limit | % of limit |"]
+        lines += ["|---|---" + "|---:" * (len(peers) + 2) + "|"]
+        for case, metric, found in cases:
+            ours, limit = found.get(OURS), found.get(LIMIT)
+            cells = [case, f"{metric}, {next(iter(found.values()))['unit']}", *(spread(found.get(p)) for p in peers)]
+            cells += [number(limit["p50"]) if limit else ""]
+            cells += [f"{100 * ours['p50'] / limit['p50']:.0f}" if ours and limit else ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines).strip() + "\n"
+
+
+def picture(rows: list[Row], file: Path) -> None:
+    """A panel for each precision and kind of test: a bar per batch and engine, the limit as a line above them."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rates = [row for row in rows if row["unit"] == "tok/s"]
+    cases = newest(rates)
+    settings = list(dict.fromkeys(setting for setting, *_ in cases))
+    metrics = list(dict.fromkeys(metric for *_, metric in cases))
+    peers = _peers(rates)
+    size = (6 * len(metrics), 2.4 * len(settings) + 0.6)
+    figure, panels = plt.subplots(len(settings), len(metrics), figsize=size, layout="constrained", squeeze=False)
+    for line, setting in zip(panels, settings, strict=True):
+        for axes, metric in zip(line, metrics, strict=True):
+            found = {case: rows for (s, case, m), rows in cases.items() if (s, m) == (setting, metric)}
+            names, width = list(found), 0.8 / len(peers)
+            for i, (peer, colour) in enumerate(zip(peers, COLOURS * len(peers), strict=False)):
+                places = [at - 0.4 + (i + 0.5) * width for at, case in enumerate(names) if peer in found[case]]
+                values = [found[case][peer] for case in names if peer in found[case]]
+                below = [row["p50"] - row["p20"] for row in values]
+                above = [row["p80"] - row["p50"] for row in values]
+                heights = [row["p50"] for row in values]
+                axes.bar(places, heights, width, yerr=[below, above], color=colour, label=peer, capsize=2)
+            for at, case in enumerate(names):
+                if LIMIT in found[case]:
+                    label = "limit" if at == 0 else None
+                    axes.hlines(found[case][LIMIT]["p50"], at - 0.45, at + 0.45, color="black", label=label)
+            axes.set_xticks(range(len(names)), names)
+            axes.set_ylabel("tok/s")
+            axes.set_ylim(bottom=0)
+            precision = next(row["dtype"] for rows in found.values() for row in rows.values()) if found else ""
+            axes.set_title(f"{precision}: {metric}", fontsize=10)
+    by_label = {}
+    for axes in figure.axes:
+        by_label.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)})
+    figure.legend(by_label.values(), by_label.keys(), loc="outside upper center", ncols=len(by_label))
+    figure.savefig(file)
+    plt.close(figure)
