@@ -24,12 +24,16 @@ def read(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines() if line]
 
 
+def setting_of(row: Row) -> str:
+    """What the rows of one table have in common."""
+    return f"{row['suite']}: {row['model']}, {row['dtype']}, {row['device']}, {row['threads']} threads"
+
+
 def newest(rows: Iterable[Row]) -> Cases:
     """{(setting, case, metric): {peer: row}}, in the order in which the cases first came."""
     cases: Cases = {}
     for row in rows:
-        setting = f"{row['suite']}: {row['model']}, {row['dtype']}, {row['device']}, {row['threads']} threads"
-        cases.setdefault((setting, row["case"], row["metric"]), {})[row["peer"]] = row
+        cases.setdefault((setting_of(row), row["case"], row["metric"]), {})[row["peer"]] = row
     return cases
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from report import LIMIT, OURS, Row, newest, number, spread, versions
+from report import LIMIT, OURS, Row, newest, number, setting_of, spread, versions
 
 COLOURS = ("#3b7a57", "#c96f2e", "#4668a8", "#8a5a9e", "#a8a03c", "#7d7d7d", "#b04a5a")
 
@@ -59,22 +60,8 @@ def picture(rows: list[Row], file: Path) -> None:
     for line, setting in zip(panels, settings, strict=True):
         for axes, metric in zip(line, metrics, strict=True):
             found = {case: rows for (s, case, m), rows in cases.items() if (s, m) == (setting, metric)}
-            names, width = list(found), 0.8 / len(peers)
-            for i, (peer, colour) in enumerate(zip(peers, COLOURS * len(peers), strict=False)):
-                places = [at - 0.4 + (i + 0.5) * width for at, case in enumerate(names) if peer in found[case]]
-                values = [found[case][peer] for case in names if peer in found[case]]
-                below = [row["p50"] - row["p20"] for row in values]
-                above = [row["p80"] - row["p50"] for row in values]
-                heights = [row["p50"] for row in values]
-                axes.bar(places, heights, width, yerr=[below, above], color=colour, label=peer, capsize=2)
-            for at, case in enumerate(names):
-                if LIMIT in found[case]:
-                    label = "limit" if at == 0 else None
-                    axes.hlines(found[case][LIMIT]["p50"], at - 0.45, at + 0.45, color="black", label=label)
-            axes.set_xticks(range(len(names)), names)
-            axes.set_ylabel("tok/s")
-            axes.set_ylim(bottom=0)
-            precision = next(row["dtype"] for rows in found.values() for row in rows.values()) if found else ""
+            _bars(axes, found, peers)
+            precision = next(row["dtype"] for row in rates if setting_of(row) == setting)
             axes.set_title(f"{precision}: {metric}", fontsize=10)
     by_label = {}
     for axes in figure.axes:
@@ -82,3 +69,23 @@ def picture(rows: list[Row], file: Path) -> None:
     figure.legend(by_label.values(), by_label.keys(), loc="outside upper center", ncols=len(by_label))
     figure.savefig(file)
     plt.close(figure)
+
+
+def _bars(axes: Any, cases: dict[str, dict[str, Row]], peers: list[str]) -> None:
+    """Medians with p20 to p80, a group of bars per case, and its limit."""
+    names, width = list(cases), 0.8 / len(peers)
+    for i, peer in enumerate(peers):
+        bars = [
+            (at - 0.4 + (i + 0.5) * width, cases[case][peer]) for at, case in enumerate(names) if peer in cases[case]
+        ]
+        if bars:
+            places, heights = [place for place, _ in bars], [row["p50"] for _, row in bars]
+            spreads = [[row["p50"] - row["p20"] for _, row in bars], [row["p80"] - row["p50"] for _, row in bars]]
+            axes.bar(places, heights, width, yerr=spreads, color=COLOURS[i % len(COLOURS)], label=peer, capsize=2)
+    for at, case in enumerate(names):
+        if LIMIT in cases[case]:
+            label = LIMIT if at == 0 else None
+            axes.hlines(cases[case][LIMIT]["p50"], at - 0.45, at + 0.45, color="black", label=label)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("tok/s")
+    axes.set_ylim(bottom=0)

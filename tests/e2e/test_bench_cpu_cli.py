@@ -54,7 +54,7 @@ def test_every_precision_and_batch_has_its_rows_and_a_report(folder: Path, tmp_p
     assert int8 > 2 * fp32  # its weights are held in a quarter, vectors and K and V are not
     assert {row["held"] for row in rows if row["peer"] == "handloom" and row["dtype"] == "fp32"} == {"float32"}
     assert {row["suite"] for row in rows} == {"cpu"}
-    assert {row["threads"] for row in rows} == {1}
+    assert {(row["threads"], row["model"]) for row in rows} == {(1, folder.name)}
     for part in ("pp8 b1", "tg4 b2", "fp32", "int8", "limit"):
         assert part in result.stdout
     check_report(file, tmp_path / "picture.svg")

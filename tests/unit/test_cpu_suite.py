@@ -96,15 +96,22 @@ def test_a_peer_that_hangs_is_ended_when_its_time_is_over(tmp_path: Path) -> Non
         worker.run([[1]], 1)
 
 
-def test_an_engine_gets_settings_options_of_its_own_and_so_many_threads(tmp_path: Path) -> None:
-    path = tmp_path / "shows.py"
-    told = 'self.settings | {"omp": os.environ["OMP_NUM_THREADS"], "path": os.environ.get("PYTHONPATH")}'
+@pytest.mark.parametrize("other_python", [False, True])
+def test_an_engine_gets_settings_options_of_its_own_and_so_many_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_python: bool
+) -> None:
+    path, python = tmp_path / "shows.py", tmp_path / "python"
+    python.symlink_to(sys.executable)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    told = 'settings | {"omp": os.environ["OMP_NUM_THREADS"], "path": os.environ.get("PYTHONPATH")}'
     path.write_text(ENGINE.replace("BODY", "pass").replace('"held": precision', f'"held": {told}'))
-    with Worker(Contender("shows", path, options={"extra": False}), SETTINGS | {"threads": 3}, 60) as worker:
+    contender = Contender("shows", path, str(python) if other_python else sys.executable, {"extra": False})
+    with Worker(contender, SETTINGS | {"threads": 3}, 60) as worker:
         load, about = worker.loaded()
     assert load >= 0
-    assert about["held"]["omp"] == "3"
-    assert (about["held"]["model"], about["held"]["extra"]) == ("m", False)
+    held = about["held"]
+    assert (held["omp"], held["model"], held["extra"]) == ("3", "m", False)
+    assert held["path"] == (None if other_python else str(tmp_path / "packages"))
 
 
 def test_what_is_no_answer_is_an_error_that_shows_it(tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ NOTES = (
     "the whole call: scheduling and greedy choosing are inside, handloom also detokenises; tokenising is not. Same "
     "token ids for all, eos ignored, numbers of tokens checked, warm-up left out; medians",
     "%: of the limit, the bytes of a step at the measured read bandwidth or its operations at the measured rate of a "
-    "float32 matrix product (products in int8 may pass that), whichever takes longer; bytes of weights and cache as "
-    "handloom holds them, for every engine",
+    "float32 matrix product (a CPU's own products of int8 or bfloat16 may pass that), whichever takes longer; bytes of "
+    "weights and cache as handloom holds them, for every engine",
     "first token: from the start of a process to one token for a short prompt; load: of it, making the model, imports "
-    "apart; peak memory: what that process, or the one of a batch and those before it, held at most",
+    "apart; peak memory: what that process, or the one of all batches, held at most",
     "agree: share of tokens as handloom's, each prompt up to where the two part",
 )
 
@@ -112,13 +112,14 @@ def cpu(
         timeout=timeout,
     )
     _check_room(settings, spec)
-    results = open_results("cpu", output, torch.device("cpu"), torch.float32, model=checkpoint.name)
+    results = open_results("cpu", output, torch.device("cpu"), torch.float32, model=_label(checkpoint))
     results.show = lambda _: None
     results.labels["command"] = shlex.join(["handloom", *sys.argv[1:]])
     groups = _measure(settings, spec, chosen, contenders, results, quiet)
-    common.show_table(_rates_table(groups, spec, contenders))
+    shown = [contender for contender in contenders if any(contender.name in group.about for group in groups)]
+    common.show_table(_rates_table(groups, spec, shown))
     print()
-    common.show_table(_starts_table(groups, contenders))
+    common.show_table(_starts_table(groups, shown))
     for note in NOTES:
         common.say(f"- {note}", quiet)
     if results.labels["machine_busy"]:
@@ -150,6 +151,11 @@ def _measure(
 
 
 # Options ---------------------------------------------------------------------------------------
+
+
+def _label(checkpoint: Checkpoint) -> str:
+    """The Hub's name of a model; of a file or folder the last part."""
+    return Path(checkpoint.name).name if Path(checkpoint.name).exists() else checkpoint.name
 
 
 def _sizes(text: str) -> list[int]:
@@ -262,7 +268,7 @@ def _starts_table(groups: Sequence[Group], contenders: Sequence[Contender]) -> T
 
     from handloom.measure.stats import percentile
 
-    table = Table("", "engine", "held", "first token", "load", "peak memory", "… at batch", "agree")
+    table = Table("", "engine", "held", "first token", "load", "peak memory", "of all", "agree")
     for group in groups:
         table.add_section()
         for contender in contenders:
@@ -271,8 +277,15 @@ def _starts_table(groups: Sequence[Group], contenders: Sequence[Contender]) -> T
                 continue
             found = [percentile(values, 50) for values in zip(*group.starts.get(name, []), strict=True)]
             first = [f"{found[0]:.2f} s", f"{found[1]:.2f} s", common.size(found[2])] if found else ["", "", ""]
-            peaks = ", ".join(f"{n}: {common.size(peak)}" for n, peak in group.peaks.get(name, {}).items())
+            peaks = group.peaks.get(name)
             share = group.agreement.get(name)
             agree = "" if share is None else f"{100 * share:.0f}%"
-            table.add_row(group.precision, name, common.printable(str(about.get("held"))[:40]), *first, peaks, agree)
+            table.add_row(
+                group.precision,
+                name,
+                common.printable(str(about.get("held"))[:40]),
+                *first,
+                common.size(max(peaks.values())) if peaks else "",
+                agree,
+            )
     return table

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,9 +83,9 @@ class Roofs:
 class Group:
     """What was measured of one precision, by engine.
 
-    rates: tokens per second of each case and round; peaks: bytes after the largest batch up to each; agreement: share
-    of tokens as handloom chose them, up to where the two part; starts: seconds to a first token, of loading, and the
-    most bytes, of fresh processes; about: what adapters say; failed: why an engine was left out, from then on;
+    rates: tokens per second of each case and round; peaks: most bytes held until the end of each batch; agreement:
+    share of tokens as handloom chose them, up to where the two part; starts: of fresh processes, seconds to a first
+    token, seconds of loading, and most bytes; about: what adapters say; failed: why an engine was left out from then on;
     bandwidth, matmul: the roofs.
     """
 
@@ -156,20 +156,14 @@ def measure(
     return group
 
 
-class _leaving_out:  # noqa: N801 (used as a statement)
-    """A block in which an engine may fail: it is noted in the group, said, and what follows the block goes on."""
-
-    def __init__(self, group: Group, name: str, say: Tell) -> None:
-        self.group, self.name, self.say = group, name, say
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _: object, error: object, __: object) -> bool:
-        if not isinstance(error, RequestFailed):
-            return False
-        self.group.failed[self.name] = str(error)
-        self.say(f"{self.group.precision}: not measured: {error}")
-        return True
+@contextmanager
+def _leaving_out(group: Group, name: str, say: Tell) -> Iterator[None]:
+    """A block in which an engine may fail: that is noted in the group and said, and what follows the block goes on."""
+    try:
+        yield
+    except RequestFailed as error:
+        group.failed[name] = str(error)
+        say(f"{group.precision}: not measured: {error}")
 
 
 def _run_case(
