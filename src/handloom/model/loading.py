@@ -212,7 +212,8 @@ def _formats(
         fitting = [group for group in GROUPS if columns % group == 0]
         raise InvalidParam(
             f"quantize is {quantize.name!r}, but rows of {name} have {columns} columns, not a multiple of "
-            f"{format.multiple}; " + (f"use a group of {fitting}" if fitting else "'int8' takes rows of any length")
+            f"{format.multiple}; "
+            + (f"use a group of {' or '.join(map(str, fitting))}" if fitting else "'int8' takes rows of any length")
         )
     return (format,) * len(source.names)
 
