@@ -85,8 +85,8 @@ class Group:
 
     rates: tokens per second of each case and round; peaks: most bytes held until the end of each batch; agreement:
     share of tokens as handloom chose them, up to where the two part; starts: of fresh processes, seconds to a first
-    token, seconds of loading, and most bytes; about: what adapters say; failed: why an engine was left out from then on;
-    bandwidth, matmul: the roofs.
+    token, seconds of loading, and most bytes; about: what adapters say; failed: why an engine was left out from then
+    on; bandwidth, matmul: the roofs.
     """
 
     precision: str
