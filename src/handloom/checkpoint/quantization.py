@@ -270,12 +270,3 @@ class QuantizedMatrix:
             out[inside] = values
             first += len(segment)
         return out
-
-
-Matrix = Tensor | QuantizedMatrix
-"""A weight matrix as the forward pass may hold it."""
-
-
-def dense(weight: Matrix) -> Tensor:
-    """The matrix itself, or the weights of a quantised one as floats."""
-    return weight.matrix() if isinstance(weight, QuantizedMatrix) else weight

@@ -15,35 +15,36 @@ from torch import Tensor, arange, bmm, cat, device, float32, tanh, tensor
 from torch.backends import mkl
 from torch.nn import functional as F  # noqa: N812
 
-from handloom.checkpoint.quantization import QuantizedMatrix, dense
+from handloom.checkpoint.quantization import QuantizedMatrix
 from handloom_kernels import reference
 from handloom_kernels.reference import Norm, Rotary, activate, normalize
 
 __all__ = ["embed", "linear_residual", "lm_head", "norm_mlp", "norm_qkv", "paged_attention"]
 
+Matrix = Tensor | QuantizedMatrix
 FEW_ROWS = range(4, 17)
 WEIGHT_ROWS = 32
 
 
-def embed(input_ids: Tensor, weight: Tensor, scale: float, positions: Tensor, position_weight: Tensor | None) -> Tensor:
+def embed(input_ids: Tensor, weight: Matrix, scale: float, positions: Tensor, position_weight: Tensor | None) -> Tensor:
     """See `handloom_kernels.reference.embed`."""
     if isinstance(weight, QuantizedMatrix):
         input_ids, weight = arange(len(input_ids)), weight[input_ids]
     return reference.embed(input_ids, weight, scale, positions, position_weight)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """x [N, K] @ weight [M, K].T + bias; a few float32 rows on a CPU go through many small products.
 
     MKL repacks the weight for each large product, which costs more than the product itself where x has few rows;
     small products it computes in place. 8 rows, one core with AVX-512: 3072 x 576 in 0.71 instead of 1.38 ms,
     49152 x 576 in 12.4 instead of 29.0.
     """
-    weight = dense(weight)
-    rows, (width, depth) = len(x), weight.shape
+    own = weight.matrix() if isinstance(weight, QuantizedMatrix) else weight
+    rows, (width, depth) = len(x), own.shape
     if rows not in FEW_ROWS or x.dtype != float32 or x.is_cuda or width % WEIGHT_ROWS or not mkl.is_available():
-        return F.linear(x, weight, bias)
-    pieces = weight.view(-1, WEIGHT_ROWS, depth).transpose(1, 2)
+        return F.linear(x, own, bias)
+    pieces = own.view(-1, WEIGHT_ROWS, depth).transpose(1, 2)
     out = bmm(x.expand(len(pieces), rows, depth), pieces).transpose(0, 1).reshape(rows, width)
     return out if bias is None else out.add_(bias)
 
@@ -73,7 +74,7 @@ def _rotate_(x: Tensor, rotary: Rotary) -> None:
 def norm_qkv(
     hidden: Tensor,
     norm: Norm,
-    weight: Tensor,
+    weight: Matrix,
     bias: Tensor | None,
     q_norm: Norm | None,
     k_norm: Norm | None,
@@ -173,13 +174,13 @@ def paged_attention(
     return outputs[0] if len(outputs) == 1 else cat(outputs)
 
 
-def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Norm | None, residual: Tensor) -> Tensor:
+def linear_residual(x: Tensor, weight: Matrix, bias: Tensor | None, post_norm: Norm | None, residual: Tensor) -> Tensor:
     """See `handloom_kernels.reference.linear_residual`."""
     out = _linear(x, weight, bias)
     return residual + (out if post_norm is None else _norm(out, post_norm))
 
 
-def norm_mlp(hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, activation: str, gated: bool) -> Tensor:
+def norm_mlp(hidden: Tensor, norm: Norm, weight: Matrix, bias: Tensor | None, activation: str, gated: bool) -> Tensor:
     """See `handloom_kernels.reference.norm_mlp`."""
     x = _linear(_norm(hidden, norm), weight, bias)
     if not gated:
@@ -188,7 +189,7 @@ def norm_mlp(hidden: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, ac
     return activate(gate, activation).mul_(up)
 
 
-def lm_head(hidden: Tensor, norm: Norm, weight: Tensor, softcap: float | None) -> Tensor:
+def lm_head(hidden: Tensor, norm: Norm, weight: Matrix, softcap: float | None) -> Tensor:
     """See `handloom_kernels.reference.lm_head`."""
     logits = _linear(_norm(hidden, norm), weight)
     return (logits if softcap is None else softcap * tanh(logits / softcap)).float()
