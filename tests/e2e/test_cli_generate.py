@@ -76,6 +76,13 @@ def test_sampling_options_mean_what_they_mean_in_python(pair: Pair, handloom: Ca
     assert found["token_ids"] != pair.lm().generate(PROMPT, max_new_tokens=30).token_ids
 
 
+def test_beams_give_the_text_and_the_score_they_give_in_python(pair: Pair, handloom: Callable[..., Result]) -> None:
+    expected = pair.lm().generate(PROMPT, num_beams=3, max_new_tokens=9)
+    found = json.loads(handloom(PROMPT, "-n", 9, "--num-beams", 3, "--json").stdout)
+    assert (found["token_ids"], found["score"]) == (expected.token_ids, expected.beams.score)
+    assert handloom(PROMPT, "-n", 9, "--num-beams", 3, "--quiet").stdout == expected.text + "\n"
+
+
 def test_a_drawn_seed_gives_the_same_tokens_again(handloom: Callable[..., Result]) -> None:
     first = json.loads(handloom(PROMPT, "-n", 16, "--temperature", 2, "--json").stdout)
     again = json.loads(handloom(PROMPT, "-n", 16, "--temperature", 2, "--seed", first["seed"], "--json").stdout)

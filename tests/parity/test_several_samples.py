@@ -37,7 +37,9 @@ def test_the_torch_generator_gives_the_tokens_of_generate_in_its_order(pair: Pai
     state = torch.get_rng_state()
     torch.manual_seed(count)
     tokenizer = {"tokenizer": tiny_tokenizer()} if "stop_strings" in options else {}
-    theirs = pair.hf.generate(torch.tensor([prompt]), pad_token_id=330, **options, **tokenizer)[:, len(prompt) :]
+    ids = torch.tensor([prompt])
+    out = pair.hf.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=330, **options, **tokenizer)
+    theirs = out[:, len(prompt) :]
     assert len(ours) == count == len(theirs)
     for own, row in zip(ours, theirs.tolist(), strict=True):
         assert own.token_ids == row[: len(own.token_ids)]

@@ -48,6 +48,10 @@ def generate(
     top_p: common.TopP = None,
     min_p: common.MinP = None,
     repetition_penalty: common.RepetitionPenalty = None,
+    num_beams: Annotated[
+        int | None,
+        typer.Option(help="Search with so many beams; text comes once it is certain.", rich_help_panel="Sampling"),
+    ] = None,
     stop: common.Stop = None,
     seed: common.Seed = None,
     device: common.Device = "auto",
@@ -78,6 +82,8 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
+        num_return_sequences=1,
         stop_strings=stop,
         seed=seed,
         logprobs=logprobs,
@@ -142,6 +148,7 @@ def _as_json(lm: LM, prompt: str, output: Output) -> dict[str, Any]:
         "finish_reason": output.finish_reason,
         "stop_string": output.stop_string,
         "seed": output.seed,
+        "score": None if output.beams is None else output.beams.score,
         "logprobs": output.logprobs,
         "top_logprobs": output.top_logprobs,
         "timing": {

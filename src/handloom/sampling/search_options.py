@@ -55,6 +55,12 @@ def read_search(asked: Options, *, do_sample: bool, num_eos: int, vocab_size: in
             "prompt_logprobs beside num_return_sequences or num_beams: ask for them in a request of their own, or use "
             "`lm.score`"
         )
+    penalty, _ = asked.find("encoder_repetition_penalty") or (None, "")
+    if max(outputs, beams) > 1 and penalty not in (None, 1.0):
+        raise UnsupportedOption(
+            f"encoder_repetition_penalty={penalty!r} beside num_return_sequences or num_beams: transformers applies it "
+            "to one of them only; use repetition_penalty, or several requests"
+        )
     return search
 
 

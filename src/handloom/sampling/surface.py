@@ -97,7 +97,8 @@ NOTES: dict[str, str] = {
     "output_logits": "per step float32 [vocab_size], before the rules; under beams see `Output.beams`",
     "sequence_bias": "biases up to 1e30 either way, or -inf; at most 2^20 token ids",
     "bad_words_ids": "a single eos among them is left out; at most 2^20 token ids",
-    "encoder_repetition_penalty": "over the prompt's token ids; refused where they are embeddings",
+    "encoder_repetition_penalty": "over the prompt's token ids; refused where they are embeddings, and beside beams or "
+    "num_return_sequences, where transformers applies it to one sequence only",
     "encoder_no_repeat_ngram_size": "over the prompt's token ids; refused where they are embeddings",
     "forced_bos_token_id": "comes after a prompt of one token, as in transformers",
     "exponential_decay_length_penalty": "the power ends at 1e30, where Python's would overflow",
