@@ -12,7 +12,6 @@ import itertools
 import os
 import platform
 import re
-import sys
 import time
 from collections.abc import Mapping
 from importlib import metadata
@@ -25,6 +24,7 @@ import torch
 from handloom.checkpoint.quantization import QuantizedMatrix
 from handloom.model.spec import ModelSpec, model_parameters
 from handloom.ops import QuantizedPanels, Weight
+from handloom.ops.cores import cgroup, usable_cores
 
 if TYPE_CHECKING:
     from handloom.model.transformer import Transformer
@@ -202,25 +202,10 @@ def cpu_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def usable_cores() -> float:
-    """Cores this process may use: its affinity, less if a cgroup's quota is less (which may be a fraction)."""
-    cores = float(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
-    quota = _cgroup("cpu.max").split()
-    if len(quota) == 2 and quota[0] != "max":
-        cores = min(cores, int(quota[0]) / int(quota[1]))
-    return cores
-
-
 def memory_limit() -> int | None:
     """The cgroup's memory limit in bytes, or None."""
-    limit = _cgroup("memory.max").strip()
+    limit = cgroup("memory.max").strip()
     return int(limit) if limit.isdecimal() else None
-
-
-def _cgroup(name: str) -> str:
-    """A control file (version 2) of this process's cgroup, as seen in a container; empty where there is none."""
-    file = Path("/sys/fs/cgroup") / name
-    return file.read_text() if file.is_file() else ""
 
 
 def gpus() -> list[dict[str, Any]]:

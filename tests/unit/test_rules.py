@@ -10,118 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
-from transformers.generation import logits_process as hf
-from transformers.generation.utils import GenerationMixin
+from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 from handloom.errors import HandloomError
 from handloom.sampling.params import resolve_params
-from handloom.sampling.rules import Row, apply_rules
+from handloom.sampling.rules import apply_rules
 from known_wrong import WRONG_ON_INFINITIES
-
-INF = math.inf
-PROMPT_LENGTH, NEW_TOKENS, EOS = 6, 5, [1, 3]
-
-
-class NoModel(GenerationMixin):
-    """As much of a model as `_get_logits_processor` reads."""
-
-    def __init__(self, vocab_size: int) -> None:
-        class Config:
-            is_encoder_decoder = False
-
-            def get_text_config(self) -> Config:
-                return self
-
-        Config.vocab_size = vocab_size
-        self.config = Config()
-
-
-def theirs(options: dict[str, Any], prompt: list[int], vocab_size: int) -> hf.LogitsProcessorList:
-    """The processors of generate, for one prompt."""
-    options = {**options, "max_length": len(prompt) + NEW_TOKENS}
-    allowed = options.pop("prefix_allowed_tokens_fn", None)
-    if "min_new_tokens" in options:  # generate makes it both
-        options["min_length"] = len(prompt) + options["min_new_tokens"]
-    own = hf.LogitsProcessorList(options.pop("logits_processor", []))
-    if "sequence_bias" in options:  # as a list, older releases refuse token 0
-        options["sequence_bias"] = {tuple(ids): bias for ids, bias in options["sequence_bias"]}
-    config = GenerationConfig(num_beams=1, **options)
-    config._eos_token_tensor = torch.tensor([id_ for id_ in EOS if id_ < vocab_size])
-    return NoModel(vocab_size)._get_logits_processor(
-        config,
-        input_ids_seq_length=len(prompt),
-        encoder_input_ids=torch.tensor([prompt]),
-        prefix_allowed_tokens_fn=allowed,
-        logits_processor=own,
-        device="cpu",
-    )
-
-
-def mine(options: dict[str, Any], prompt: list[int], vocab_size: int) -> Row:
-    params = resolve_params(
-        {**options, "max_new_tokens": NEW_TOKENS, "seed": 0} | ({} if options.get("do_sample") else {"seed": None}),
-        generation_config={},
-        prompt_length=len(prompt),
-        max_context=4096,
-        vocab_size=vocab_size,
-        eos_token_id=[id_ for id_ in EOS if id_ < vocab_size],
-    )
-    return Row(params, list(prompt), len(prompt))
-
-
-def some_scores(vocab_size: int, seed: int, kind: str) -> torch.Tensor:
-    """[1, V]: as a model gives them, or rounded to ties, or partly or wholly -inf, or with what is no number."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(1, vocab_size, generator=generator) * 4
-    if kind == "ties":
-        return (scores * 2).round() / 2
-    if kind == "holes":
-        scores[torch.rand(1, vocab_size, generator=generator) < 0.7] = -INF
-    elif kind == "nothing":
-        scores.fill_(-INF)
-    elif kind == "invalid":
-        scores[0, ::3], scores[0, 1::5] = math.nan, INF
-    return scores
-
-
-def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return bool(((left == right) | (left.isnan() & right.isnan())).all())
-
-
-def their_scores(chain: hf.LogitsProcessorList, ids: list[int], scores: torch.Tensor) -> torch.Tensor | None:
-    """[V], or None where an entropy of scores that are all -inf raises in transformers."""
-    try:
-        return chain(torch.tensor([ids]), scores)[0]
-    except ValueError as error:
-        assert "Expected parameter logits" in str(error)
-        return None
-
-
-def assert_same_at_every_step(options: list[dict[str, Any]], vocab_size: int, seed: int, kinds: list[str]) -> None:
-    """All rows in one call of ours; each row in calls of its own of transformers."""
-    generator = torch.Generator().manual_seed(seed)
-    few = min(vocab_size, 5)  # so that n-grams repeat
-    sequences = torch.randint(0, few, (len(options), PROMPT_LENGTH + NEW_TOKENS), generator=generator).tolist()
-    rows = [mine(own, ids[:PROMPT_LENGTH], vocab_size) for own, ids in zip(options, sequences, strict=True)]
-    chains = [theirs(own, ids[:PROMPT_LENGTH], vocab_size) for own, ids in zip(options, sequences, strict=True)]
-    for step in range(NEW_TOKENS):
-        length = PROMPT_LENGTH + step
-        scores = torch.cat([some_scores(vocab_size, seed + 7 * i + step, kind) for i, kind in enumerate(kinds)])
-        expected = [
-            their_scores(chain, ids[:length], scores[i : i + 1].clone())
-            for i, (chain, ids) in enumerate(zip(chains, sequences, strict=True))
-        ]
-        for row, ids in zip(rows, sequences, strict=True):
-            row.token_ids = ids[:length]
-        assert apply_rules(scores, rows) == [None] * len(rows)
-        for i, wanted in enumerate(expected):
-            assert wanted is None or same(scores[i], wanted), (options[i], step, scores[i], wanted)
-
-
-def allow_even(batch_id: int, ids: torch.Tensor) -> list[int]:
-    return [0, int(ids[-1]) // 2]
-
+from rule_chains import (
+    EOS,
+    INF,
+    PROMPT_LENGTH,
+    allow_even,
+    assert_same_at_every_step,
+    mine,
+    some_scores,
+)
 
 ALONE: dict[str, list[Any]] = {
     "sequence_bias": [[[[0], 1.5]], [[[1, 0], -2.25], [[0], 0.5], [[2, 2, 0], 1.25], [[0, 0], -INF]]],
@@ -377,51 +280,3 @@ def test_a_sequence_rewound_and_continued_is_scored_as_if_it_had_never_been_othe
         apply_rules(left, [row])
         apply_rules(right, [anew])
         assert torch.equal(left, right)
-
-
-# Who stands in for whom -----------------------------------------------------------------------------------
-
-# An option that is on, and a processor of the class that transformers makes for it, of another opinion.
-STAND_INS: list[tuple[dict[str, Any], Any]] = [
-    ({"sequence_bias": [[[0], 5.0]]}, lambda: hf.SequenceBiasLogitsProcessor({(2,): 3.0})),
-    (
-        {"encoder_repetition_penalty": 2.0},
-        lambda: hf.EncoderRepetitionPenaltyLogitsProcessor(0.5, torch.tensor([[0, 1]])),
-    ),
-    ({"repetition_penalty": 2.0}, lambda: hf.RepetitionPenaltyLogitsProcessor(0.5)),
-    ({"no_repeat_ngram_size": 1}, lambda: hf.NoRepeatNGramLogitsProcessor(2)),
-    (
-        {"encoder_no_repeat_ngram_size": 1},
-        lambda: hf.EncoderNoRepeatNGramLogitsProcessor(1, torch.tensor([[2, 5]])),
-    ),
-    ({"bad_words_ids": [[0]]}, lambda: hf.NoBadWordsLogitsProcessor([[2]])),
-    ({"min_length": 6}, lambda: hf.MinLengthLogitsProcessor(7, [4])),
-    ({"min_new_tokens": 4}, lambda: hf.MinNewTokensLengthLogitsProcessor(PROMPT_LENGTH, 2, [4])),
-    (
-        {"prefix_allowed_tokens_fn": allow_even},
-        lambda: hf.PrefixConstrainedLogitsProcessor(lambda batch_id, ids: [1, 4], num_beams=1),
-    ),
-    ({"forced_bos_token_id": 2}, lambda: hf.ForcedBOSTokenLogitsProcessor(3)),
-    ({"forced_eos_token_id": 2}, lambda: hf.ForcedEOSTokenLogitsProcessor(PROMPT_LENGTH + 3, [4])),
-    ({"remove_invalid_values": True}, lambda: hf.InfNanRemoveLogitsProcessor()),
-    ({"exponential_decay_length_penalty": (0, 2.0)}, lambda: hf.ExponentialDecayLengthPenalty((1, 3.0), [4], 6)),
-    ({"suppress_tokens": [0]}, lambda: hf.SuppressTokensLogitsProcessor([2])),
-    ({"begin_suppress_tokens": [0]}, lambda: hf.SuppressTokensAtBeginLogitsProcessor([2], PROMPT_LENGTH + 1)),
-]
-
-
-@pytest.mark.parametrize("on", [True, False], ids=["option on", "option off"])
-@pytest.mark.parametrize(("option", "processor"), STAND_INS, ids=[next(iter(option)) for option, _ in STAND_INS])
-def test_a_callers_processor_of_a_built_in_class_replaces_the_built_in_one_in_its_place(option, processor, on):
-    options = {"temperature": 0.5, "do_sample": True, "top_k": 0, "suppress_tokens": [9], **(option if on else {})}
-    for prompt in ([0, 1, 2, 0, 1, 2], [0]):
-        given = [hf.TopKLogitsWarper(6), processor()]
-        row = mine({**options, "logits_processor": given}, prompt, 12)
-        chain = theirs({**options, "logits_processor": [hf.TopKLogitsWarper(6), processor()]}, prompt, 12)
-        for step in range(NEW_TOKENS):
-            ids = [*prompt, *[2, 0, 1, 2, 0][:step]]
-            scores = some_scores(12, step, "random")
-            expected = chain(torch.tensor([ids]), scores.clone())
-            row.token_ids = ids
-            assert apply_rules(scores, [row]) == [None]
-            assert same(scores, expected)

@@ -10,15 +10,14 @@ This module does not know what a step computes.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 import torch
 
+from handloom.ops.cores import usable_cores
 from handloom.ops.cpu import step
 
 ALIGNMENT = 64
@@ -26,13 +25,7 @@ ALIGNMENT = 64
 
 def usable_threads() -> int:
     """As many as torch is set to, and at most the cores that affinity and the cgroup's quota leave."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text().split()[:2]
-        if limit != "max":
-            cores = min(cores, max(1, int(limit) // int(period)))
-    return max(1, min(cores, torch.get_num_threads()))
+    return max(1, min(int(usable_cores()), torch.get_num_threads()))
 
 
 def aligned(nbytes: int) -> tuple[np.ndarray, int]:
