@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handloom.errors import InvalidParam, InvalidPrompt
+from handloom.lm import LM
 from handloom.measure.perplexity import BUNDLED, agreement, perplexity, windows
 from parity_checks import Pair
 
@@ -50,9 +51,8 @@ def test_what_cannot_be_scored_is_an_error(tiny_pair: Callable[..., Pair]) -> No
         perplexity(lm, "", window=64)
     with pytest.raises(InvalidParam, match="window is 257; expected 2 to 256"):
         perplexity(lm, TEXT, window=257)
-    lm.tokenizer = None
     with pytest.raises(InvalidPrompt, match="no tokenizer"):
-        perplexity(lm, TEXT)
+        perplexity(LM(lm.transformer, None, lm.pool, name=lm.name), TEXT)
 
 
 def test_a_text_is_bundled() -> None:

@@ -25,8 +25,9 @@ for 2^18 tokens as many units): tokens whose cumulative probability is closer to
 threshold is found in float64.
 
 To move: three reads of the scores (one from memory, the rest mostly from the second-level cache); one more, and a
-write, if `select`; rows that are off cost the first. A list that does not fit (LIST) is not used, the row itself is read again
-at each of at most 32 halvings: exact, and slow, for rows where thousands of scores lie within 1/64 of the threshold.
+write, if `select`; rows that are off cost the first. A list that does not fit (LIST) is not used, the row itself is
+read again at each of at most 32 halvings: exact, and slow, for rows where thousands of scores lie within 1/64 of the
+threshold.
 
 Sources: threshold search over float bits, FlashInfer's sampling kernels and Qrita (arXiv 2602.01518), here with a
 histogram first. This module does not know where scores come from. Meaning: `reference.select`.

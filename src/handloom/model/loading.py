@@ -175,8 +175,9 @@ def _check_memory(
     needed = sum(_nbytes(p, formats[name], dtype) for name, p in parameters.items())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
+        kept = "quantised, the rest " if any(formats.values()) else ""
         raise OutOfMemory(
-            f"{checkpoint.name}: the weights take {needed / 2**30:.2f} GiB (floats in {dtype}), and {free / 2**30:.2f} "
+            f"{checkpoint.name}: the weights take {needed / 2**30:.2f} GiB {kept}in {dtype}, and {free / 2**30:.2f} "
             f"GiB are free on {device}; use a smaller dtype, quantize, or another device"
         )
 
