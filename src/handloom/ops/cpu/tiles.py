@@ -22,7 +22,7 @@ from handloom.ops.cpu.simd import F32, I16, I32, I64, INTS, LANES, VECTOR, Build
 
 PANEL = 32
 VECTORS = PANEL // LANES
-PREFETCH = 1024
+PREFETCH = 3072
 
 
 @dataclass(frozen=True)
