@@ -13,19 +13,30 @@ import torch
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.model.batch import Embeddings, ForwardBatch
+from handloom.model.hooks import Hook
 
 
 class Work(NamedTuple):
-    """Run the next num_tokens pending tokens of a sequence; logits of none, the last, or all of them."""
+    """Run the next num_tokens pending tokens of a sequence; logits of none, the last, or all of them.
+
+    hook: called with what passes its points (names as in `LM.hook_points`, without `*`) in these tokens alone. Work with
+    a hook takes no pages over that others have computed, since no hook would see those tokens.
+    """
 
     sequence: Sequence
     num_tokens: int
     logits: Literal["none", "last", "all"]
+    hook: Hook | None = None
 
     @property
     def num_rows(self) -> int:
         """Rows of logits this work yields."""
         return {"none": 0, "last": 1, "all": self.num_tokens}[self.logits]
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Whether all that is pending has to run here, so that nothing may be taken over from others."""
+        return self.logits == "all" or self.hook is not None
 
 
 def build_batch(works: Iterable[Work], pool: PagePool) -> ForwardBatch:
@@ -40,7 +51,7 @@ def build_batch(works: Iterable[Work], pool: PagePool) -> ForwardBatch:
     tables: list[list[int]] = []
     embedded_rows: list[int] = []
     embedded: list[torch.Tensor] = []
-    for sequence, num_tokens, logits in works:
+    for sequence, num_tokens, logits, _ in works:
         first, end = sequence.num_computed, sequence.num_computed + num_tokens
         slots += sequence.slots(num_tokens)
         ids += sequence.token_ids[first:end]

@@ -37,10 +37,13 @@ class Runner:
     def run(
         self, works: Iterable[Work], owners: Sequence[Sized] | None = None
     ) -> tuple[Tensor, Mapping[int, HandloomError]]:
-        """As `forward`, and what went wrong in whose patch: errors by index of the work, whose rows are void."""
+        """As `forward`, and what went wrong in whose hook: errors by index of the work, whose rows are void."""
         works = list(works)
         batch = build_batch(works, self.pool)
-        hooks = self.hooks.step(owners or [work.sequence for work in works], batch) if self.hooks else None
+        own = [work.hook for work in works]
+        hooks = None
+        if self.hooks or any(own):
+            hooks = self.hooks.step(owners or [work.sequence for work in works], batch, own)
         if hooks is None:
             return self.transformer.forward(batch, self.pool.layers), {}
         for which in hooks.patched:

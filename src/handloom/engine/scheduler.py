@@ -169,7 +169,7 @@ class Scheduler:
     def _waits_for_another(self, request: Request) -> bool:
         """Whether a request before it is computing a page that it could take over in the next step."""
         return self.sharing and any(
-            work.logits != "all" and work.sequence.awaits(other)
+            not work.needs_every_token and work.sequence.awaits(other)
             for before in self.running
             if before.prefilling and not before.paused and before.rank < request.rank
             for other in before.decoder.sequences
@@ -206,10 +206,10 @@ class Scheduler:
         )
 
     def _adopt_prefixes(self, request: Request) -> None:
-        """Take over cached pages, except where logits of all tokens are wanted."""
-        for sequence, _, logits in _works(request):
-            if logits != "all":
-                sequence.adopt_prefix()
+        """Take over cached pages, except where something is wanted of every token."""
+        for work in _works(request):
+            if not work.needs_every_token:
+                work.sequence.adopt_prefix()
 
     def _reserve(self, sequences: Seq[Sequence], length: int) -> None:
         """Pages for what is there, one to spare for each request that runs, and those up to `length` if still empty.
@@ -229,13 +229,13 @@ class Scheduler:
         Raises OutOfPages, or RequestFailed for a decoder without work, with nothing of the request in the plan.
         """
         works: list[Work] = []
-        for sequence, pending, logits in _works(request):
+        for sequence, pending, logits, hook in _works(request):
             num_tokens = min(pending, budget, self.max_rows if logits == "all" else pending)
             if num_tokens <= 0:
                 break
             sequence.grow(sequence.num_computed + num_tokens)
             wanted = "none" if num_tokens < pending and logits == "last" else logits
-            works.append(Work(sequence, num_tokens, wanted))
+            works.append(Work(sequence, num_tokens, wanted, hook))
             budget -= num_tokens
         if budget > 0 and not works:
             raise RequestFailed("the decoder has not finished and plans no work, so it would never finish")

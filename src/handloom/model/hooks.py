@@ -15,6 +15,7 @@ This module does not know what a sequence is beyond its length, nor who runs a b
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,24 +116,36 @@ class Hooks:
         for name in [points] if isinstance(points, str) else points:
             found = fnmatch.filter(self.points, name) if isinstance(name, str) else []
             if not found:
-                last = max(i for i in range(len(self.points)) if f"blocks.{i}.hook_resid_pre" in self.points)
-                raise InvalidParam(
-                    f"there is no hook point {name!r}; lm.hook_points() lists them all, such as "
-                    f"'blocks.{last}.hook_resid_post'"
-                )
+                raise InvalidParam(self._no_such_point(name))
             yield from found
 
-    def step(self, sequences: Sequence[Sized], batch: ForwardBatch) -> StepHooks | None:
-        """What is to be done in one pass over these sequences, the batch's in order; None for nothing."""
+    def _no_such_point(self, name: object) -> str:
+        last = max(i for i in range(len(self.points)) if f"blocks.{i}.hook_resid_pre" in self.points)
+        return (
+            f"there is no hook point {name!r}; lm.hook_points() lists them all, such as 'blocks.{last}.hook_resid_post'"
+        )
+
+    def step(
+        self, sequences: Sequence[Sized], batch: ForwardBatch, own: Sequence[Hook | None] = ()
+    ) -> StepHooks | None:
+        """What is to be done in one pass over these sequences, the batch's in order; None for nothing.
+
+        own: a further hook of each, for this pass; the sequence of one with unknown points has an InvalidParam.
+        """
         starts, opened = batch.cu_seqlens.tolist(), tuple(self._open)
         visits: dict[str, list[Visit]] = {}
-        for i, sequence in enumerate(sequences):
+        errors: dict[int, HandloomError] = {}
+        for i, (sequence, further) in enumerate(itertools.zip_longest(sequences, own)):
             rows = slice(starts[i], starts[i + 1])
             span = Span(i, rows, batch.positions[rows], sequence)
-            own = [hook for hook in opened if hook.sequence is None or hook.sequence is sequence]
-            for point in {point for hook in own for point in hook.points}:
-                visits.setdefault(point, []).append(Visit(span, [hook for hook in own if point in hook.points]))
-        return StepHooks(visits) if visits else None
+            hooks = [hook for hook in opened if hook.sequence is None or hook.sequence is sequence]
+            if further is not None:
+                if unknown := sorted(further.points - self.points.keys()):
+                    errors[i] = InvalidParam(self._no_such_point(unknown[0]))
+                hooks.append(further)
+            for point in {point for hook in hooks for point in hook.points}:
+                visits.setdefault(point, []).append(Visit(span, [hook for hook in hooks if point in hook.points]))
+        return StepHooks(visits, errors) if visits or errors else None
 
 
 class Span(NamedTuple):
@@ -158,13 +171,13 @@ class Visit(NamedTuple):
 class StepHooks:
     """The hooks of one forward pass, by point.
 
-    errors: what went wrong in a patch, by the index of its sequence in the batch. No hook sees that sequence again in
+    errors: what went wrong in a hook, by the index of its sequence in the batch. No hook sees that sequence again in
     this pass, and what the pass computes of it is worth nothing; the other rows are what they would have been.
     """
 
-    def __init__(self, visits: Mapping[str, list[Visit]]) -> None:
+    def __init__(self, visits: Mapping[str, list[Visit]], errors: dict[int, HandloomError]) -> None:
         self._visits = visits
-        self.errors: dict[int, HandloomError] = {}
+        self.errors = errors
 
     @property
     def patched(self) -> set[int]:
@@ -178,8 +191,8 @@ class StepHooks:
     def visit(self, point: str, read: Callable[[Span], Tensor], write: Callable[[Span, Tensor], object]) -> None:
         """Show the point's values of each hooked sequence to its hooks; write back what a patch made of them.
 
-        Where a patch raises, its sequence has a RequestFailed in `errors`; where it returns something else than such
-        values, an InvalidParam.
+        Where a hook raises, its sequence has a RequestFailed in `errors`; where a patch returns something else than
+        such values, an InvalidParam.
         """
         for visit in self._visits.get(point, ()):
             span = visit.span
@@ -188,10 +201,7 @@ class StepHooks:
             at, values = At(point, span.positions, span.sequence), read(span)
             try:
                 for hook in visit.hooks:
-                    if hook.changes:
-                        values = _patched(hook.function, values.clone(), at)
-                    else:
-                        hook.function(values, at)
+                    values = _after(hook, values, at)
             except HandloomError as error:
                 self.errors[span.which] = error
                 continue
@@ -203,14 +213,16 @@ class StepHooks:
         self.visit(point, lambda span: values[span.rows], lambda span, new: values[span.rows].copy_(new))
 
 
-def _patched(function: Function, values: Tensor, at: At) -> Tensor:
-    """What a patch makes of the values. Raises RequestFailed with the caller's exception as its cause, InvalidParam."""
+def _after(hook: Hook, values: Tensor, at: At) -> Tensor:
+    """The values a hook has seen, or what a patch made of a copy. Raises RequestFailed with the exception as its cause,
+    InvalidParam."""
+    given = values.clone() if hook.changes else values
     try:
-        new = function(values, at)
+        new = hook.function(given, at)
     except Exception as cause:
-        raise RequestFailed(f"the patch of {at.point} raised {cause!r}") from cause
-    if new is None:
-        return values
+        raise RequestFailed(f"the {'patch' if hook.changes else 'hook'} of {at.point} raised {cause!r}") from cause
+    if not hook.changes or new is None:
+        return given
     if not isinstance(new, Tensor) or new.shape != values.shape:
         what = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise InvalidParam(
