@@ -17,9 +17,9 @@ from handloom.sampling.rules import AFTER_THE_CALLERS, BEFORE_THE_CALLERS
 from handloom.sampling.surface import NO_EFFECT, NOTES, WHY_NOT
 
 PAGE = Path(__file__).with_name("generate.md")
-ARGUMENTS = "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn".split()
+ARGUMENTS = "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn negative_prompt_ids".split()
 REFUSED_ARGUMENTS = (
-    "inputs synced_gpus assistant_model streamer negative_prompt_ids negative_prompt_attention_mask custom_generate "
+    "inputs synced_gpus assistant_model streamer negative_prompt_attention_mask custom_generate "
     "tokenizer assistant_tokenizer trust_remote_code input_ids inputs_embeds attention_mask position_ids "
     "past_key_values logits_to_keep"
 ).split()
@@ -32,6 +32,7 @@ PROOFS = {
     "renormalize_logits": "test_rules_in_generate.py",
     "remove_invalid_values": "test_rules_in_generate.py",
     "num_return_sequences": "test_several_samples.py",
+    "negative_prompt_ids": "test_guidance.py",
     "output_scores": "test_scores_and_logprobs.py",
     "output_logits": "test_scores_and_logprobs.py",
 }

@@ -214,13 +214,17 @@ FEATURES: dict[str, Feature] = {
     "output_logits": Feature({"output_logits": True}, check_logits),
     "logprobs": Feature({}, check_logprobs, {"logprobs": 2}),
     "prompt_logprobs": Feature({}, check_prompt_logprobs, {"prompt_logprobs": 1}),
+    "guidance": Feature({"guidance_scale": 1.7, "negative_prompt_ids": random_ids(8, 4)}),
     "skip_special_tokens": Feature({}, promises_nothing_alone, {"skip_special_tokens": False}),
 }
-# Pairs that contradict each other, and the words of the refusal.
+# Pairs that contradict each other or are not there, and the words of the refusal.
 CONTRADICT = {
     frozenset({"stop_strings", "include_stop_text"}): "stop and stop_strings",
     frozenset({"watermark", "SynthID"}): None,  # two values of one option
+    frozenset({"guidance", "prompt_logprobs"}): "prompt_logprobs beside guidance_scale",
 }
+# Features of more than the sequence to go on, which is therefore not continued in place.
+NOT_IN_PLACE = {"guidance": "guidance_scale"}
 PAIRS = [frozenset(pair) for pair in combinations(FEATURES, 2)]
 
 
@@ -243,6 +247,8 @@ def theirs(
     options = {"do_sample": False, **shared}
     if "stop" in own:
         options["stop_strings"] = own["stop"]
+    if "negative_prompt_ids" in options:
+        options["negative_prompt_ids"] = torch.tensor([options["negative_prompt_ids"]])
     if "stop_strings" in options:
         options["tokenizer"] = tiny_tokenizer()
     torch.manual_seed(9)
@@ -265,7 +271,7 @@ def test_safety_20_every_pair_works_as_in_generate_and_each_keeps_its_promise(pa
         if names in CONTRADICT:
             words = CONTRADICT[names]
             if words is not None:
-                with pytest.raises(InvalidParam, match=words):
+                with pytest.raises((InvalidParam, UnsupportedOption), match=words):
                     lm.generate(PROMPT, **shared, **own)
             continue
         sampled = bool(shared.get("do_sample"))
@@ -332,6 +338,10 @@ def test_every_option_over_a_sequence_to_continue_works_as_over_its_ids(pair: Pa
     options = {**shared, **own, **({"seed": 5} if shared.get("do_sample") else {})}
     expected = lm.generate(PROMPT, **options)
     with lm.sequence(PROMPT) as sequence:
+        if name in NOT_IN_PLACE:
+            with pytest.raises(UnsupportedOption, match=NOT_IN_PLACE[name]):
+                lm.generate(sequence, **options)
+            return
         continued = lm.generate(sequence, **options)
     assert (continued.token_ids, continued.text) == (expected.token_ids, expected.text)
 

@@ -47,6 +47,7 @@ WORKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "suppress_tokens": (list(range(0, 331, 2)), SAMPLED),
     "begin_suppress_tokens": (list(range(300)), SAMPLED),
     "watermarking_config": (WatermarkingConfig(bias=20.0), SAMPLED),
+    "guidance_scale": (2.0, BASE),
     "num_beams": (3, {"max_new_tokens": 24, "eos_token_id": None}),
     "early_stopping": (True, {**BEAMS, "length_penalty": 2.0}),
     "length_penalty": (-1.0, BEAMS),
@@ -73,7 +74,6 @@ REFUSED: dict[str, Any] = {
     "cache_config": {"backend": "quanto"},
     "max_cache_len": 64,
     "token_healing": True,
-    "guidance_scale": 2.0,
     "output_attentions": True,
     "output_hidden_states": True,
     "decoder_start_token_id": 5,
@@ -149,7 +149,7 @@ def test_a_field_that_does_not_work_is_refused_by_name(pair: Pair, name: str) ->
     assert pair.lm().generate(PROMPT, **BASE, **{name: default}).token_ids == expected
 
 
-@pytest.mark.parametrize("name", sorted({"num_beam_groups", "guidance_scale", "low_memory", "penalty_alpha"}))
+@pytest.mark.parametrize("name", sorted({"num_beam_groups", "low_memory", "penalty_alpha"}))
 def test_a_field_in_a_passed_generation_config_is_refused_by_name(pair: Pair, name: str) -> None:
     config = GenerationConfig(**BASE)
     setattr(config, name, REFUSED[name])

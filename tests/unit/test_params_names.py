@@ -54,6 +54,9 @@ def test_every_argument_of_generate_works_or_is_refused_by_name(name):
     if name == "prefix_allowed_tokens_fn":
         assert resolve({name: print}).prefix_allowed_tokens_fn is print
         return
+    if name == "negative_prompt_ids":
+        assert resolve({name: [3, 4], "guidance_scale": 2.0}).negative_prompt_ids == (3, 4)
+        return
     with pytest.raises(UnsupportedOption, match=f"^{name}="):
         resolve({name: TextStreamer})
     assert resolve({name: None, "seed": 1}) == resolve({"seed": 1})

@@ -76,15 +76,21 @@ class _Candidates:
 class BeamDecoder:
     """Searches params.num_return_sequences outputs for a sequence, which it owns."""
 
-    def __init__(self, sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        sequence: Sequence,
+        params: GenerationParams,
+        tokenizer: Tokenizer | None,
+        branches: Branches | None = None,
+    ) -> None:
         self.sequence, self.params, self.num_outputs = sequence, params, params.num_return_sequences
-        self.max_length = len(sequence) + params.max_new_tokens
+        self._branches = branches or Branches(sequence)
+        self.max_length = self._branches.longest + params.max_new_tokens
         # the rules see no ids for embedded positions, and count no length for them
         self._hidden = sequence.num_embeddings
         self._prompt_ids = sequence.token_ids[self._hidden :]
         self._params = replace(params, min_length=max(0, params.min_length - self._hidden))
         self._tokenizer, self._started = tokenizer, time.monotonic()
-        self._branches = Branches(sequence)
         self._rules = [RequestRules(self._params, len(self._prompt_ids))]  # of each leaf
         self._links: list[_Link | None] = [None]  # the last token of each leaf
         count, device = params.num_beams, sequence.pool.device
@@ -146,6 +152,9 @@ class BeamDecoder:
         scores = rows.to(torch.float32).log_softmax(dim=-1)
         ids = [leaf.token_ids[self._hidden :] for leaf in self._branches.leaves]
         table = [Row(self._params, own, len(self._prompt_ids), r) for own, r in zip(ids, self._rules, strict=True)]
+        if self._branches.unconditional is not None:
+            for row, unconditional in zip(table, self._branches.unconditional, strict=True):
+                row.unconditional = unconditional
         for error in apply_rules(scores, table):
             if error is not None:
                 raise error

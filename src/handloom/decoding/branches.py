@@ -19,7 +19,12 @@ from handloom.cache.sequence import Sequence
 
 
 class Branches:
-    """`leaves` are the sequences that go on. Their rows of logits may come in over several steps."""
+    """`leaves` are the sequences that go on. Their rows of logits may come in over several steps.
+
+    unconditional: logits [r, vocab_size] beside the r rows that `take` gave last, where guidance asks for them.
+    """
+
+    unconditional: Tensor | None = None
 
     def __init__(self, prompt: Sequence) -> None:
         self.leaves = [prompt]
@@ -29,6 +34,16 @@ class Branches:
     def sequences(self) -> list[Sequence]:
         """The leaves that hold pages, and the first, which is computed before the others share what they can."""
         return [leaf for leaf in self.leaves if leaf is self.leaves[0] or leaf.page_table]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.leaves))
+
+    @property
+    def came(self) -> list[Sequence]:
+        """The leaves whose rows a step has computed that `take` has not seen yet."""
+        return [leaf for leaf in self.leaves if leaf not in self._rows and not leaf.num_pending]
 
     def plan(self) -> list[Work]:
         """What must run before every leaf has its row."""
@@ -44,7 +59,7 @@ class Branches:
 
     def take(self, logits: Tensor) -> Tensor | None:
         """Keep the rows that came, [r, vocab_size]; all of them [len(leaves), vocab_size] once none is missing."""
-        came = [leaf for leaf in self.leaves if leaf not in self._rows and not leaf.num_pending]
+        came = self.came
         if len(came) == len(self.leaves):
             return logits
         self._rows.update(zip(came, logits.clone(), strict=True))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from handloom.cache.sequence import Sequence
 from handloom.decoding.beam import BeamDecoder
+from handloom.decoding.branches import Branches
+from handloom.decoding.guided import GuidedBranches
 from handloom.decoding.sample import SampleDecoder
 from handloom.decoding.samples import SamplesDecoder
 from handloom.errors import UnsupportedOption
@@ -19,12 +21,14 @@ RequestDecoder = SampleDecoder | SamplesDecoder | BeamDecoder
 def make_decoder(
     sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None, *, owns_sequence: bool = True
 ) -> RequestDecoder:
-    """The decoder for a prompt. Raises UnsupportedOption for several outputs of a sequence of the caller's."""
-    if params.num_beams == params.num_return_sequences == 1:
+    """The decoder for a prompt. Raises UnsupportedOption for a sequence of the caller's where several take part."""
+    several = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0}
+    asked = [option for option, neutral in several.items() if getattr(params, option) != neutral]
+    if not asked:
         return SampleDecoder(sequence, params, tokenizer, owns_sequence=owns_sequence)
     if not owns_sequence:
-        option = "num_beams" if params.num_beams > 1 else "num_return_sequences"
         raise UnsupportedOption(
-            f"{option}={getattr(params, option)}: a sequence goes on in place, in one way; pass its token_ids"
+            f"{asked[0]}={getattr(params, asked[0])}: a sequence goes on in place, in one way; pass its token_ids"
         )
-    return (BeamDecoder if params.num_beams > 1 else SamplesDecoder)(sequence, params, tokenizer)
+    branches = Branches(sequence) if params.guidance_scale == 1.0 else GuidedBranches(sequence, params)
+    return (BeamDecoder if params.num_beams > 1 else SamplesDecoder)(sequence, params, tokenizer, branches)

@@ -27,10 +27,16 @@ from handloom.text.tokenizer import Tokenizer
 class SamplesDecoder:
     """Generates params.num_return_sequences outputs from a sequence, which it owns."""
 
-    def __init__(self, sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        sequence: Sequence,
+        params: GenerationParams,
+        tokenizer: Tokenizer | None,
+        branches: Branches | None = None,
+    ) -> None:
         self.sequence, self.params, self.num_outputs = sequence, params, params.num_return_sequences
-        self.max_length = len(sequence) + params.max_new_tokens
-        self._branches = Branches(sequence)
+        self._branches = branches or Branches(sequence)
+        self.max_length = self._branches.longest + params.max_new_tokens
         self._samples = [
             SampleDecoder(sequence, replace(params, seed=seed_of_sample(params.seed, at)), tokenizer)
             for at in range(self.num_outputs)
@@ -49,23 +55,29 @@ class SamplesDecoder:
         rows = self._branches.take(logits)
         if rows is None:
             return []
+        beside = self._branches.unconditional
         if not self._alive:
             self._alive = list(range(self.num_outputs))
             self._branches.split([0] * self.num_outputs)
             rows = rows.expand(self.num_outputs, -1)
+            beside = None if beside is None else beside.expand(self.num_outputs, -1)
         for at, leaf in zip(self._alive, self._branches.leaves, strict=True):
             self._samples[at].sequence = leaf
-        choice = choose(rows, [self._samples[at].row() for at in self._alive], Draws(self._alive, self.num_outputs))
+        table = [self._samples[at].row() for at in self._alive]
+        if beside is not None:
+            for row, unconditional in zip(table, beside, strict=True):
+                row.unconditional = unconditional
+        choice = choose(rows, table, Draws(self._alive, self.num_outputs))
         events: list[Event] = []
-        for row, at in enumerate(self._alive):
-            events += [_tagged(event, at) for event in self._samples[at].accept(choice, row)]
-        going_on = [row for row, at in enumerate(self._alive) if not self._samples[at].finished]
+        for place, at in enumerate(self._alive):
+            events += [_tagged(event, at) for event in self._samples[at].accept(choice, place)]
+        going_on = [place for place, at in enumerate(self._alive) if not self._samples[at].finished]
         if not going_on:
             last = events[-1]
             assert isinstance(last, SampleFinishedEvent)
             return [*events, FinishedEvent(last.reason)]
         self._branches.split(going_on)
-        self._alive = [self._alive[row] for row in going_on]
+        self._alive = [self._alive[place] for place in going_on]
         return events
 
     def close(self) -> None:

@@ -115,7 +115,7 @@ class Engine:
             raise InvalidPrompt("the sequence is empty; append a token to it first")
         spec = self.model.transformer.spec
         params = resolve_params(
-            options,
+            self._with_ids(options),
             generation_config=self.model.generation_config,
             prompt_length=len(sequence),
             max_context=self.model.max_context,
@@ -133,12 +133,29 @@ class Engine:
                 "encoder_repetition_penalty and encoder_no_repeat_ngram_size are about the prompt's token ids, and "
                 "this prompt begins with embeddings; leave them out"
             )
+        if params.guidance_scale != 1.0 and not params.negative_prompt_ids and len(sequence) == sequence.num_embeddings:
+            raise UnsupportedOption(
+                "guidance_scale leads away from the prompt's last token, and this prompt ends with embeddings; give "
+                "negative_prompt_ids"
+            )
         if params.prompt_logprobs is not None and sequence.private and sequence.num_computed:
             raise UnsupportedOption(
                 "prompt_logprobs compute the prompt again, and this sequence has K and V that would be forgotten; "
                 "pass its token_ids instead"
             )
         return params
+
+    def _with_ids(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options with negative_prompt, a text, as negative_prompt_ids. Raises InvalidParam, InvalidPrompt."""
+        text = options.get("negative_prompt")
+        options = {name: value for name, value in options.items() if name != "negative_prompt"}
+        if text is None:
+            return options
+        if not isinstance(text, str):
+            raise InvalidParam(f"negative_prompt is {type(text).__name__}, not a text; pass ids as negative_prompt_ids")
+        if options.get("negative_prompt_ids") is not None:
+            raise InvalidParam("negative_prompt and negative_prompt_ids are two ways to say one thing; give one")
+        return {**options, "negative_prompt_ids": self.model.encode(text).token_ids}
 
     def prepare(self, prompt: Any, options: dict[str, Any], *, cache_salt: str = "") -> RequestDecoder:
         """The decoder of a request, checked and not queued yet. Arguments and errors are those of `add_request`."""

@@ -29,7 +29,7 @@ LARGEST_FACTOR = 1e30  # a score times or divided by a factor in [1e-30, 1e30] s
 # Options that transformers' GenerationConfig does not have.
 OURS = frozenset(
     "include_stop_text seed rng logprobs prompt_logprobs logits_processor stopping_criteria prefix_allowed_tokens_fn "
-    "skip_special_tokens".split()
+    "negative_prompt_ids skip_special_tokens".split()
 )
 # Any value is fine: nothing is padded, and an output always is a full object.
 BOOKKEEPING = frozenset({*NO_EFFECT, "_from_model_config", "_commit_hash"})
@@ -44,7 +44,6 @@ INERT: dict[str, int | float | str] = {
     "use_cache": True,
     "num_beam_groups": 1,
     "diversity_penalty": 0.0,
-    "guidance_scale": 1.0,
     "num_assistant_tokens": 20,
     "num_assistant_tokens_schedule": "constant",
     "assistant_confidence_threshold": 0.4,

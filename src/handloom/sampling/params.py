@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from handloom.errors import ContextOverflow, InvalidParam, UnsupportedOption
+from handloom.sampling.contrast_options import read_contrast
 from handloom.sampling.options import (
     CALLER,
     LARGEST_FACTOR,
@@ -109,6 +110,8 @@ class GenerationParams:
             these. With sampling, output i draws with `rng.seed_of_sample(seed, i)`; the first as if it were alone.
         num_beams: 1, or beam search over so many sequences; sampled where do_sample is true. See
             `handloom.decoding.beam`, also for length_penalty and early_stopping, which only beam search has a use for.
+        guidance_scale, negative_prompt_ids: see `handloom.decoding.guided`. Off: 1.0. No ids: the prompt's last token.
+            `generate` also takes a text, negative_prompt.
         skip_special_tokens: leave special tokens out of the text.
         max_time: seconds after which the sequence ends with the token at hand.
     """
@@ -155,6 +158,8 @@ class GenerationParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = False
+    guidance_scale: float = 1.0
+    negative_prompt_ids: tuple[int, ...] = ()
     skip_special_tokens: bool = True
     max_time: float | None = None
 
@@ -250,6 +255,7 @@ def resolve_params(
         num_beams=search.num_beams,
         length_penalty=search.length_penalty,
         early_stopping=search.early_stopping,
+        **read_contrast(asked, vocab_size=vocab_size, room=max_context - new_tokens),
         max_time=asked.read("max_time", real(0, LARGEST_FACTOR, above=True), default=None, off=None),
     )
 

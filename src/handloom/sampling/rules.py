@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from handloom.errors import HandloomError, RequestFailed
-from handloom.sampling import constraints, processors, repetition, watermark
+from handloom.sampling import constraints, contrast, processors, repetition, watermark
 from handloom.sampling.memory import Memory
 from handloom.sampling.params import GenerationParams, LogitsProcessor
 
@@ -26,15 +26,17 @@ class Row:
     """What the sampler must know of one sequence.
 
     token_ids: prompt and generated so far. rules: the same object at every step of a request, or they start anew.
+    unconditional: what guidance weighs the logits against, logits [V] of any float dtype.
     """
 
-    __slots__ = ("params", "prompt_length", "rules", "token_ids")
+    __slots__ = ("params", "prompt_length", "rules", "token_ids", "unconditional")
 
     def __init__(
         self, params: GenerationParams, token_ids: Sequence[int], prompt_length: int, rules: RequestRules | None = None
     ) -> None:
         self.params, self.token_ids, self.prompt_length = params, token_ids, prompt_length
         self.rules = RequestRules(params, prompt_length) if rules is None else rules
+        self.unconditional: Tensor | None = None
 
     @property
     def new_length(self) -> int:
@@ -92,6 +94,10 @@ def _at_begin(row: Row) -> bool:
 
 
 BEFORE_THE_CALLERS = (
+    Rule(
+        "guidance_scale", 1.0, "UnbatchedClassifierFreeGuidanceLogitsProcessor", contrast.guide, (1.0, None),
+        lambda row: (row.params.guidance_scale, row.unconditional),
+    ),
     Rule(
         "sequence_bias", (), "SequenceBiasLogitsProcessor", constraints.sequence_bias, (None, ()),
         lambda row: (row.memory.biases, row.token_ids),

@@ -14,7 +14,6 @@ _CACHE = "there is one paged KV cache, whose size is `kv_cache_tokens` of `LM.fr
 _COMPILE = "nothing here is compiled by torch.compile"
 _PROMPT = "the prompt (text, token ids or embeddings) is the first argument"
 _RAGGED = "nothing is padded, so nothing has to be masked"
-_GUIDANCE = "there is no classifier-free guidance yet"
 
 # Options of transformers that are refused by name unless their value asks for nothing.
 WHY_NOT: dict[str, str] = {
@@ -47,7 +46,6 @@ WHY_NOT: dict[str, str] = {
     "penalty_alpha": "there is no contrastive search yet",
     "dola_layers": "there is no DoLa decoding yet",
     "token_healing": "there is no token healing yet",
-    "guidance_scale": _GUIDANCE,
     "output_attentions": "use `lm.capture`, which names the points of every layer",
     "output_hidden_states": "use `lm.capture`, which names the points of every layer",
     "decoder_start_token_id": "there are no encoder-decoder models here",
@@ -56,8 +54,7 @@ WHY_NOT: dict[str, str] = {
     "synced_gpus": "it keeps processes of a training run in step; one process runs a model here",
     "assistant_model": _SPECULATION,
     "streamer": "use `lm.stream`, which yields the pieces as they come",
-    "negative_prompt_ids": _GUIDANCE,
-    "negative_prompt_attention_mask": _GUIDANCE,
+    "negative_prompt_attention_mask": _RAGGED,
     "custom_generate": "no code that came with a model ever runs",
     # what generate hands on to the model or to a criterion
     "tokenizer": "an LM has its own",
@@ -95,6 +92,9 @@ NOTES: dict[str, str] = {
     "early_stopping": "True, False or 'never'; refused without beams, which alone have a use for it",
     "output_scores": "per step float32 [vocab_size], after the rules; under beams see `Output.beams`",
     "output_logits": "per step float32 [vocab_size], before the rules; under beams see `Output.beams`",
+    "guidance_scale": "each output and its twin after the negative prompt run in one step; with beams every beam has "
+    "its own twin, where transformers mixes them up; refused beside prompt_logprobs, and for a sequence to continue",
+    "negative_prompt_ids": "token ids [n]; or a text, `negative_prompt`; refused without a guidance_scale",
     "sequence_bias": "biases up to 1e30 either way, or -inf; at most 2^20 token ids",
     "bad_words_ids": "a single eos among them is left out; at most 2^20 token ids",
     "encoder_repetition_penalty": "over the prompt's token ids; refused where they are embeddings, and beside beams or "
