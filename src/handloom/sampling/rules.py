@@ -27,9 +27,10 @@ class Row:
 
     token_ids: prompt and generated so far. rules: the same object at every step of a request, or they start anew.
     unconditional: what guidance weighs the logits against, logits [V] of any float dtype.
+    taken: what other groups of beams have chosen at this step.
     """
 
-    __slots__ = ("params", "prompt_length", "rules", "token_ids", "unconditional")
+    __slots__ = ("params", "prompt_length", "rules", "taken", "token_ids", "unconditional")
 
     def __init__(
         self, params: GenerationParams, token_ids: Sequence[int], prompt_length: int, rules: RequestRules | None = None
@@ -37,6 +38,7 @@ class Row:
         self.params, self.token_ids, self.prompt_length = params, token_ids, prompt_length
         self.rules = RequestRules(params, prompt_length) if rules is None else rules
         self.unconditional: Tensor | None = None
+        self.taken: Sequence[int] = ()
 
     @property
     def new_length(self) -> int:

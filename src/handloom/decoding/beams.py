@@ -1,0 +1,253 @@
+"""What every search with beams is made of: sequences that run on together, the tokens that led to each, and the text
+that is told as soon as it cannot change any more.
+
+A beam that splits is forked: no K and V move but those on the one page that both will write to.
+
+This module does not know which continuations run on, which compete for the outputs, or when a search ends.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from handloom.cache.batch import Work
+from handloom.cache.sequence import Sequence
+from handloom.decoding.branches import Branches
+from handloom.decoding.decoder import (
+    BeamTrace,
+    Event,
+    FinishedEvent,
+    FinishReason,
+    SampleFinishedEvent,
+    TokenEvent,
+    TopLogprobs,
+)
+from handloom.decoding.sample import output_text
+from handloom.errors import HandloomError, NonFiniteLogits
+from handloom.sampling.params import GenerationParams
+from handloom.sampling.rules import RequestRules, Row, apply_rules
+from handloom.sampling.sampler import token_logprobs
+from handloom.text.tokenizer import Tokenizer
+
+NOWHERE = -1e9  # the score of a beam that is not there
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A chosen token, and the one before it. beam: which of num_beams it continued."""
+
+    before: Link | None
+    token_id: int
+    beam: int
+    logprob: float | None
+    top_logprobs: TopLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What is over and may be an output. score: the sum of its log-probabilities over length^length_penalty."""
+
+    score: float
+    last: Link
+    reason: FinishReason
+
+
+class Beams(ABC):
+    """A search for params.num_return_sequences outputs of a sequence, which it owns."""
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        params: GenerationParams,
+        tokenizer: Tokenizer | None,
+        branches: Branches | None = None,
+    ) -> None:
+        self.sequence, self.params, self.num_outputs = sequence, params, params.num_return_sequences
+        self._branches = branches or Branches(sequence)
+        self.max_length = self._branches.longest + params.max_new_tokens
+        # the rules see no ids for embedded positions, and count no length for them
+        self._hidden = sequence.num_embeddings
+        self._prompt_ids = sequence.token_ids[self._hidden :]
+        self._params = replace(params, min_length=max(0, params.min_length - self._hidden))
+        self._tokenizer, self._started = tokenizer, time.monotonic()
+        self._rules = [RequestRules(self._params, len(self._prompt_ids))]  # of each leaf
+        self._links: list[Link | None] = [None]  # the last token of each leaf
+        self._length = 0  # tokens generated
+        self._scores: list[Tensor] = []
+        self._logits: list[Tensor] = []
+        self._texts = [output_text(tokenizer, params, self._prompt_ids) for _ in range(self.num_outputs)]
+        self._told = 0  # tokens that all outputs have in common, and that were emitted
+
+    @property
+    def sequences(self) -> Seq[Sequence]:
+        return self._branches.sequences
+
+    def plan(self) -> Seq[Work]:
+        return self._branches.plan()
+
+    def close(self) -> None:
+        self._branches.free()
+
+    def advance(self, logits: Tensor) -> list[Event]:
+        """Go on by one token on every beam, once the logits of all are there."""
+        rows = self._branches.take(logits)
+        if rows is None:
+            return []
+        try:
+            goes_on = self._step(rows)
+        except HandloomError as error:
+            return [FinishedEvent("error", error=error)]
+        return self._tell_common() if goes_on else self._finish()
+
+    @abstractmethod
+    def _step(self, rows: Tensor) -> bool:
+        """Go on by one token, given the logits [leaves, vocab_size], at first [1, vocab_size]; whether it goes on.
+
+        Raises NonFiniteLogits, and RequestFailed where a function of the caller's raises.
+        """
+
+    @abstractmethod
+    def _best(self) -> list[Ended | None]:
+        """The best num_outputs of what is over by now, the best first, and those as good as the last of them. None
+        stands for one that is missing."""
+
+    # Parts of a step ---------------------------------------------------------------------------
+
+    @property
+    def _position(self) -> int:
+        """Of the token to be chosen, among the ids of a sequence."""
+        return len(self._prompt_ids) + self._length
+
+    @property
+    def _ids(self) -> list[list[int]]:
+        """The token ids of every leaf, without what stands for embeddings."""
+        return [leaf.token_ids[self._hidden :] for leaf in self._branches.leaves]
+
+    def _shaped(self, rows: Tensor, leaves: Seq[int], taken: Seq[int] = ()) -> Tensor:
+        """Log-probabilities [n, vocab_size] of n leaves after the rules, given their logits.
+
+        taken: the tokens that other groups of beams have chosen at this step.
+        Raises NonFiniteLogits, and what goes wrong in a processor of the caller's.
+        """
+        if not self.params.remove_invalid_values and not bool(rows.amax(dim=-1).isfinite().all()):
+            raise NonFiniteLogits(
+                f"the model's logits for the token at position {self._position} contain NaN or infinity, or are all "
+                "-inf; check the weights and the dtype"
+            )
+        scores = rows.float().log_softmax(dim=-1)
+        ids, length = self._ids, len(self._prompt_ids)
+        table = [Row(self._params, ids[leaf], length, self._rules[leaf]) for leaf in leaves]
+        for row, leaf in zip(table, leaves, strict=True):
+            row.taken = taken
+            if self._branches.unconditional is not None:
+                row.unconditional = self._branches.unconditional[leaf]
+        for error in apply_rules(scores, table):
+            if error is not None:
+                raise error
+        return scores
+
+    def _check_left(self, totals: Tensor) -> None:
+        """Raises NonFiniteLogits where no continuation has a finite score."""
+        if not bool(totals.amax().isfinite()):
+            raise NonFiniteLogits(
+                f"the processed scores for the token at position {self._position} contain NaN or +inf, or are all "
+                "-inf: nothing is left to choose; check the logits processors"
+            )
+
+    def _linked(self, rows: Tensor, leaves: Seq[int], beams: Seq[int], token_ids: Tensor) -> list[Link]:
+        """Links for token_ids [n], which go on from these leaves; rows [leaves, vocab_size] are the leaves' logits."""
+        count, wanted = len(leaves), self.params.logprobs
+        logprobs: Seq[float | None] = [None] * count
+        top: Seq[TopLogprobs | None] = [None] * count
+        if wanted is not None:
+            logprobs, top = token_logprobs(rows[list(leaves)], token_ids, wanted)
+        columns = zip(leaves, token_ids.tolist(), beams, logprobs, top, strict=True)
+        return [Link(self._links[leaf], token, beam, own, likely) for leaf, token, beam, own, likely in columns]
+
+    def _run_on(self, parents: Seq[int], links: Seq[Link]) -> None:
+        """From now on leaf i is what leaf parents[i] was, and the token of links[i]."""
+        self._branches.split(parents)
+        first = {parent: at for at, parent in reversed(list(enumerate(parents)))}
+        before = self._rules
+        self._rules = [
+            before[parent] if first[parent] == at else before[parent].fork() for at, parent in enumerate(parents)
+        ]
+        self._links = list(links)
+        for leaf, link in zip(self._branches.leaves, links, strict=True):
+            leaf.append(link.token_id)
+
+    def _keep(self, scores: Tensor, rows: Tensor) -> None:
+        """Keep a step's scores and logits [num_beams or 1, vocab_size], where they were asked for."""
+        if self.params.output_scores:
+            self._scores.append(scores.expand(self.params.num_beams, -1))
+        if self.params.output_logits:
+            self._logits.append(rows.to(torch.float32, copy=True).expand(self.params.num_beams, -1))
+
+    @property
+    def _scores_so_far(self) -> tuple[Tensor, ...] | None:
+        return tuple(self._scores) if self.params.output_scores else None
+
+    @property
+    def _is_late(self) -> bool:
+        limit = self.params.max_time
+        return limit is not None and time.monotonic() - self._started > limit
+
+    # Events ------------------------------------------------------------------------------------
+
+    def _tell_common(self) -> list[Event]:
+        """The tokens that became common to all that may still be an output."""
+        start = self._hidden + len(self._prompt_ids)
+        possible = [leaf.token_ids[start:] for leaf in self._branches.leaves]
+        possible += [[link.token_id for link in chain(own.last)] for own in self._best() if own is not None]
+        end = self._told
+        while all(len(own) > end and own[end] == possible[0][end] for own in possible):
+            end += 1
+        if end == self._told:
+            return []
+        common = chain(self._links[0])[self._told : end]
+        self._told = end
+        return [self._event(link, sample) for link in common for sample in range(self.num_outputs)]
+
+    def _event(self, link: Link, sample: int) -> TokenEvent:
+        text = self._texts[sample]
+        piece = "" if text is None else text.push(link.token_id)
+        return TokenEvent(link.token_id, piece, link.logprob, link.top_logprobs, sample=sample)
+
+    def _finish(self) -> list[Event]:
+        events: list[Event] = []
+        best = self._best()[: self.num_outputs]
+        for sample, ended in enumerate(best):
+            text = self._texts[sample]
+            if ended is None:
+                error = NonFiniteLogits(
+                    f"there is no output number {sample}: no other has a score above {NOWHERE:g}; ask for fewer "
+                    "num_return_sequences, ban less, or take a length_penalty nearer to 0"
+                )
+                events.append(SampleFinishedEvent(sample, "error", error=error))
+                continue
+            links = chain(ended.last)
+            events += [self._event(link, sample) for link in links[self._told :]]
+            trace = BeamTrace(
+                ended.score,
+                [link.beam for link in links],
+                self._scores if self.params.output_scores else None,
+                self._logits if self.params.output_logits else None,
+            )
+            rest, stop = ("", None) if text is None else (text.finish(), text.stopped_by)
+            events.append(SampleFinishedEvent(sample, ended.reason, rest, stop, search=trace))
+        return [*events, FinishedEvent("error" if best[0] is None else best[0].reason)]
+
+
+def chain(last: Link | None) -> list[Link]:
+    """All links up to `last`, in order."""
+    links: list[Link] = []
+    while last is not None:
+        links.append(last)
+        last = last.before
+    return links[::-1]
