@@ -35,6 +35,8 @@ PROOFS = {
     "negative_prompt_ids": "test_guidance.py",
     "output_scores": "test_scores_and_logprobs.py",
     "output_logits": "test_scores_and_logprobs.py",
+    "output_hidden_states": "test_internals.py",
+    "output_attentions": "test_internals.py",
 }
 
 INTRODUCTION = """\

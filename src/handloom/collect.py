@@ -27,6 +27,7 @@ class Collector:
         self.engine = engine
         self.outputs: list[Output] = []
         self._requests: dict[int, _Request] = {}
+        self._windows = tuple(layer.mixer.window for layer in engine.model.transformer.spec.layers)
 
     def add(self, prompt: Any, /, **options: Any) -> None:
         """Queue a prompt. Raises what Engine.add_request raises."""
@@ -37,6 +38,8 @@ class Collector:
         decoder = self.engine.prepare(prompt, options)
         request = self.engine.add(decoder)
         outputs = [_empty(decoder.sequence.token_ids, decoder.params, at) for at in range(decoder.num_outputs)]
+        for output in outputs:
+            output.windows = self._windows
         self._requests[request] = _Request(index, outputs, time.perf_counter())
         self.outputs += outputs
 
@@ -69,8 +72,10 @@ class _Request:
             output.prompt_top_logprobs += event.top_logprobs
         elif isinstance(event, SampleFinishedEvent):
             self.outputs[event.sample].beams = event.search
+            self.outputs[event.sample].past_key_values = event.past_key_values
             yield self._finish(event.sample, event)
         else:
+            self.outputs[0].past_key_values = self.outputs[0].past_key_values or event.past_key_values
             for sample in range(len(self.outputs)):
                 if sample not in self.over:
                     yield self._finish(sample, event)
@@ -103,6 +108,8 @@ def _empty(prompt: list[int], params: GenerationParams, sample: int) -> Output:
         output.prompt_logprobs, output.prompt_top_logprobs = [], []
     output.scores = [] if params.output_scores and params.num_beams == 1 else None
     output.logits = [] if params.output_logits and params.num_beams == 1 else None
+    output.hidden_states = [] if params.output_hidden_states and params.num_beams == 1 else None
+    output.attentions = [] if params.output_attentions and params.num_beams == 1 else None
     return output
 
 
@@ -117,3 +124,7 @@ def _add_token(output: Output, event: TokenEvent) -> None:
         output.scores.append(event.scores)
     if output.logits is not None and event.logits is not None:
         output.logits.append(event.logits)
+    if output.hidden_states is not None and event.seen.hidden_states is not None:
+        output.hidden_states.append(event.seen.hidden_states)
+    if output.attentions is not None and event.seen.attentions is not None:
+        output.attentions.append(event.seen.attentions)

@@ -5,6 +5,7 @@ This module does not know how any of it came about.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import exp
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from handloom.decoding.decoder import BeamTrace, FinishReason, TopLogprobs
+from handloom.decoding.internals import KeysAndValues
 from handloom.errors import HandloomError
 
 
@@ -42,7 +44,11 @@ class Output:
     [vocab_size] float32, after and before processing. error: set when finish_reason is "error".
     seed: what to pass to get these very tokens again; None where none was used (greedy, or rng="torch"). Each output of
     num_return_sequences without beams has its own; under beams it is the search's.
-    beams: what beam search tells of this output; its scores and logits are there, and those here None.
+    hidden_states, attentions: per step what `Seen` says. past_key_values: of each layer, K (rotated) and V
+    [n, num_kv_heads, head_dim] of all tokens but the last, which was chosen and not run. windows: how many tokens each
+    layer sees, None for all.
+    beams: what beam search tells of this output; its scores, logits, hidden_states, attentions and past_key_values are
+    there, and those here None.
     """
 
     prompt_token_ids: list[int]
@@ -56,6 +62,10 @@ class Output:
     prompt_top_logprobs: list[TopLogprobs] | None = None
     scores: list[Tensor] | None = None
     logits: list[Tensor] | None = None
+    hidden_states: list[tuple[Tensor, ...]] | None = None
+    attentions: list[tuple[Tensor, ...]] | None = None
+    past_key_values: KeysAndValues | None = None
+    windows: tuple[int | None, ...] = ()
     seed: int | None = None
     beams: BeamTrace | None = None
     timing: Timing = field(default_factory=lambda: Timing(0.0, 0.0, 0, 0))
@@ -65,27 +75,65 @@ class Output:
         """The GenerateDecoderOnlyOutput that `generate(..., return_dict_in_generate=True)` gives for this one output.
 
         sequences int64 [1, n], prompt and new tokens (of a prompt of embeddings, the new ones); scores, logits: tuples
-        of float32 [1, vocab_size] where they were asked for. `model.compute_transition_scores` takes them. Of beam
-        search a GenerateBeamDecoderOnlyOutput: sequences_scores [1], beam_indices int32 [1, new tokens], and scores and
-        logits [num_beams, vocab_size] of every step of the search.
+        of float32 [1, vocab_size], hidden_states, attentions: tuples of tuples [1, n, hidden_size] and
+        [1, num_heads, n, context], past_key_values: a DynamicCache, where they were asked for.
+        `model.compute_transition_scores` takes the scores. Of beam search a GenerateBeamDecoderOnlyOutput:
+        sequences_scores [1], beam_indices int32 [1, new tokens], and the others [num_beams, …] of every step of the
+        search.
         """
         from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
         prompt = [id_ for id_ in self.prompt_token_ids if id_ >= 0]
-        sequences = torch.tensor([[*prompt, *self.token_ids]], dtype=torch.int64)
-        if self.beams is not None:
+        sequences, beams = torch.tensor([[*prompt, *self.token_ids]], dtype=torch.int64), self.beams
+        if beams is not None:
+            seen = beams.seen or []
             return GenerateBeamDecoderOnlyOutput(
                 sequences=sequences,
-                sequences_scores=torch.tensor([self.beams.score]),
-                beam_indices=torch.tensor([self.beams.beam_indices], dtype=torch.int32),
-                scores=None if self.beams.scores is None else tuple(self.beams.scores),
-                logits=None if self.beams.logits is None else tuple(self.beams.logits),
+                sequences_scores=torch.tensor([beams.score]),
+                beam_indices=torch.tensor([beams.beam_indices], dtype=torch.int32),
+                scores=None if beams.scores is None else tuple(beams.scores),
+                logits=None if beams.logits is None else tuple(beams.logits),
+                hidden_states=tuple(step.hidden_states for step in seen if step.hidden_states is not None) or None,
+                attentions=self._shown(step.attentions for step in seen if step.attentions is not None) or None,
+                past_key_values=self._as_cache(beams.past_key_values),
             )
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             scores=None if self.scores is None else tuple(step[None] for step in self.scores),
             logits=None if self.logits is None else tuple(step[None] for step in self.logits),
+            hidden_states=None if self.hidden_states is None else tuple(map(_batched, self.hidden_states)),
+            attentions=None if self.attentions is None else self._shown(map(_batched, self.attentions)),
+            past_key_values=self._as_cache(None if self.past_key_values is None else [self.past_key_values]),
         )
+
+    def _shown(self, steps: Iterable[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], ...]:
+        """Attention weights [r, num_heads, n, context] without the columns that transformers' cache has dropped."""
+
+        def show(weights: Tensor, window: int | None) -> Tensor:
+            count, context = weights.shape[-2:]
+            return weights if window is None else weights[..., -min(context, window - 1 + count) :]
+
+        return tuple(tuple(map(show, layers, self.windows)) for layers in steps)
+
+    def _as_cache(self, rows: list[KeysAndValues] | None) -> Any:
+        """K and V of one sequence or of several beams, equally long, as a DynamicCache."""
+        if rows is None:
+            return None
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        cache = DynamicCache()
+        cache.layers = [
+            DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
+            for window in self.windows
+        ]
+        for i, layer in enumerate(zip(*rows, strict=True)):
+            cache.update(*(torch.stack(part).transpose(1, 2) for part in zip(*layer, strict=True)), i)
+        return cache
+
+
+def _batched(layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(values[None] for values in layers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,6 +149,15 @@ def check_logits(output: Output, options: dict[str, Any]) -> None:
             assert logprob == pytest.approx(float(logits.log_softmax(0)[token]), abs=1e-4)
 
 
+def check_internals(output: Output, options: dict[str, Any]) -> None:
+    assert len(output.hidden_states) == len(output.attentions) == len(output.token_ids)
+    computed = len(output.prompt_token_ids) + len(output.token_ids) - 1
+    assert sum(len(step[-1]) for step in output.hidden_states) == computed
+    assert [len(keys) for keys, _ in output.past_key_values] == [computed] * 3
+    for weights in output.attentions[-1]:
+        assert weights.shape[-2:] == (computed if len(output.token_ids) == 1 else 1, computed)
+
+
 def check_logprobs(output: Output, options: dict[str, Any]) -> None:
     assert len(output.logprobs) == len(output.top_logprobs) == len(output.token_ids)
     assert all(logprob <= best[0][1] for logprob, best in zip(output.logprobs, output.top_logprobs, strict=True))
@@ -212,6 +221,11 @@ FEATURES: dict[str, Feature] = {
     "max_time": Feature({"max_time": 1e-9}, check_time),
     "output_scores": Feature({"output_scores": True}, check_scores),
     "output_logits": Feature({"output_logits": True}, check_logits),
+    "internals": Feature(
+        {},
+        check_internals,
+        {"output_hidden_states": True, "output_attentions": True, "output_past_key_values": True},
+    ),
     "logprobs": Feature({}, check_logprobs, {"logprobs": 2}),
     "prompt_logprobs": Feature({}, check_prompt_logprobs, {"prompt_logprobs": 1}),
     "guidance": Feature({"guidance_scale": 1.7, "negative_prompt_ids": random_ids(8, 4)}),

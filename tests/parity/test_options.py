@@ -52,8 +52,12 @@ WORKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "early_stopping": (True, {**BEAMS, "length_penalty": 2.0}),
     "length_penalty": (-1.0, BEAMS),
 }
-# What makes a list of outputs, with the file that compares them.
-ELSEWHERE = {"num_return_sequences": "test_several_samples.py"}
+# What another file compares with generate: it makes a list of outputs, or needs a model that computes plainly.
+ELSEWHERE = {
+    "num_return_sequences": "test_several_samples.py",
+    "output_hidden_states": "test_internals.py",
+    "output_attentions": "test_internals.py",
+}
 # Fields that change no token: what they ask for is given, or is how an Output always is.
 CHANGE_NO_TOKEN: dict[str, Any] = {
     "output_scores": True,
@@ -74,8 +78,6 @@ REFUSED: dict[str, Any] = {
     "cache_config": {"backend": "quanto"},
     "max_cache_len": 64,
     "token_healing": True,
-    "output_attentions": True,
-    "output_hidden_states": True,
     "decoder_start_token_id": 5,
     "is_assistant": True,
     "num_assistant_tokens": 7,

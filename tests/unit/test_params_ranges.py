@@ -83,7 +83,8 @@ def test_safety_15_bad_stop_strings_are_refused(name, value):
     ("name", "value"),
     [
         ("do_sample", 1), ("do_sample", "yes"), ("include_stop_text", 0), ("skip_special_tokens", "no"),
-        ("output_scores", 1), ("output_logits", []), ("rng", "cuda"), ("rng", 1), ("logits_processor", print),
+        ("output_scores", 1), ("output_logits", []), ("output_attentions", 1), ("output_hidden_states", "all"),
+        ("output_past_key_values", 1), ("rng", "cuda"), ("rng", 1), ("logits_processor", print),
         ("logits_processor", [1]), ("stopping_criteria", "x"), ("stopping_criteria", {print}),
         ("generation_config", 3), ("generation_config", "file.json"),
     ],

@@ -19,8 +19,8 @@ from handloom.model.hooks import Hook
 class Work(NamedTuple):
     """Run the next num_tokens pending tokens of a sequence; logits of none, the last, or all of them.
 
-    hook: called with what passes its points (names as in `LM.hook_points`, without `*`) in these tokens alone. Work with
-    a hook takes no pages over that others have computed, since no hook would see those tokens.
+    hook: called with what passes its points (names as in `LM.hook_points`, without `*`) in these tokens alone. Work
+    with a hook takes no pages over that others have computed, since no hook would see those tokens.
     """
 
     sequence: Sequence

@@ -28,6 +28,7 @@ from handloom.decoding.decoder import (
     TokenEvent,
     TopLogprobs,
 )
+from handloom.decoding.internals import Internals, Seen, keys_and_values
 from handloom.decoding.sample import output_text
 from handloom.errors import HandloomError, NonFiniteLogits
 from handloom.sampling.params import GenerationParams
@@ -70,6 +71,7 @@ class Beams(ABC):
     ) -> None:
         self.sequence, self.params, self.num_outputs = sequence, params, params.num_return_sequences
         self._branches = branches or Branches(sequence)
+        self._internals = self._branches.internals = Internals(params, sequence)
         self.max_length = self._branches.longest + params.max_new_tokens
         # the rules see no ids for embedded positions, and count no length for them
         self._hidden = sequence.num_embeddings
@@ -81,6 +83,7 @@ class Beams(ABC):
         self._length = 0  # tokens generated
         self._scores: list[Tensor] = []
         self._logits: list[Tensor] = []
+        self._seen: list[Seen] = []
         self._texts = [output_text(tokenizer, params, self._prompt_ids) for _ in range(self.num_outputs)]
         self._told = 0  # tokens that all outputs have in common, and that were emitted
 
@@ -99,6 +102,7 @@ class Beams(ABC):
         rows = self._branches.take(logits)
         if rows is None:
             return []
+        self._look()
         try:
             goes_on = self._step(rows)
         except HandloomError as error:
@@ -189,6 +193,12 @@ class Beams(ABC):
         if self.params.output_logits:
             self._logits.append(rows.to(torch.float32, copy=True).expand(self.params.num_beams, -1))
 
+    def _look(self) -> None:
+        """Keep what was seen of every beam; at first, all are the prompt."""
+        if self.params.output_hidden_states or self.params.output_attentions:
+            seen = self._internals.take(self._branches.leaves)
+            self._seen.append(Seen.stacked(seen * (self.params.num_beams // len(seen))))
+
     @property
     def _scores_so_far(self) -> tuple[Tensor, ...] | None:
         return tuple(self._scores) if self.params.output_scores else None
@@ -222,6 +232,9 @@ class Beams(ABC):
     def _finish(self) -> list[Event]:
         events: list[Event] = []
         best = self._best()[: self.num_outputs]
+        past = None
+        if self.params.output_past_key_values:
+            past = [keys_and_values(leaf) for leaf in self._branches.leaves]
         for sample, ended in enumerate(best):
             text = self._texts[sample]
             if ended is None:
@@ -238,6 +251,8 @@ class Beams(ABC):
                 [link.beam for link in links],
                 self._scores if self.params.output_scores else None,
                 self._logits if self.params.output_logits else None,
+                self._seen or None,
+                past,
             )
             rest, stop = ("", None) if text is None else (text.finish(), text.stopped_by)
             events.append(SampleFinishedEvent(sample, ended.reason, rest, stop, search=trace))

@@ -16,15 +16,19 @@ from torch import Tensor
 
 from handloom.cache.batch import Work
 from handloom.cache.sequence import Sequence
+from handloom.decoding.internals import Internals
+from handloom.model.hooks import Hook
 
 
 class Branches:
     """`leaves` are the sequences that go on. Their rows of logits may come in over several steps.
 
     unconditional: logits [r, vocab_size] beside the r rows that `take` gave last, where guidance asks for them.
+    internals: who looks into the model at all leaves.
     """
 
     unconditional: Tensor | None = None
+    internals: Internals | None = None
 
     def __init__(self, prompt: Sequence) -> None:
         self.leaves = [prompt]
@@ -52,10 +56,14 @@ class Branches:
         if bare:
             first, common = self.leaves[0], _common_length(self.leaves)
             if first.num_computed < common:
-                return [Work(first, common - first.num_computed, "none")]
+                return [Work(first, common - first.num_computed, "none", self._hook(first))]
             for leaf in bare:
                 leaf.adopt(first, common)
-        return [Work(leaf, leaf.num_pending, "last") for leaf in self.leaves if leaf not in self._rows]
+        missing = [leaf for leaf in self.leaves if leaf not in self._rows]
+        return [Work(leaf, leaf.num_pending, "last", self._hook(leaf)) for leaf in missing]
+
+    def _hook(self, leaf: Sequence) -> Hook | None:
+        return None if self.internals is None else self.internals.hook(leaf)
 
     def take(self, logits: Tensor) -> Tensor | None:
         """Keep the rows that came, [r, vocab_size]; all of them [len(leaves), vocab_size] once none is missing."""

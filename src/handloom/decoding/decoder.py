@@ -13,6 +13,7 @@ from torch import Tensor
 
 from handloom.cache.batch import Work
 from handloom.cache.sequence import Sequence
+from handloom.decoding.internals import NOTHING, KeysAndValues, Seen
 from handloom.errors import HandloomError
 
 FinishReason = Literal["eos", "stop_string", "length", "time", "criteria", "aborted", "error"]
@@ -21,7 +22,7 @@ TopLogprobs = list[tuple[int, float]]
 
 @dataclass(slots=True)
 class TokenEvent:
-    """One chosen token. `text`: what is now certain of the output's text, possibly empty.
+    """One chosen token. `text`: what is now certain of the output's text, possibly empty; seen: see `Internals`.
 
     sample: which of the request's outputs it belongs to, where there are several.
     """
@@ -32,6 +33,7 @@ class TokenEvent:
     top_logprobs: TopLogprobs | None = None
     scores: Tensor | None = None
     logits: Tensor | None = None
+    seen: Seen = NOTHING
     request_id: int = -1
     sample: int = 0
 
@@ -59,6 +61,7 @@ class SampleFinishedEvent:
     stop_string: str | None = None
     error: HandloomError | None = None
     search: BeamTrace | None = None
+    past_key_values: KeysAndValues | None = None
     request_id: int = -1
 
 
@@ -68,18 +71,21 @@ class BeamTrace:
 
     score: the sum of its log-probabilities, over its length to the power of length_penalty. beam_indices [n]: which
     beam each token continued. scores, logits: of every step of the search, float32 [num_beams, vocab_size], after and
-    before the rules, where asked for; the outputs of a request share them.
+    before the rules, where asked for; the outputs of a request share them. seen: of every step, each tensor with
+    num_beams first; past_key_values: of the beams that ran last, one after the other.
     """
 
     score: float
     beam_indices: list[int]
     scores: list[Tensor] | None = None
     logits: list[Tensor] | None = None
+    seen: list[Seen] | None = None
+    past_key_values: list[KeysAndValues] | None = None
 
 
 @dataclass(slots=True)
 class FinishedEvent:
-    """The request is over, the last of its events; `text` is the rest of its text.
+    """The request is over, the last of its events; `text` is the rest of its text. past_key_values: where asked for.
 
     `error` is set when reason is "error". A request with several outputs has told of each by a SampleFinishedEvent,
     unless all ended together, by an error or from outside.
@@ -89,6 +95,7 @@ class FinishedEvent:
     text: str = ""
     stop_string: str | None = None
     error: HandloomError | None = None
+    past_key_values: KeysAndValues | None = None
     request_id: int = -1
 
 

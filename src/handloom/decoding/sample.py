@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from handloom.cache.batch import Work
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Event, FinishedEvent, FinishReason, PromptLogprobsEvent, TokenEvent
+from handloom.decoding.internals import NOTHING, Internals, Seen, keys_and_values
 from handloom.decoding.stream_text import StreamText
 from handloom.errors import HandloomError, InvalidPrompt, RequestFailed
 from handloom.sampling.params import GenerationParams
@@ -54,6 +56,7 @@ class SampleDecoder:
         self._scores: list[Tensor] = []
         self._text = output_text(tokenizer, params, sequence.token_ids[hidden:])
         self._next_prompt_logprob = 1
+        self.internals = Internals(params, sequence)
 
     @property
     def max_length(self) -> int:
@@ -71,7 +74,8 @@ class SampleDecoder:
         if wants_prompt:
             self.sequence.forget(min(self.sequence.num_computed, self._next_prompt_logprob - 1))
         self.sequence.recompute_last()  # computed before, or by the caller meanwhile: its last logits are wanted
-        return [Work(self.sequence, self.sequence.num_pending, "all" if wants_prompt else "last")]
+        logits: Literal["all", "last"] = "all" if wants_prompt else "last"
+        return [Work(self.sequence, self.sequence.num_pending, logits, self.internals.hook(self.sequence))]
 
     def advance(self, logits: Tensor) -> list[Event]:
         return advance_together([Ready(self, 0, len(logits))], logits)[0]
@@ -101,8 +105,8 @@ class SampleDecoder:
         self._next_prompt_logprob += len(targets)
         return [PromptLogprobsEvent(first, logprobs, top)]
 
-    def accept(self, choice: Choice, i: int) -> list[Event]:
-        """Take row i of a choice: append the token, find out whether it was the last."""
+    def accept(self, choice: Choice, i: int, seen: Seen = NOTHING) -> list[Event]:
+        """Take row i of a choice, and what was seen on the way: append the token, find out whether it was the last."""
         error = choice.errors[i]
         if error is not None:
             return [self._finish("error", error=error)]
@@ -114,7 +118,7 @@ class SampleDecoder:
         if scores is not None:
             self._scores.append(scores)
         text = self._text.push(token_id) if self._text is not None else ""
-        event = TokenEvent(token_id, text, choice.logprobs[i], choice.top_logprobs[i], scores, choice.logits[i])
+        event = TokenEvent(token_id, text, choice.logprobs[i], choice.top_logprobs[i], scores, choice.logits[i], seen)
         try:
             reason = self._stop_reason(token_id)
         except HandloomError as failure:
@@ -126,7 +130,8 @@ class SampleDecoder:
         rest, stop_string = "", None
         if self._text is not None:
             rest, stop_string = self._text.finish(), self._text.stopped_by
-        return FinishedEvent(reason, rest, stop_string, error)
+        past = None if error is not None or not self.params.output_past_key_values else keys_and_values(self.sequence)
+        return FinishedEvent(reason, rest, stop_string, error, past)
 
     def _stop_reason(self, token_id: int) -> FinishReason | None:
         params, generated = self.params, len(self.sequence) - self.prompt_length
@@ -195,5 +200,6 @@ def advance_together(ready: Seq[Ready], logits: Tensor) -> list[list[Event]]:
     )
     choice = choose(rows, [ready[i].decoder.row() for i in choosing])
     for at, i in enumerate(choosing):
-        events[i] += ready[i].decoder.accept(choice, at)
+        decoder = ready[i].decoder
+        events[i] += decoder.accept(choice, at, decoder.internals.take([decoder.sequence])[0])
     return events

@@ -17,6 +17,7 @@ from handloom.cache.batch import Work
 from handloom.cache.sequence import Sequence
 from handloom.decoding.branches import Branches
 from handloom.decoding.decoder import Event, FinishedEvent, SampleFinishedEvent, TokenEvent
+from handloom.decoding.internals import Internals
 from handloom.decoding.sample import SampleDecoder
 from handloom.sampling.params import GenerationParams
 from handloom.sampling.rng import seed_of_sample
@@ -36,6 +37,7 @@ class SamplesDecoder:
     ) -> None:
         self.sequence, self.params, self.num_outputs = sequence, params, params.num_return_sequences
         self._branches = branches or Branches(sequence)
+        self._internals = self._branches.internals = Internals(params, sequence)
         self.max_length = self._branches.longest + params.max_new_tokens
         self._samples = [
             SampleDecoder(sequence, replace(params, seed=seed_of_sample(params.seed, at)), tokenizer)
@@ -55,11 +57,11 @@ class SamplesDecoder:
         rows = self._branches.take(logits)
         if rows is None:
             return []
-        beside = self._branches.unconditional
+        beside, seen = self._branches.unconditional, self._internals.take(self._branches.leaves)
         if not self._alive:
             self._alive = list(range(self.num_outputs))
             self._branches.split([0] * self.num_outputs)
-            rows = rows.expand(self.num_outputs, -1)
+            rows, seen = rows.expand(self.num_outputs, -1), seen * self.num_outputs
             beside = None if beside is None else beside.expand(self.num_outputs, -1)
         for at, leaf in zip(self._alive, self._branches.leaves, strict=True):
             self._samples[at].sequence = leaf
@@ -70,7 +72,7 @@ class SamplesDecoder:
         choice = choose(rows, table, Draws(self._alive, self.num_outputs))
         events: list[Event] = []
         for place, at in enumerate(self._alive):
-            events += [_tagged(event, at) for event in self._samples[at].accept(choice, place)]
+            events += [_tagged(event, at) for event in self._samples[at].accept(choice, place, seen[place])]
         going_on = [place for place, at in enumerate(self._alive) if not self._samples[at].finished]
         if not going_on:
             last = events[-1]
@@ -89,5 +91,8 @@ def _tagged(event: Event, sample: int) -> Event:
     if isinstance(event, TokenEvent):
         event.sample = sample
     if isinstance(event, FinishedEvent):
-        return SampleFinishedEvent(sample, event.reason, event.text, event.stop_string, event.error)
+        past = event.past_key_values
+        return SampleFinishedEvent(
+            sample, event.reason, event.text, event.stop_string, event.error, past_key_values=past
+        )
     return event

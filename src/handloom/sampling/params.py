@@ -106,6 +106,8 @@ class GenerationParams:
         logits_processor: callables (input_ids [1, n] int64, scores [1, V] float32) -> scores [1, V] float32.
         stopping_criteria: callables (input_ids [1, n], scores) -> bool.
         output_scores, output_logits: keep each step's processed scores, raw logits, float32 [V].
+        output_hidden_states, output_attentions, output_past_key_values: keep what each step made in the model, and K
+            and V at the end; see `handloom.decoding.internals`.
         num_return_sequences: outputs of one prompt, which runs once. Needs sampling or beams; at most num_beams of
             these. With sampling, output i draws with `rng.seed_of_sample(seed, i)`; the first as if it were alone.
         num_beams: 1, or beam search over so many sequences; sampled where do_sample is true. See
@@ -154,6 +156,9 @@ class GenerationParams:
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
     output_scores: bool = False
     output_logits: bool = False
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    output_past_key_values: bool = False
     num_return_sequences: int = 1
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -250,6 +255,9 @@ def resolve_params(
         stopping_criteria=asked.read("stopping_criteria", callables, default=(), off=()),
         output_scores=asked.read("output_scores", flag, default=False, off=False),
         output_logits=asked.read("output_logits", flag, default=False, off=False),
+        output_hidden_states=asked.read("output_hidden_states", flag, default=False, off=False),
+        output_attentions=asked.read("output_attentions", flag, default=False, off=False),
+        output_past_key_values=asked.read("output_past_key_values", flag, default=False, off=False),
         skip_special_tokens=asked.read("skip_special_tokens", flag, default=True, off=True),
         num_return_sequences=search.num_return_sequences,
         num_beams=search.num_beams,

@@ -46,8 +46,6 @@ WHY_NOT: dict[str, str] = {
     "penalty_alpha": "there is no contrastive search yet",
     "dola_layers": "there is no DoLa decoding yet",
     "token_healing": "there is no token healing yet",
-    "output_attentions": "use `lm.capture`, which names the points of every layer",
-    "output_hidden_states": "use `lm.capture`, which names the points of every layer",
     "decoder_start_token_id": "there are no encoder-decoder models here",
     # arguments of generate
     "inputs": _PROMPT,
@@ -95,6 +93,9 @@ NOTES: dict[str, str] = {
     "guidance_scale": "each output and its twin after the negative prompt run in one step; with beams every beam has "
     "its own twin, where transformers mixes them up; refused beside prompt_logprobs, and for a sequence to continue",
     "negative_prompt_ids": "token ids [n]; or a text, `negative_prompt`; refused without a guidance_scale",
+    "output_hidden_states": "per step and layer [n, hidden_size], all of the prompt at first; of a sequence, what is "
+    "computed then",
+    "output_attentions": "per step and layer [num_heads, n, context], whatever the backend",
     "sequence_bias": "biases up to 1e30 either way, or -inf; at most 2^20 token ids",
     "bad_words_ids": "a single eos among them is left out; at most 2^20 token ids",
     "encoder_repetition_penalty": "over the prompt's token ids; refused where they are embeddings, and beside beams or "
