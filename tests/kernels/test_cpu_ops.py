@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,15 +237,16 @@ def test_what_the_kernels_do_not_read_is_refused_by_name() -> None:
         choose_backend(torch.device("meta"), "cpu")
 
 
-def test_without_numba_it_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_it_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import sys
 
     import handloom.ops
 
-    for name in [name for name in sys.modules if name.startswith("handloom.ops.cpu")]:
+    for name in [name for name in sys.modules if name.startswith(("handloom.ops.cpu", "numba."))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(handloom.ops, "cpu")
     monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     with pytest.raises(UnsupportedOption, match=r"needs the package numba.*install it, or choose 'torch'"):
         choose_backend(torch.device("cpu"))
 

@@ -177,12 +177,9 @@ def choose_backend(device: torch.device, name: str = "auto", head_dims: Collecti
 def _cpu(device: torch.device, why: str) -> Backend:
     if device.type != "cpu":
         raise UnsupportedOption(f"backend 'cpu' runs on a CPU and the model is on {device}; choose 'torch'")
-    try:
-        from handloom.ops import cpu
-    except ImportError as error:
-        raise UnsupportedOption(
-            f"backend 'cpu', the default on a CPU, needs the package numba: {error}; install it, or choose 'torch'"
-        ) from error
+    from handloom.ops import cpu
+
+    cpu.require()
     program = cast(Callable[[], Program], cpu.Program)
     return Backend("cpu", cast(Ops, cpu), f"{BACKENDS['cpu']}; {why}", cpu.hold, cpu.take, program)
 

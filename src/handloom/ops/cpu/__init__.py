@@ -20,7 +20,7 @@ from torch import Tensor
 from handloom.checkpoint.quantization import QuantizedMatrix
 from handloom.ops.cpu import blocks
 from handloom.ops.cpu.blocks import Scale, Weight, address
-from handloom.ops.cpu.compiled import compiled_step, is_kept
+from handloom.ops.cpu.compiled import compiled_step, require
 from handloom.ops.cpu.instructions import Frame
 from handloom.ops.cpu.machine import run_once
 from handloom.ops.cpu.program import Program, buffer, heads_of
@@ -36,12 +36,12 @@ __all__ = [
     "embed",
     "format_of",
     "hold",
-    "is_kept",
     "linear_residual",
     "lm_head",
     "norm_mlp",
     "norm_qkv",
     "paged_attention",
+    "require",
     "take",
 ]
 

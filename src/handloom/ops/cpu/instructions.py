@@ -3,6 +3,9 @@
 A table is int64 [n, WIDTH]: an operation and its operands, which are addresses, counts, and float64 as bits. What
 changes from step to step (the batch) stands in a frame of int64; an instruction says which entry counts its rows.
 
+Threads that run a table meet in a control block of int64, entries a cache line apart: whether a run is open, how many
+helpers are inside, and the addresses of the run's table, frame and counters.
+
 This module does not know how anything is computed, or what a model is.
 """
 
@@ -13,6 +16,10 @@ from enum import IntEnum
 from typing import NamedTuple
 
 WIDTH = 24
+LINE = 64
+OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS = (i * LINE for i in range(6))
+CONTROL_BYTES = 6 * LINE
+COUNTER_BYTES = 2 * LINE  # of an instruction: items taken, items done
 
 
 class Frame(IntEnum):

@@ -4,9 +4,6 @@ Nobody is told what to compute. A thread takes the next item of an instruction f
 waits until the taken ones are done. So a thread that comes late, or has lost its core to another program, or never
 comes, delays nobody by more than the item it holds; and no item's result depends on who computes it.
 
-A control block is int64, entries a cache line apart: whether a run is open, how many helpers are inside, and the
-addresses of the run's table, frame and counters.
-
 This module does not know Python threads or models.
 """
 
@@ -21,15 +18,23 @@ from numba.core import types
 from handloom.ops.cpu import rows as row
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.attention import attention_item, attention_items
-from handloom.ops.cpu.instructions import WIDTH, Frame, Operation
+from handloom.ops.cpu.instructions import (
+    COUNTER_BYTES,
+    COUNTERS,
+    FRAME,
+    INSIDE,
+    LENGTH,
+    LINE,
+    OPEN,
+    TABLE,
+    WIDTH,
+    Frame,
+    Operation,
+)
 from handloom.ops.cpu.linear import group_of, linear_item, linear_items
 from handloom.ops.cpu.simd import I32, I64, Builder, Value, as_float, int64, kernel, operation, read_i64, void
 from handloom.ops.quantized_panels import QUANTIZED
 
-LINE = 64
-OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS = (i * LINE for i in range(6))
-CONTROL_BYTES = 6 * LINE
-COUNTER_BYTES = 2 * LINE  # of an instruction: items taken, items done
 ROWS_PER_ITEM = 4
 COLUMNS_PER_ITEM = 512
 SPINS = 300

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from handloom.ops.cores import usable_cores
-from handloom.ops.cpu import step
+from handloom.ops.cpu import instructions as ins
 
 ALIGNMENT = 64
 
@@ -40,8 +40,8 @@ class Team:
 
     def __init__(self, run: Callable[[int, int], None], threads: int) -> None:
         self.threads, self._run = threads, run
-        self._memory, self._control = aligned(step.CONTROL_BYTES)
-        self._entries = _int64_at(self._memory, self._control, step.CONTROL_BYTES)
+        self._memory, self._control = aligned(ins.CONTROL_BYTES)
+        self._entries = _int64_at(self._memory, self._control, ins.CONTROL_BYTES)
         self._counters, self._counters_at = aligned(0)
         self._busy = threading.Lock()
         self._calls: list[SimpleQueue[None]] = [SimpleQueue() for _ in range(threads - 1)]
@@ -56,13 +56,13 @@ class Team:
     def run(self, table: np.ndarray, frame: np.ndarray) -> None:
         """Carry out a table int64 [n, WIDTH] with a frame, and return when all of it is done."""
         with self._busy:
-            needed = len(table) * step.COUNTER_BYTES
+            needed = len(table) * ins.COUNTER_BYTES
             if self._counters.nbytes < needed + ALIGNMENT:
                 self._counters, self._counters_at = aligned(needed)
             self._counters.fill(0)
             entries = self._entries
-            entries[step.TABLE // 8], entries[step.LENGTH // 8] = table.ctypes.data, len(table)
-            entries[step.FRAME // 8], entries[step.COUNTERS // 8] = frame.ctypes.data, self._counters_at
+            entries[ins.TABLE // 8], entries[ins.LENGTH // 8] = table.ctypes.data, len(table)
+            entries[ins.FRAME // 8], entries[ins.COUNTERS // 8] = frame.ctypes.data, self._counters_at
             for calls in self._calls:
                 if calls.empty():
                     calls.put(None)

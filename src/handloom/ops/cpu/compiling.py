@@ -1,0 +1,43 @@
+"""The step as an object file, made by numba.
+
+Of numba's own entry points none is in it: they need numba at run time. What is exported is a plain function of C, which
+calls the compiled `step.run`; nothing in that raises.
+
+This module does not know where object files are kept or how they are run.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.compiler import Flags, compile_internal
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
+
+from handloom.ops.cpu import step
+from handloom.ops.cpu.simd import I64
+
+
+def compile_step(name: str) -> bytes:
+    """An object file with void name(int64, int64), `step.run` for this processor."""
+    context, typing = cpu_target.target_context, cpu_target.typing_context
+    typing.refresh()
+    context.refresh()
+    flags = Flags()
+    flags.error_model = "numpy"
+    flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    with global_compiler_lock:
+        library = context.codegen().create_library(name)
+        library.enable_object_caching()
+        arguments = (types.int64, types.int64)
+        run = compile_internal(typing, context, library, step.run, arguments, types.void, flags, {}).fndesc
+        module = library.create_ir_module(name)
+        entry = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64, I64]), name)
+        builder = ir.IRBuilder(entry.append_basic_block())
+        callee = context.declare_function(module, run)
+        context.call_conv.call_function(builder, callee, run.restype, run.argtypes, entry.args)
+        builder.ret_void()
+        library.add_ir_module(module)
+        library.finalize()
+        data: bytes = library._get_compiled_object()
+    return data

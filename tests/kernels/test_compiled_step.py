@@ -1,0 +1,139 @@
+"""The compiled step comes from the disk without its compiler, and only what was written there for this processor."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from handloom.ops import cpu
+from handloom.ops.cpu import compiled, object_code
+from handloom.ops.cpu.threads import Team
+from handloom_kernels.reference import Norm
+from tiny_models import save, tiny_llama
+
+LINKED_HERE = sys.platform == "linux" and platform.machine() == "x86_64"
+GENERATE = """
+import sys
+import handloom as hl
+lm = hl.LM.from_pretrained(sys.argv[1])
+lm.generate([1, 2, 3], max_new_tokens=2)
+assert lm.backend.name == "cpu"
+print(*(name for name in ("numba", "llvmlite") if name in sys.modules))
+"""
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The step, in a cache of its own."""
+    compiled.compiled_step()
+    original = compiled.kept_in()
+    path = tmp_path / original.name
+    path.write_bytes(original.read_bytes())
+    monkeypatch.setattr(compiled, "kept_in", lambda: path)
+    return path
+
+
+@pytest.fixture
+def code(kept: Path) -> bytes:
+    """The object file itself."""
+    data = compiled._read(kept)
+    assert data is not None
+    return data
+
+
+def test_a_process_that_need_not_compile_imports_no_compiler(tmp_path: Path) -> None:
+    compiled.compiled_step()
+    command = [sys.executable, "-c", GENERATE, str(save(tiny_llama(), tmp_path))]
+    imported = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    assert imported == ([] if LINKED_HERE else ["llvmlite"])
+
+
+def some_op() -> torch.Tensor:
+    torch.manual_seed(0)
+    norm, rows = Norm("rms", torch.randn(300), None, 1e-5), torch.randn(33, 300)
+    return cpu.norm_mlp(rows, norm, torch.randn(1040, 300), None, "silu", True)
+
+
+@pytest.mark.skipif(not LINKED_HERE, reason="only objects for Linux on x86-64 are linked here")
+def test_linked_here_and_by_llvm_it_computes_the_same(code: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert object_code.link(code, compiled.NAME) is not None
+    expected = some_op()
+    calls: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(object_code, "link", lambda data, name: None)
+        by_llvm = object_code.load(code, compiled.NAME)
+
+    def run(control: int, thread: int) -> None:
+        calls.append(thread)
+        by_llvm(control, thread)
+
+    monkeypatch.setattr("handloom.ops.cpu.machine._teams.of", lambda _, threads: Team(run, threads))
+    assert torch.equal(some_op(), expected)
+    assert 0 in calls
+
+
+@pytest.mark.parametrize("damage", ["nothing", "shorter", "longer", "one bit", "empty", "of another processor"])
+def test_what_is_not_what_was_kept_is_compiled_anew(
+    kept: Path, code: bytes, damage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= damage == "one bit"
+    if damage == "of another processor":  # copied by hand, or a hash that somebody shortened
+        kept = kept.with_name("cpu-0123.o")
+        monkeypatch.setattr(compiled, "kept_in", lambda: kept)
+    lengths = {"shorter": len(content) - 1, "empty": 0}
+    kept.write_bytes(bytes(content[: lengths.get(damage)]) + b"\0" * (damage == "longer"))
+    made: list[str] = []
+
+    def compile_step(name: str) -> bytes:
+        made.append(name)
+        return code
+
+    monkeypatch.setattr(compiled, "_compiler", lambda: SimpleNamespace(compile_step=compile_step))
+    with caplog.at_level(logging.WARNING, "handloom"):
+        assert callable(compiled._compiled_step.__wrapped__())
+    assert made == ([] if damage == "nothing" else [compiled.NAME])
+    assert ("is damaged; the CPU kernels are compiled anew" in caplog.text) == bool(made)
+    assert compiled._read(kept) == code
+    assert [path.name for path in kept.parent.glob("*.o")].count(kept.name) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_said(
+    tmp_path: Path, code: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING, "handloom"):
+        compiled._keep(tmp_path / "file" / "cpu-1.o", code)
+    assert "could not be kept in" in caplog.text
+
+
+def test_another_processor_is_given_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = compiled.kept_in.__wrapped__()
+    assert own == compiled.kept_in.__wrapped__()
+    with monkeypatch.context() as patch:
+        patch.setenv("NUMBA_CPU_NAME", "haswell")
+        assert compiled.kept_in.__wrapped__() != own
+    processor = compiled._processor()
+    assert processor == compiled._processor() and len(processor) > 20
+    monkeypatch.setattr(compiled, "_processor", lambda: processor.replace(" avx512f", ""))
+    if " avx512f" in processor:
+        assert compiled.kept_in.__wrapped__() != own
+
+
+@pytest.mark.skipif(not LINKED_HERE, reason="only objects for Linux on x86-64 are linked here")
+def test_objects_that_ask_for_more_are_left_to_llvm(code: bytes) -> None:
+    assert object_code.link(b"\xcf\xfa\xed\xfe" + code[4:], compiled.NAME) is None  # Mach-O
+    assert object_code.link(code[:18] + struct.pack("<H", 183) + code[20:], compiled.NAME) is None  # AArch64
+    assert object_code.link(code.replace(b"\0sched_yield\0", b"\0sched_yielt\0"), compiled.NAME) is None
+    sections = list(object_code._sections(code))
+    first = next(s for s in sections if s.type == object_code.RELA and sections[s.info].type == object_code.PROGBITS)
+    relative = code[: first.offset + 8] + struct.pack("<I", 2) + code[first.offset + 12 :]  # R_X86_64_PC32
+    assert object_code.link(relative, compiled.NAME) is None
