@@ -29,7 +29,6 @@ from handloom.checkpoint.json_object import quote
 from handloom.checkpoint.quantization import QuantizedRows
 from handloom.checkpoint.types import TensorInfo
 from handloom.errors import CheckpointError
-from handloom.text import gguf_tokenizer
 from handloom.text.tokenizer import Tokenizer
 
 
@@ -112,6 +111,8 @@ class GGUFCheckpoint:
         """
         if self.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
             return None
+        from handloom.text import gguf_tokenizer  # transformers, which takes a third of a second
+
         return Tokenizer(gguf_tokenizer.build(self.metadata, str(self.path)))
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from handloom.checkpoint import hub, shipped
+from handloom.checkpoint import shipped
 from handloom.checkpoint.folder import CONFIG, PICKLED, FolderCheckpoint, unsafe
 from handloom.checkpoint.json_object import quote
 from handloom.checkpoint.types import Checkpoint
@@ -84,6 +84,8 @@ def _locate(source: str | os.PathLike[str], options: _HubOptions, local_files_on
         raise ModelNotFound(f"{quote(name)} does not exist here, and is no name of a model on the Hub; give {_KINDS}")
     if colon and not file.endswith(".gguf"):
         raise ModelNotFound(f"{quote(name)}: what follows the colon must be a .gguf file of {repo}")
+    from handloom.checkpoint import hub  # its client is not imported for what is here
+
     wanted = hub.HubSource(repo, file or None, *options)
     if local_files_only:
         return hub.from_cache(wanted), name, f"the Hub's {wanted}, from the local cache"
@@ -105,6 +107,8 @@ def _open_default(options: _HubOptions, local_files_only: bool) -> Checkpoint:
     """The steps where no model is named: the Hub's if cached or reachable, else the shipped one."""
     if options.revision is not None:
         raise InvalidParam(f"revision={options.revision!r} needs a model from the Hub; name one")
+    from handloom.checkpoint import hub
+
     wanted = hub.HubSource(DEFAULT_REPO, None, *options)
     why = f"no model was named and {VARIABLE} is not set"
     try:

@@ -25,10 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import jinja2
-import markupsafe
-from transformers.utils.chat_template_utils import get_json_schema
-
 from handloom.errors import ChatTemplateError, InvalidParam, InvalidPrompt
 
 Tool = Mapping[str, Any] | Callable[..., Any]
@@ -210,6 +206,8 @@ def _plain(value: Any, where: str, budget: _Budget, depth: int = 0) -> Any:
 def _plain_tool(tool: Tool, index: int, budget: _Budget) -> Any:
     """A tool as JSON schema; a Python function is described by its type hints and docstring, as in transformers."""
     if callable(tool):
+        from transformers.utils.chat_template_utils import get_json_schema
+
         try:
             tool = get_json_schema(tool)
         except Exception as error:  # several kinds, all about hints and docstring of the caller's function
@@ -292,6 +290,9 @@ class _Worker:
     """One template_worker.py process: a question, an answer, and a kill where none comes."""
 
     def __init__(self) -> None:
+        import jinja2
+        import markupsafe
+
         folders = {str(Path(str(module.__file__)).parents[1]) for module in (jinja2, markupsafe)}
         if not sys.executable:
             raise ChatTemplateError("chat templates are rendered in a child Python, and sys.executable is not set")

@@ -13,11 +13,12 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
-
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from handloom.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 REPLACEMENT = "\ufffd"
 MAX_PATTERN_CHARS = 64
@@ -49,6 +50,8 @@ class Stage(Protocol):
 
 def build_stages(hf: PreTrainedTokenizerFast) -> list[Stage]:
     """Fresh stages that together do what `hf.decode` does to the tokens it keeps. Raises TokenizerError."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
     if (
         type(hf)._decode is not PreTrainedTokenizerFast._decode
         or type(hf).clean_up_tokenization is not PreTrainedTokenizerBase.clean_up_tokenization

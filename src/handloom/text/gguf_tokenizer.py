@@ -27,7 +27,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from handloom.errors import TokenizerError
-from handloom.text.tokenizer_folder import typed_errors
+from handloom.text.typed_errors import typed_errors
 
 MAX_CHAT_TEMPLATE_CHARS = 2**20
 MAX_PIECE_CHARS = 2**8

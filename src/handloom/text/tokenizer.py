@@ -10,13 +10,14 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from handloom.errors import InvalidPrompt, TokenizerError
 from handloom.text.chat import ChatRenderer, Tool, choose_template
-from handloom.text.tokenizer_folder import load_fast_tokenizer, typed_errors
+from handloom.text.typed_errors import typed_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 MAX_TEXT_BYTES = 8 * 2**20
 
@@ -60,6 +61,8 @@ class Tokenizer:
         added_tokens.json, the chat template files, and from config.json what decides the tokenizer's class. No code
         of the folder is imported. Raises TokenizerError.
         """
+        from handloom.text.tokenizer_folder import load_fast_tokenizer  # transformers, which takes most of a second
+
         return cls(load_fast_tokenizer(Path(path)))
 
     @cached_property

@@ -11,12 +11,11 @@ This module does not know encoding or decoding, what a chat template means, or w
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from handloom.errors import HandloomError, TokenizerError
+from handloom.errors import TokenizerError
+from handloom.text.typed_errors import typed_errors
 
 MAX_FILE_BYTES = 128 * 2**20
 MAX_TEMPLATE_BYTES = 2**20
@@ -88,24 +88,6 @@ def load_fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             if isinstance(value, str) and value.startswith(str(scratch)):
                 attributes[key] = str(folder) + value.removeprefix(str(scratch))
     return tokenizer
-
-
-@contextlib.contextmanager
-def typed_errors(kind: type[HandloomError], what: str) -> Iterator[None]:
-    """Raise `kind`, cause attached, for whatever a tokenizer library raises on data it was not made for.
-
-    A panic of Rust code derives from BaseException alone, in a class of each library's own: it is known by its name.
-    """
-    try:
-        yield
-    except HandloomError:
-        raise
-    except Exception as error:
-        raise kind(f"{what}: {type(error).__name__}: {error}") from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise kind(f"{what}: {error}") from error
 
 
 def _model_file(folder: Path) -> Path:
