@@ -13,12 +13,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from handloom.cache.batch import Work
     from handloom.conversation import Conversation
+    from handloom.decoding.decoder import Decoder, FinishedEvent, TokenEvent
     from handloom.engine import Engine
     from handloom.engine.async_engine import AsyncEngine
     from handloom.errors import HandloomError
     from handloom.live import LiveSequence
     from handloom.lm import LM
+    from handloom.model.hooks import Hook
     from handloom.output import Output, Piece, Score, Timing
     from handloom.sampling.watermark import SynthID, Watermark
     from handloom.sampling.watermark_detection import detect_synthid, detect_watermark
@@ -27,15 +30,20 @@ __all__ = [
     "LM",
     "AsyncEngine",
     "Conversation",
+    "Decoder",
     "Engine",
+    "FinishedEvent",
     "HandloomError",
+    "Hook",
     "LiveSequence",
     "Output",
     "Piece",
     "Score",
     "SynthID",
     "Timing",
+    "TokenEvent",
     "Watermark",
+    "Work",
     "detect_synthid",
     "detect_watermark",
 ]
@@ -45,15 +53,20 @@ _HOMES = {
     "LM": "lm",
     "AsyncEngine": "engine.async_engine",
     "Conversation": "conversation",
+    "Decoder": "decoding.decoder",
     "Engine": "engine",
+    "FinishedEvent": "decoding.decoder",
     "HandloomError": "errors",
+    "Hook": "model.hooks",
     "LiveSequence": "live",
     "Output": "output",
     "Piece": "output",
     "Score": "output",
     "SynthID": "sampling.watermark",
     "Timing": "output",
+    "TokenEvent": "decoding.decoder",
     "Watermark": "sampling.watermark",
+    "Work": "cache.batch",
     "detect_synthid": "sampling.watermark_detection",
     "detect_watermark": "sampling.watermark_detection",
 }

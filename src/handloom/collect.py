@@ -67,9 +67,8 @@ class _Request:
             yield Piece(self.index, event.text, event.token_id, event.logprob, event.top_logprobs, sample=event.sample)
         elif isinstance(event, PromptLogprobsEvent):
             output = self.outputs[0]
-            assert output.prompt_logprobs is not None and output.prompt_top_logprobs is not None
-            output.prompt_logprobs += event.logprobs
-            output.prompt_top_logprobs += event.top_logprobs
+            output.prompt_logprobs = [*(output.prompt_logprobs or []), *event.logprobs]
+            output.prompt_top_logprobs = [*(output.prompt_top_logprobs or []), *event.top_logprobs]
         elif isinstance(event, SampleFinishedEvent):
             self.outputs[event.sample].beams = event.search
             self.outputs[event.sample].past_key_values = event.past_key_values

@@ -5,17 +5,21 @@ This module does not know how any of them decodes.
 
 from __future__ import annotations
 
+from typing import get_args
+
 from handloom.cache.sequence import Sequence
 from handloom.decoding.beam import BeamDecoder
 from handloom.decoding.branches import Branches
 from handloom.decoding.guided import GuidedBranches
 from handloom.decoding.sample import SampleDecoder
 from handloom.decoding.samples import SamplesDecoder
+from handloom.decoding.score import ScoreDecoder
 from handloom.errors import UnsupportedOption
 from handloom.sampling.params import GenerationParams
 from handloom.text.tokenizer import Tokenizer
 
 RequestDecoder = SampleDecoder | SamplesDecoder | BeamDecoder
+MODES = frozenset((*get_args(RequestDecoder), ScoreDecoder))
 
 
 def make_decoder(

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
-from handloom.decoding.modes import RequestDecoder, make_decoder
+from handloom.decoding.modes import MODES, RequestDecoder, make_decoder
 from handloom.decoding.sample import SampleDecoder
 from handloom.engine.events import EngineEvent, EngineStats
+from handloom.engine.guarded import Custom, Guarded
 from handloom.engine.runner import Runner
 from handloom.engine.scheduler import Request, Scheduler
 from handloom.errors import EngineError, InvalidParam, InvalidPrompt, UnsupportedOption
@@ -157,19 +158,27 @@ class Engine:
             raise InvalidParam("negative_prompt and negative_prompt_ids are two ways to say one thing; give one")
         return {**options, "negative_prompt_ids": self.model.encode(text).token_ids}
 
-    def prepare(self, prompt: Any, options: dict[str, Any], *, cache_salt: str = "") -> RequestDecoder:
+    def prepare(self, prompt: Any, options: dict[str, Any], *, cache_salt: str = "") -> RequestDecoder | Custom:
         """The decoder of a request, checked and not queued yet. Arguments and errors are those of `add_request`."""
         if not isinstance(cache_salt, str):
             raise InvalidParam(f"cache_salt is {cache_salt!r}; expected a text, the same for requests that may share")
         if not isinstance(prompt, Sequence):
             sequence = self.model.encode(prompt)
             sequence.salt = cache_salt
-            return make_decoder(sequence, self.resolve(sequence, options), self.model.tokenizer)
+            return self._decoder(sequence, self.resolve(sequence, options), owns_sequence=True)
         if cache_salt != prompt.salt and cache_salt:
             raise InvalidParam("a sequence has its own salt; leave cache_salt out, or pass the sequence's token_ids")
         if prompt.pool is not self.model.pool:
             raise InvalidPrompt("the sequence lives in the cache of another model; pass its token_ids instead")
-        return make_decoder(prompt, self.resolve(prompt, options), self.model.tokenizer, owns_sequence=False)
+        return self._decoder(prompt, self.resolve(prompt, options), owns_sequence=False)
+
+    def _decoder(self, sequence: Sequence, params: GenerationParams, *, owns_sequence: bool) -> RequestDecoder | Custom:
+        tokenizer = self.model.tokenizer
+        if params.custom_decoder is None:
+            return make_decoder(sequence, params, tokenizer, owns_sequence=owns_sequence)
+        if not owns_sequence:
+            raise UnsupportedOption("custom_decoder: a sequence goes on in place, in one way; pass its token_ids")
+        return Custom(sequence, params, tokenizer, self.model.transformer.spec.vocab_size)
 
     def add_request(self, prompt: Any, /, *, priority: int = 0, cache_salt: str = "", **options: Any) -> int:
         """Queue a prompt (text, token ids, embeddings [n, hidden_size], or a Sequence of the cache).
@@ -184,10 +193,13 @@ class Engine:
         return self.add(self.prepare(prompt, options, cache_salt=cache_salt), priority=priority)
 
     def add(self, decoder: Decoder, *, priority: int = 0) -> int:
-        """Queue a decoder of any mode; returns its request id.
+        """Queue a decoder of any mode, or one of your own (see `handloom.engine.guarded`); returns its request id.
 
-        Raises InvalidParam, InvalidPrompt for a sequence of the caller's that another request has.
+        Raises InvalidParam, InvalidPrompt for a sequence of the caller's that another request has, RequestFailed for
+        a decoder that does not say its sequences.
         """
+        if type(decoder) not in MODES and not isinstance(decoder, Guarded):
+            decoder = Guarded(decoder, self.model.pool, self.model.transformer.spec.vocab_size)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidParam(f"priority is {priority!r}; expected an integer, where higher comes first")
         with self._door:
@@ -339,4 +351,5 @@ class Engine:
 
 def _borrowed(decoder: Decoder) -> Sequence | None:
     """The sequence of the caller's that a decoder runs on, if it does."""
-    return decoder.sequence if isinstance(decoder, SampleDecoder) and not decoder.owns_sequence else None
+    inner = decoder.inner if isinstance(decoder, Guarded) else decoder
+    return inner.sequence if isinstance(inner, SampleDecoder) and not inner.owns_sequence else None

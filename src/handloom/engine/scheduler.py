@@ -40,6 +40,7 @@ from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
 from handloom.decoding.sample import Ready, SampleDecoder, advance_together
 from handloom.engine.events import Journal
+from handloom.engine.guarded import events_of, works_of
 from handloom.errors import HandloomError, OutOfPages, RequestFailed
 
 NO_ERRORS: Mapping[int, HandloomError] = MappingProxyType({})
@@ -69,6 +70,7 @@ class Plan:
 
     works: list[Work] = field(default_factory=list)
     owners: list[Request] = field(default_factory=list)
+    sequences: set[Sequence] = field(default_factory=set)
 
     @property
     def num_tokens(self) -> int:
@@ -173,7 +175,7 @@ class Scheduler:
             for before in self.running
             if before.prefilling and not before.paused and before.rank < request.rank
             for other in before.decoder.sequences
-            for work in _works(request)
+            for work in works_of(request.decoder)
         )
 
     def _start(self, request: Request) -> None:
@@ -207,7 +209,7 @@ class Scheduler:
 
     def _adopt_prefixes(self, request: Request) -> None:
         """Take over cached pages, except where something is wanted of every token."""
-        for work in _works(request):
+        for work in works_of(request.decoder):
             if not work.needs_every_token:
                 work.sequence.adopt_prefix()
 
@@ -229,10 +231,12 @@ class Scheduler:
         Raises OutOfPages, or RequestFailed for a decoder without work, with nothing of the request in the plan.
         """
         works: list[Work] = []
-        for sequence, pending, logits, hook in _works(request):
+        for sequence, pending, logits, hook in works_of(request.decoder):
             num_tokens = min(pending, budget, self.max_rows if logits == "all" else pending)
             if num_tokens <= 0:
                 break
+            if sequence in plan.sequences:
+                raise RequestFailed("another request runs the same sequence in this step; fork it")
             sequence.grow(sequence.num_computed + num_tokens)
             wanted = "none" if num_tokens < pending and logits == "last" else logits
             works.append(Work(sequence, num_tokens, wanted, hook))
@@ -240,6 +244,7 @@ class Scheduler:
         if budget > 0 and not works:
             raise RequestFailed("the decoder has not finished and plans no work, so it would never finish")
         plan.works += works
+        plan.sequences.update(work.sequence for work in works)
         plan.owners += [request] * len(works)
         return budget
 
@@ -349,7 +354,7 @@ class Scheduler:
                 sampling.append(request)
                 ready.append(Ready(request.decoder, start, end))
             else:
-                self._emit(request, _advanced(request, logits[start:end]))
+                self._emit(request, events_of(request.decoder, logits[start:end]))
         for request, events in zip(sampling, advance_together(ready, logits) if ready else (), strict=True):
             self._emit(request, events)
         return self._hand_out()
@@ -374,25 +379,3 @@ class Scheduler:
 
 def _rank(request: Request) -> tuple[int, int]:
     return request.rank
-
-
-def _works(request: Request) -> Seq[Work]:
-    """What the request's decoder plans. Raises the HandloomError it raises; RequestFailed where it raises another."""
-    try:
-        return tuple(request.decoder.plan())
-    except HandloomError:
-        raise
-    except Exception as cause:
-        raise RequestFailed(f"the decoder {request.decoder!r} raised {cause!r} when asked for its work") from cause
-
-
-def _advanced(request: Request, logits: Tensor) -> Seq[Event]:
-    """The events a decoder makes of its logits, or the end of the request where it raises."""
-    try:
-        return list(request.decoder.advance(logits))
-    except HandloomError as error:
-        return [FinishedEvent("error", error=error)]
-    except Exception as cause:
-        failure = RequestFailed(f"the decoder {request.decoder!r} raised {cause!r} when given its logits")
-        failure.__cause__ = cause
-        return [FinishedEvent("error", error=failure)]

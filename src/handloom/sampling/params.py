@@ -19,8 +19,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from handloom.errors import ContextOverflow, InvalidParam, UnsupportedOption
+from handloom.errors import InvalidParam, UnsupportedOption
 from handloom.sampling.contrast_options import read_contrast
+from handloom.sampling.length_options import read_lengths
 from handloom.sampling.options import (
     CALLER,
     LARGEST_FACTOR,
@@ -55,7 +56,6 @@ StoppingCriterion = Callable[..., Any]
 
 Ids = TypeVar("Ids", int | None, tuple[int, ...])
 
-DEFAULT_NEW_TOKENS = 20
 MAX_LOGPROBS = 100
 # The options that only sampling has a use for, and the values that ask for nothing.
 _KNOBS: dict[str, float | None] = {
@@ -108,6 +108,8 @@ class GenerationParams:
         output_scores, output_logits: keep each step's processed scores, raw logits, float32 [V].
         output_hidden_states, output_attentions, output_past_key_values: keep what each step made in the model, and K
             and V at the end; see `handloom.decoding.internals`.
+        custom_decoder: called with (sequence, params, tokenizer), returns the decoder of the request; see
+            docs/custom_decoder.md.
         num_return_sequences: outputs of one prompt, which runs once. Needs sampling or beams; at most num_beams of
             these. With sampling, output i draws with `rng.seed_of_sample(seed, i)`; the first as if it were alone.
         num_beams: 1, or beam search over so many sequences; sampled where do_sample is true. See
@@ -159,6 +161,7 @@ class GenerationParams:
     output_hidden_states: bool = False
     output_attentions: bool = False
     output_past_key_values: bool = False
+    custom_decoder: Callable[..., Any] | None = None
     num_return_sequences: int = 1
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -196,7 +199,7 @@ def resolve_params(
     Raises: InvalidParam, UnsupportedOption, ContextOverflow.
     """
     asked = Options(options, generation_config, _FIELDS)
-    new_tokens, min_new_tokens, min_length = _lengths(asked, prompt_length, max_context)
+    new_tokens, min_new_tokens, min_length = read_lengths(asked, prompt_length, max_context)
     do_sample, temperature = _sampling(asked)
     rng, seed = _random_source(asked)
     logprobs = integer(0, min(MAX_LOGPROBS, vocab_size))
@@ -258,6 +261,7 @@ def resolve_params(
         output_hidden_states=asked.read("output_hidden_states", flag, default=False, off=False),
         output_attentions=asked.read("output_attentions", flag, default=False, off=False),
         output_past_key_values=asked.read("output_past_key_values", flag, default=False, off=False),
+        custom_decoder=asked.read("custom_decoder", function, default=None, off=None),
         skip_special_tokens=asked.read("skip_special_tokens", flag, default=True, off=True),
         num_return_sequences=search.num_return_sequences,
         num_beams=search.num_beams,
@@ -266,44 +270,6 @@ def resolve_params(
         **read_contrast(asked, vocab_size=vocab_size, room=max_context - new_tokens),
         max_time=asked.read("max_time", real(0, LARGEST_FACTOR, above=True), default=None, off=None),
     )
-
-
-def _lengths(asked: Options, prompt_length: int, max_context: int) -> tuple[int, int, int]:
-    """(max_new_tokens, min_new_tokens, min_length)."""
-    room = max_context - prompt_length
-    if room < 1:
-        raise ContextOverflow(
-            f"the prompt has {prompt_length} tokens and the context holds {max_context}: no token can be generated; "
-            "shorten the prompt, or load the model with a larger context"
-        )
-    name, new_tokens = "max_new_tokens", asked.read("max_new_tokens", integer(1), default=None, off=None)
-    total = asked.read("max_length", integer(1), default=None, off=None)
-    if new_tokens is None and total is not None:
-        name, new_tokens = "max_length", total - prompt_length
-        if new_tokens < 1:
-            raise InvalidParam(
-                f"max_length={show(total)} counts the prompt, which has {prompt_length} tokens: no token is left to "
-                "generate; raise it, or give max_new_tokens"
-            )
-    if new_tokens is None:
-        new_tokens = min(DEFAULT_NEW_TOKENS, room)
-    elif new_tokens > room and asked.by_caller(name):
-        raise ContextOverflow(
-            f"{prompt_length} prompt tokens and {show(new_tokens)} new ones exceed the context of {max_context}; "
-            f"max_new_tokens can be at most {room} for this prompt"
-        )
-    new_tokens = min(new_tokens, room)
-    min_new = asked.read("min_new_tokens", integer(0), default=None, off=None)
-    min_total = asked.read("min_length", integer(0), default=0, off=0)
-    name = "min_length" if min_new is None else "min_new_tokens"
-    if min_new is not None:
-        min_total = prompt_length + min_new
-    if min_total > prompt_length + new_tokens and asked.by_caller(name):
-        raise InvalidParam(
-            f"{name} asks for {show(min_total)} tokens with the prompt, and at most {prompt_length + new_tokens} "
-            f"can come; lower it, or raise max_new_tokens={new_tokens}"
-        )
-    return new_tokens, min_new or 0, min_total
 
 
 def _sampling(asked: Options) -> tuple[bool, float]:
