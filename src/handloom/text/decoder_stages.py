@@ -59,7 +59,7 @@ def build_stages(hf: PreTrainedTokenizerFast) -> list[Stage]:
         raise TokenizerError(f"{type(hf).__name__} decodes in a way of its own, which cannot be streamed")
     stages: list[Stage] = []
     known = TOKEN_STAGES
-    for spec in _decoders(hf):
+    for spec in decoder_steps(hf):
         kind = spec["type"]
         if kind not in known:
             raise TokenizerError(f"the tokenizer's decoder has a {kind!r} in a place where it cannot be streamed")
@@ -78,7 +78,7 @@ def cleans_up(hf: PreTrainedTokenizerFast) -> bool:
     return bool(forced) or type(hf.backend_tokenizer.model).__name__ != "BPE"
 
 
-def _decoders(hf: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
+def decoder_steps(hf: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
     """The specifications of the decoder's steps, nested sequences laid flat."""
     decoder = hf.backend_tokenizer.decoder
     if decoder is None:

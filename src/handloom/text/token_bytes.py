@@ -1,0 +1,74 @@
+"""The bytes that each token stands for, where that is the same wherever it stands.
+
+It is so for byte-level vocabularies and for SentencePiece's, which are those of nearly all language models. The space
+that some decoders take off the beginning of a text counts as a byte here.
+
+This module does not know models, grammars, or how text is cut into tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from handloom.errors import TokenizerError
+from handloom.text.decoder_stages import BYTE_OF, ByteFallback, cleans_up, decoder_steps
+from handloom.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBytes:
+    """`values[i]`: the bytes of token i, empty where the id has no token; `special`: ids of tokens that are no text,
+    whose value is how they are written."""
+
+    values: list[bytes]
+    special: frozenset[int]
+
+
+def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> TokenBytes:
+    """Of ids 0..vocab_size - 1. Raises TokenizerError for a decoder that joins tokens by what stands beside them."""
+    hf = tokenizer.hf
+    if cleans_up(hf):
+        raise TokenizerError(
+            "this tokenizer takes spaces out before punctuation when it decodes (clean_up_tokenization_spaces), so "
+            "tokens have no bytes of their own; set lm.tokenizer.hf.clean_up_tokenization_spaces = False"
+        )
+    read = _reader([step["type"] for step in decoder_steps(hf)], decoder_steps(hf))
+    values = [b""] * vocab_size
+    for token, token_id in hf.get_vocab().items():
+        if token_id < vocab_size:
+            values[token_id] = read(token)
+    added = hf.added_tokens_decoder
+    return TokenBytes(values, frozenset(id_ for id_, token in added.items() if token.special and id_ < vocab_size))
+
+
+def _reader(kinds: list[str], steps: list[dict[str, Any]]) -> Callable[[str], bytes]:
+    """What gives a token's bytes."""
+    names = " ".join(kinds)
+    if re.fullmatch(r"ByteLevel( Fuse)?", names):
+        return _byte_level
+    if re.fullmatch(r"(Replace )*ByteFallback( Fuse)?( Strip)?|Metaspace", names):
+        replaced = [(step["pattern"].get("String"), step["content"]) for step in steps if step["type"] == "Replace"]
+        replaced += [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
+        if all(isinstance(pattern, str) for pattern, _ in replaced):
+            return lambda token: _with_fallback(token, replaced)
+    raise TokenizerError(
+        f"the tokens of this tokenizer have no bytes of their own: its decoder ({', '.join(kinds)}) joins them by what "
+        "stands beside them; a byte-level or SentencePiece vocabulary is needed"
+    )
+
+
+def _byte_level(token: str) -> bytes:
+    try:
+        return bytes([BYTE_OF[character] for character in token])
+    except KeyError:  # an added token that is not in that alphabet stands for itself
+        return token.encode()
+
+
+def _with_fallback(token: str, replaced: list[tuple[str, str]]) -> bytes:
+    for pattern, content in replaced:
+        token = token.replace(pattern, content)
+    byte = ByteFallback.BYTE_TOKEN.fullmatch(token)
+    return token.encode() if byte is None else bytes([int(byte[1], 16)])
