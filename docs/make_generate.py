@@ -17,6 +17,7 @@ from handloom.sampling.rules import AFTER_THE_CALLERS, BEFORE_THE_CALLERS
 from handloom.sampling.surface import NO_EFFECT, NOTES, WHY_NOT
 
 PAGE = Path(__file__).with_name("generate.md")
+STRUCTURE = "`json_schema`, `regex`, `grammar` or `choices` (see [structured.md](structured.md))"
 ARGUMENTS = "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn negative_prompt_ids".split()
 REFUSED_ARGUMENTS = (
     "inputs synced_gpus assistant_model streamer negative_prompt_attention_mask custom_generate "
@@ -77,7 +78,7 @@ def page() -> str:
             *_table([*ARGUMENTS, *REFUSED_ARGUMENTS]),
             "\n## Order of the rules\n",
             "Scores pass these in turn; those after the caller's own processors run only where tokens are drawn, but "
-            "for the last two.\n",
+            "for the next one and the last two.\n",
             *_rules(),
             "\n## Options of handloom's own\n",
             ", ".join(f"`{name}`" for name in sorted(OURS - set(ARGUMENTS))) + ": see `GenerationParams`.\n",
@@ -102,7 +103,7 @@ def _row(name: str) -> str:
 
 def _rules() -> list[str]:
     before = [f"`{rule.option}`" for rule in BEFORE_THE_CALLERS]
-    after = [f"`{rule.option}`" for rule in AFTER_THE_CALLERS]
+    after = [STRUCTURE if rule.option == "structure" else f"`{rule.option}`" for rule in AFTER_THE_CALLERS]
     steps = [*before, "the caller's `logits_processor`", *after]
     return [f"{number}. {step}" for number, step in enumerate(steps, 1)]
 

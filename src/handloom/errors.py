@@ -99,6 +99,10 @@ class NonFiniteLogits(HandloomError, ArithmeticError):
     """The model produced NaN, or scores with nothing left to choose from, for one sequence."""
 
 
+class GrammarError(HandloomError, RuntimeError):
+    """In the middle of an output its grammar, alone or with other rules, leaves no token, or exceeds a limit."""
+
+
 class RequestFailed(HandloomError, RuntimeError):
     """A request ended because code of the caller's (a processor, a criterion, a patch, a decoder) raised; the cause is
     attached."""

@@ -37,6 +37,7 @@ from handloom.ops import Backend, choose_backend
 from handloom.output import Output, Piece, Score
 from handloom.progress import requests_bar
 from handloom.prompts import Prompt, as_list, options_of_each, to_sequence
+from handloom.sampling.grammar import Grammars
 from handloom.text.tokenizer import Tokenizer
 
 
@@ -59,6 +60,7 @@ class LM:
         self.generation_config = dict(generation_config or {})
         self.max_context = max_context or transformer.spec.max_context
         self.hooks = Hooks(transformer.spec)
+        self.grammars = None if tokenizer is None else Grammars(tokenizer, transformer.spec.vocab_size)
 
     def __repr__(self) -> str:
         return f"LM({self.name!r}, {self.spec.model_type}, {self.dtype}, {self.device}, backend {self.backend.name})"

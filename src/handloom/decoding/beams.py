@@ -32,7 +32,7 @@ from handloom.decoding.internals import Internals, Seen, keys_and_values
 from handloom.decoding.sample import output_text
 from handloom.errors import HandloomError, NonFiniteLogits
 from handloom.sampling.params import GenerationParams
-from handloom.sampling.rules import RequestRules, Row, apply_rules
+from handloom.sampling.rules import RequestRules, Row, apply_rules, nothing_left
 from handloom.sampling.sampler import token_logprobs
 from handloom.text.tokenizer import Tokenizer
 
@@ -157,8 +157,13 @@ class Beams(ABC):
         return scores
 
     def _check_left(self, totals: Tensor) -> None:
-        """Raises NonFiniteLogits where no continuation has a finite score."""
-        if not bool(totals.amax().isfinite()):
+        """Raises NonFiniteLogits where no continuation has a finite score, GrammarError where a grammar is why."""
+        best = totals.amax()
+        if self.params.structure is not None and bool(best.isneginf()):
+            ids, length = self._ids, len(self._prompt_ids)
+            rows = [Row(self._params, own, length, rules) for own, rules in zip(ids, self._rules, strict=True)]
+            raise nothing_left(max(rows, key=lambda row: row.rules.fits_grammar))
+        if not bool(best.isfinite()):
             raise NonFiniteLogits(
                 f"the processed scores for the token at position {self._position} contain NaN or +inf, or are all "
                 "-inf: nothing is left to choose; check the logits processors"

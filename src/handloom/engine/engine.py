@@ -9,6 +9,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 from handloom.cache.pages import PagePool
@@ -23,6 +24,7 @@ from handloom.engine.scheduler import Request, Scheduler
 from handloom.errors import EngineError, InvalidParam, InvalidPrompt, UnsupportedOption
 from handloom.model.hooks import Hooks
 from handloom.model.transformer import Transformer
+from handloom.sampling.grammar import Complete, Grammars
 from handloom.sampling.params import GenerationParams, resolve_params
 from handloom.text.tokenizer import Tokenizer
 
@@ -39,6 +41,7 @@ class Model(Protocol):
     max_context: int
     pool: PagePool
     hooks: Hooks
+    grammars: Grammars | None
 
     def encode(self, prompt: Any) -> Sequence: ...
 
@@ -123,7 +126,11 @@ class Engine:
             vocab_size=spec.vocab_size,
             # as in transformers, a generation_config.json that names no eos means that there is none
             eos_token_id=() if self.model.generation_config else spec.eos_token_ids,
+            compile=None if self.model.grammars is None else self.model.grammars.compile,
         )
+        if params.structure is not None and not params.eos_token_id:
+            end = Complete(params.structure, len(sequence) - sequence.num_embeddings)
+            params = replace(params, stopping_criteria=(*params.stopping_criteria, end))
         if params.stop_strings and self.model.tokenizer is None:
             raise InvalidPrompt("stop_strings need a tokenizer, and this checkpoint has none; stop on eos_token_id")
         if params.prompt_logprobs is not None and sequence.num_embeddings:

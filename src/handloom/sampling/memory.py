@@ -31,12 +31,14 @@ class Memory:
         banned = [(sequence, -torch.inf) for sequence in params.bad_words_ids]
         self.bad_words = BiasTable(banned) if banned else None
         self.suppressed = torch.tensor(params.suppress_tokens, dtype=torch.int64)
+        self.matcher = None if params.structure is None else params.structure.start()
         self.begin_suppressed = torch.tensor(params.begin_suppress_tokens, dtype=torch.int64)
         self._start_anew()
 
     def fork(self) -> Memory:
-        """Another with the same tables, which has read nothing yet."""
+        """Another with the same tables, which has read nothing yet but what its grammar has."""
         other = copy.copy(self)
+        other.matcher = None if self.matcher is None else self.matcher.fork()
         other._start_anew()
         return other
 
@@ -56,6 +58,8 @@ class Memory:
 
     def follow(self, token_ids: Sequence[int]) -> None:
         """Read the tokens that were not read yet; all of them anew where those read are not how the sequence begins."""
+        if self.matcher is not None:
+            self.matcher.follow(token_ids[self._prompt_length :])
         if not self._reads:
             return
         if token_ids[: len(self._read)] != self._read:

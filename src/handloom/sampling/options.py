@@ -29,7 +29,8 @@ LARGEST_FACTOR = 1e30  # a score times or divided by a factor in [1e-30, 1e30] s
 # Options that transformers' GenerationConfig does not have.
 OURS = frozenset(
     "include_stop_text seed rng logprobs prompt_logprobs logits_processor stopping_criteria prefix_allowed_tokens_fn "
-    "negative_prompt_ids skip_special_tokens output_past_key_values custom_decoder".split()
+    "negative_prompt_ids skip_special_tokens output_past_key_values custom_decoder "
+    "json_schema regex grammar choices".split()
 )
 # Any value is fine: nothing is padded, and an output always is a full object.
 BOOKKEEPING = frozenset({*NO_EFFECT, "_from_model_config", "_commit_hash"})

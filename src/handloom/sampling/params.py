@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
 from handloom.errors import InvalidParam, UnsupportedOption
 from handloom.sampling.contrast_options import read_contrast
+from handloom.sampling.grammar import Grammar
 from handloom.sampling.length_options import read_lengths
 from handloom.sampling.options import (
     CALLER,
@@ -33,28 +34,20 @@ from handloom.sampling.options import (
     flag,
     function,
     integer,
-    is_integer,
     random_source,
     real,
-    show,
     zero_or_factor,
 )
 from handloom.sampling.rng import fresh_seed
 from handloom.sampling.search_options import EarlyStopping, read_search
-from handloom.sampling.token_lists import (
-    MAX_LISTED_IDS,
-    start_and_factor,
-    token_biases,
-    token_sequences,
-    watermarking,
-)
+from handloom.sampling.structure_options import Compile, read_structure
+from handloom.sampling.token_lists import token_biases, watermarking
+from handloom.sampling.token_options import check_forced, read_bad_words, read_decay, read_token_ids
 from handloom.sampling.watermark import SynthID, Watermark
 from handloom.text.stop import check_stop_strings
 
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 StoppingCriterion = Callable[..., Any]
-
-Ids = TypeVar("Ids", int | None, tuple[int, ...])
 
 MAX_LOGPROBS = 100
 # The options that only sampling has a use for, and the values that ask for nothing.
@@ -116,6 +109,8 @@ class GenerationParams:
             `handloom.decoding.beam`, also for length_penalty and early_stopping, which only beam search has a use for.
         guidance_scale, negative_prompt_ids: see `handloom.decoding.guided`. Off: 1.0. No ids: the prompt's last token.
             `generate` also takes a text, negative_prompt.
+        json_schema, regex, grammar, choices: the whole output is one of what the grammar says; see
+            `handloom.sampling.grammar`. At most one of them, compiled.
         skip_special_tokens: leave special tokens out of the text.
         max_time: seconds after which the sequence ends with the token at hand.
     """
@@ -168,8 +163,17 @@ class GenerationParams:
     early_stopping: EarlyStopping = False
     guidance_scale: float = 1.0
     negative_prompt_ids: tuple[int, ...] = ()
+    json_schema: Grammar | None = None
+    regex: Grammar | None = None
+    grammar: Grammar | None = None
+    choices: Grammar | None = None
     skip_special_tokens: bool = True
     max_time: float | None = None
+
+    @property
+    def structure(self) -> Grammar | None:
+        """The grammar of the output, if there is one."""
+        return self.json_schema or self.regex or self.grammar or self.choices
 
     @property
     def min_tokens_to_keep(self) -> int:
@@ -188,11 +192,13 @@ def resolve_params(
     max_context: int,
     vocab_size: int,
     eos_token_id: int | Sequence[int] | None = None,
+    compile: Compile | None = None,
 ) -> GenerationParams:
     """One request's parameters, for a prompt of `prompt_length` tokens.
 
     `options` are the caller's (with `stop` for stop_strings, `max_length`, `generation_config`); the argument
-    `generation_config` is the model's file; `eos_token_id` counts where neither names one. With neither
+    `generation_config` is the model's file; `eos_token_id` counts where neither names one; `compile` is
+    `Grammars.compile`, None without a tokenizer. With neither
     max_new_tokens nor max_length the limit is 20 new tokens. A limit from the model's file is cut at the
     context; one from the caller that does not fit raises ContextOverflow. Where both are set max_new_tokens counts.
 
@@ -204,8 +210,8 @@ def resolve_params(
     rng, seed = _random_source(asked)
     logprobs = integer(0, min(MAX_LOGPROBS, vocab_size))
     ngram = integer(0, 2**31 - 1)
-    eos = _token_ids(asked, "eos_token_id", vocab_size, eos_token_id)
-    suppressed = _token_ids(asked, "suppress_tokens", vocab_size)
+    eos = read_token_ids(asked, "eos_token_id", vocab_size, eos_token_id)
+    suppressed = read_token_ids(asked, "suppress_tokens", vocab_size)
     watermark = asked.read("watermarking_config", watermarking, default=None, off=None)
     search = read_search(asked, do_sample=do_sample, num_eos=len(eos), vocab_size=vocab_size)
     if search.num_beams > 1 and isinstance(watermark, SynthID):
@@ -231,20 +237,20 @@ def resolve_params(
         no_repeat_ngram_size=asked.read("no_repeat_ngram_size", ngram, default=0, off=0),
         encoder_no_repeat_ngram_size=asked.read("encoder_no_repeat_ngram_size", ngram, default=0, off=0),
         sequence_bias=asked.read("sequence_bias", token_biases(vocab_size), default=(), off=()),
-        bad_words_ids=_bad_words(asked, vocab_size, eos),
+        bad_words_ids=read_bad_words(asked, vocab_size, eos),
         prefix_allowed_tokens_fn=asked.read("prefix_allowed_tokens_fn", function, default=None, off=None),
-        forced_bos_token_id=_forced(
+        forced_bos_token_id=check_forced(
             "forced_bos_token_id",
             asked.read("forced_bos_token_id", integer(0, vocab_size - 1), default=None, off=None),
             suppressed,
         ),
-        forced_eos_token_id=_forced(
-            "forced_eos_token_id", _token_ids(asked, "forced_eos_token_id", vocab_size), suppressed
+        forced_eos_token_id=check_forced(
+            "forced_eos_token_id", read_token_ids(asked, "forced_eos_token_id", vocab_size), suppressed
         ),
         remove_invalid_values=asked.read("remove_invalid_values", flag, default=False, off=False),
-        exponential_decay_length_penalty=_decay(asked, eos),
+        exponential_decay_length_penalty=read_decay(asked, eos),
         suppress_tokens=suppressed,
-        begin_suppress_tokens=_token_ids(asked, "begin_suppress_tokens", vocab_size),
+        begin_suppress_tokens=read_token_ids(asked, "begin_suppress_tokens", vocab_size),
         watermarking_config=watermark,
         renormalize_logits=asked.read("renormalize_logits", flag, default=False, off=False),
         eos_token_id=eos,
@@ -267,6 +273,7 @@ def resolve_params(
         num_beams=search.num_beams,
         length_penalty=search.length_penalty,
         early_stopping=search.early_stopping,
+        **read_structure(asked, compile),
         **read_contrast(asked, vocab_size=vocab_size, room=max_context - new_tokens),
         max_time=asked.read("max_time", real(0, LARGEST_FACTOR, above=True), default=None, off=None),
     )
@@ -313,47 +320,6 @@ def _random_source(asked: Options) -> tuple[Literal["counter", "torch"], int]:
             )
         return "torch", 0
     return "counter", fresh_seed() if seed is None else seed
-
-
-def _token_ids(
-    asked: Options, name: str, vocab_size: int, last_resort: int | Sequence[int] | None = None
-) -> tuple[int, ...]:
-    """A token id or a list of them, each once; those of a model's file that are not in the vocabulary are left out."""
-    value, source = asked.find(name) or (last_resort, MODEL)
-    ids = [value] if is_integer(value) else [] if value is None else value
-    if not isinstance(ids, list | tuple) or any(not is_integer(id_) for id_ in ids):
-        raise InvalidParam(f"{name}={show(value)} ({source}) must be a token id or a list of them")
-    if len(ids) > MAX_LISTED_IDS:
-        raise InvalidParam(f"{name} ({source}) has {len(ids)} token ids; the limit is {MAX_LISTED_IDS}")
-    if source != MODEL and any(not 0 <= id_ < vocab_size for id_ in ids):
-        raise InvalidParam(f"{name}={show(value)} ({source}): ids must be in [0, {vocab_size}), the vocabulary")
-    return tuple(dict.fromkeys(int(id_) for id_ in ids if 0 <= id_ < vocab_size))
-
-
-def _bad_words(asked: Options, vocab_size: int, eos: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    listed = asked.read("bad_words_ids", token_sequences(vocab_size), default=(), off=())
-    banned = tuple(sequence for sequence in listed if len(sequence) > 1 or sequence[0] not in eos)
-    if listed and not banned:
-        raise InvalidParam(
-            f"bad_words_ids={show(listed)} names only end-of-sequence tokens, which it never bans; to put the end off, "
-            "give min_new_tokens or suppress_tokens"
-        )
-    return banned
-
-
-def _forced(name: str, forced: Ids, suppressed: tuple[int, ...]) -> Ids:
-    """The forced tokens. Raises InvalidParam where suppress_tokens has all of them."""
-    ids = (forced,) if isinstance(forced, int) else forced or ()
-    if ids and set(ids) <= set(suppressed):
-        raise InvalidParam(f"{name}={show(forced)}: suppress_tokens has it too, so nothing is left where it is forced")
-    return forced
-
-
-def _decay(asked: Options, eos: tuple[int, ...]) -> tuple[int, float] | None:
-    penalty = asked.read("exponential_decay_length_penalty", start_and_factor, default=None, off=None)
-    if penalty is not None and not eos:
-        raise InvalidParam("exponential_decay_length_penalty raises the end-of-sequence token: give an eos_token_id")
-    return penalty
 
 
 def _stop_strings(asked: Options) -> tuple[str, ...]:

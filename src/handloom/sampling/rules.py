@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import copy
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from handloom.errors import HandloomError, RequestFailed
-from handloom.sampling import constraints, contrast, processors, repetition, watermark
+from handloom.errors import GrammarError, HandloomError, NonFiniteLogits, RequestFailed
+from handloom.sampling import constraints, contrast, grammar, processors, repetition, watermark
 from handloom.sampling.memory import Memory
 from handloom.sampling.params import GenerationParams, LogitsProcessor
 
@@ -56,12 +56,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule: `apply(scores [R, V], *columns)` with, for each row, the values of `read`, or `off` where it is off."""
+    """A rule: `apply(scores [R, V], *columns)` with, for each row, the values of `read`, or `off` where it is off.
+
+    It may return what went wrong, by row.
+    """
 
     option: str
     neutral: Any  # the option's value that switches it off
     stands_in: str | None  # the class of transformers that takes its place; None where none does
-    apply: Callable[..., None]
+    apply: Callable[..., Mapping[int, HandloomError] | None]
     off: tuple[Any, ...]
     read: Callable[[Row], tuple[Any, ...]]
     sampled: bool = False  # only where tokens are drawn
@@ -163,6 +166,10 @@ BEFORE_THE_CALLERS = (
     ),
 )  # fmt: skip
 AFTER_THE_CALLERS = (
+    Rule(
+        "structure", None, None, grammar.constrain, (None, ()),
+        lambda row: (row.memory.matcher, row.params.eos_token_id),
+    ),
     _sampled("temperature", 1.0, processors.temperature),
     _sampled("top_h", None, processors.top_h),
     _keeping("top_k", 0, processors.top_k),
@@ -177,6 +184,13 @@ AFTER_THE_CALLERS = (
     ),
     Rule("renormalize_logits", False, None, processors.renormalize_logits, (False,), lambda row: (True,)),
 )  # fmt: skip
+
+
+FORBIDDING = frozenset(
+    "sequence_bias no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids min_length min_new_tokens "
+    "prefix_allowed_tokens_fn forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens".split()
+)
+"""Rules that leave out tokens a grammar may need."""
 
 
 class RequestRules:
@@ -209,13 +223,18 @@ class RequestRules:
         other.memory = self.memory.fork()
         return other
 
+    @property
+    def fits_grammar(self) -> bool:
+        """Whether the grammar allows what its matcher was shown last."""
+        return self.memory.matcher is None or self.memory.matcher.fits
+
     def runs(self, option: str) -> bool:
         """Whether a rule is on, and ours."""
         return option in self.active and self.active[option] is None
 
 
 def apply_rules(scores: Tensor, rows: Sequence[Row]) -> list[HandloomError | None]:
-    """Every rule of every row, into `scores` [R, V] float32; returns what went wrong in the callers' functions."""
+    """Every rule of every row, into `scores` [R, V] float32; returns what went wrong in a row."""
     errors: list[HandloomError | None] = [None] * len(rows)
     for row in rows:
         row.memory.follow(row.token_ids)
@@ -236,6 +255,34 @@ def apply_rules(scores: Tensor, rows: Sequence[Row]) -> list[HandloomError | Non
     return errors
 
 
+def nothing_left(row: Row) -> HandloomError:
+    """What to say of a row whose scores the rules have all made -inf."""
+    at, matcher = len(row.token_ids), row.memory.matcher
+    since = f"position {at}, after {row.new_length} new ones"
+    if matcher is None:
+        return NonFiniteLogits(
+            f"the processed scores for the token at position {at} are all -inf: nothing is left to choose; check the "
+            "logits processors"
+        )
+    option = matcher.grammar.option
+    if not matcher.fits:
+        return GrammarError(f"{option} does not allow the {row.new_length} tokens that the output has so far")
+    active = row.rules.active
+    others = [option for option in active if option in FORBIDDING]
+    if "min_new_tokens" in active and "min_length" in active:  # which it implies
+        others.remove("min_length")
+    others += ["logits_processor"] * bool(row.params.logits_processor)
+    if others:
+        return GrammarError(
+            f"{option} and {', '.join(others)} leave no token for {since}: each forbids what the other allows; leave "
+            "one of them out"
+        )
+    return GrammarError(
+        f"{option} leaves no token for {since}: nothing fits it, or no token of this vocabulary does, or the model "
+        "gives those that do a score of -inf"
+    )
+
+
 def _apply(rule: Rule, scores: Tensor, rows: Sequence[Row], errors: list[HandloomError | None]) -> None:
     """Our own rule, for the rows that have it on and nothing in its place."""
     on = [at for at, row in enumerate(rows) if errors[at] is None and row.rules.runs(rule.option)]
@@ -243,7 +290,8 @@ def _apply(rule: Rule, scores: Tensor, rows: Sequence[Row], errors: list[Handloo
         values = [rule.off] * len(rows)
         for at in on:
             values[at] = rule.read(rows[at])
-        rule.apply(scores, *zip(*values, strict=True))
+        for at, error in (rule.apply(scores, *zip(*values, strict=True)) or {}).items():
+            errors[at] = error
 
 
 def _call(

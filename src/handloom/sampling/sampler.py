@@ -21,7 +21,7 @@ from torch import Tensor
 from handloom.errors import HandloomError, NonFiniteLogits
 from handloom.sampling import rng
 from handloom.sampling.rules import Row as Row
-from handloom.sampling.rules import apply_rules
+from handloom.sampling.rules import apply_rules, nothing_left
 
 CPU_BLOCK = 2**18  # scores shaped at a time on a CPU, so that they and what is made of them stay in its cache
 LOGPROB_BLOCK = 2**23  # logits turned into log-probabilities at a time
@@ -102,7 +102,9 @@ def _choose_shaped(logits: Tensor, rows: Sequence[Row], shaped: list[int], choic
     for at, row in enumerate(group):
         forced = best[at] == torch.inf and not row.params.do_sample  # +inf is a way to say: this token
         if errors[at] is None and not forced and not math.isfinite(best[at]):
-            errors[at] = _not_finite("the processed scores", best[at], row)
+            errors[at] = (
+                nothing_left(row) if best[at] == -torch.inf else _not_finite("the processed scores", best[at], row)
+            )
     places = None if draws is None else Draws([draws.places[row] for row in shaped], draws.count)
     for at, token_id in _draw(scores, group, errors, places).items():
         ids[at] = token_id
