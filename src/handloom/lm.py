@@ -24,6 +24,7 @@ from handloom.collect import Collector
 from handloom.decoding.decoder import FinishedEvent, PromptLogprobsEvent, TopLogprobs
 from handloom.decoding.score import ScoreDecoder
 from handloom.engine import Engine
+from handloom.engine.graphs import DecodeGraphs
 from handloom.engine.runner import Runner
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt
 from handloom.live import LiveSequence, logit_lens, restore, step
@@ -61,6 +62,7 @@ class LM:
         self.max_context = max_context or transformer.spec.max_context
         self.hooks = Hooks(transformer.spec)
         self.grammars = None if tokenizer is None else Grammars(tokenizer, transformer.spec.vocab_size)
+        self.graphs: DecodeGraphs | None = None
 
     def __repr__(self) -> str:
         return f"LM({self.name!r}, {self.spec.model_type}, {self.dtype}, {self.device}, backend {self.backend.name})"

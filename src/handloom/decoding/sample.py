@@ -26,6 +26,9 @@ from handloom.sampling.rules import RequestRules
 from handloom.sampling.sampler import Choice, Row, choose, token_logprobs
 from handloom.text.tokenizer import Tokenizer
 
+Logits = Tensor | Choice
+"""What a step gives its decoders: logits [R, vocab_size], or, where the device has chosen, one choice for each."""
+
 
 @dataclass(slots=True)
 class Ready:
@@ -50,7 +53,7 @@ class SampleDecoder:
         # the sampler sees no ids for embedded positions, and counts no length for them
         hidden = sequence.num_embeddings
         self._params = replace(params, min_length=max(0, params.min_length - hidden))
-        self._rules = RequestRules(self._params, self.prompt_length - hidden)
+        self.rules = RequestRules(self._params, self.prompt_length - hidden)
         self.started = time.monotonic()
         self.finished = False
         self._scores: list[Tensor] = []
@@ -91,7 +94,7 @@ class SampleDecoder:
         """What the sampler needs to know; embedded prompt positions have no ids and are left out."""
         hidden, token_ids = self.sequence.num_embeddings, self.sequence.token_ids
         token_ids = token_ids[hidden:] if hidden else token_ids
-        return Row(self._params, token_ids, self.prompt_length - hidden, self._rules)
+        return Row(self._params, token_ids, self.prompt_length - hidden, self.rules)
 
     def prompt_logprobs(self, logits: Tensor) -> list[Event]:
         """Log-probabilities of the prompt tokens that these rows [r, vocab_size] of prompt positions predict."""
@@ -179,11 +182,13 @@ def criteria_met(params: GenerationParams, ids: Tensor, scores: tuple[Tensor, ..
     return found
 
 
-def advance_together(ready: Seq[Ready], logits: Tensor) -> list[list[Event]]:
+def advance_together(ready: Seq[Ready], logits: Logits) -> list[list[Event]]:
     """Choose one token for every decoder whose prompt has run; returns each decoder's events, in order.
 
     logits [R, vocab_size] of the whole step; each decoder's rows are logits[start:end].
     """
+    if isinstance(logits, Choice):
+        return [item.decoder.accept(logits, i) for i, item in enumerate(ready)]
     events: list[list[Event]] = [[] for _ in ready]
     choosing: list[int] = []
     for i, (own, item) in enumerate(zip(events, ready, strict=True)):

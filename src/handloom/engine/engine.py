@@ -6,11 +6,14 @@ This module does not know chat, the Hub, files, or how results are shown.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Protocol
+
+import torch
 
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
@@ -19,14 +22,19 @@ from handloom.decoding.modes import MODES, RequestDecoder, make_decoder
 from handloom.decoding.sample import SampleDecoder
 from handloom.engine.events import EngineEvent, EngineStats
 from handloom.engine.guarded import Custom, Guarded
+from handloom.engine.flight import Pilot
+from handloom.engine.graphs import DecodeGraphs
+from handloom.engine.memory import memory_report
 from handloom.engine.runner import Runner
 from handloom.engine.scheduler import Request, Scheduler
-from handloom.errors import EngineError, InvalidParam, InvalidPrompt, UnsupportedOption
+from handloom.errors import EngineError, InvalidParam, InvalidPrompt, OutOfMemory, UnsupportedOption
 from handloom.model.hooks import Hooks
 from handloom.model.transformer import Transformer
 from handloom.sampling.grammar import Complete, Grammars
 from handloom.sampling.params import GenerationParams, resolve_params
 from handloom.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("handloom")
 
 MAX_STEP_TOKENS = 512
 MAX_LOGITS_BYTES = 128 << 20
@@ -42,6 +50,7 @@ class Model(Protocol):
     pool: PagePool
     hooks: Hooks
     grammars: Grammars | None
+    graphs: DecodeGraphs | None
 
     def encode(self, prompt: Any) -> Sequence: ...
 
@@ -90,6 +99,7 @@ class Engine:
             max_rows=max(1, MAX_LOGITS_BYTES // row_bytes),
             spill_bytes=spill_bytes,
         )
+        self.pilot = None if model.graphs is None else Pilot(model.graphs, self.scheduler, model.hooks)
         self._ids = itertools.count()
         self._stepping = threading.Lock()  # held while the scheduler is worked on
         self._stepper: int | None = None  # the thread that steps
@@ -274,21 +284,49 @@ class Engine:
     def _step(self) -> list[Event]:
         self._take_over()
         self.scheduler.sharing = self.prefix_cache and not self.model.hooks  # what is taken over, no hook would see
-        with self.model.pool.lock:
-            plan, events = self.scheduler.plan()
-        if plan.works:
-            try:
-                logits, errors = self.runner.run(plan.works)
-                events = [*events, *self.scheduler.advance(plan, logits, errors)]
-            except BaseException:
-                self.scheduler.put_back(events)
-                raise
-            self.scheduler.journal.stepped(plan.num_tokens)
+        events = self.pilot.go_on() if self.pilot is not None and self.pilot.flying else []
+        events = events or self._planned_step()
         with self._door:
             for event in events:
                 if isinstance(event, FinishedEvent):
                     self._alive.pop(event.request_id, None)
         return events
+
+    def _planned_step(self) -> list[Event]:
+        with self.model.pool.lock:
+            plan, events = self.scheduler.plan()
+        if not plan.works:
+            return events
+        try:
+            if self.pilot is not None and self.pilot.take_off(plan):
+                return [*events, *self.pilot.go_on()] or self._planned_step()
+            logits, errors = self.runner.run(plan.works)
+            events = [*events, *self.scheduler.advance(plan, logits, errors)]
+        except torch.OutOfMemoryError as error:
+            self.scheduler.put_back(events)
+            self._make_do(plan.num_tokens, error)
+            return self._planned_step()
+        except BaseException:
+            self.scheduler.put_back(events)
+            raise
+        self.scheduler.journal.stepped(plan.num_tokens)
+        return events
+
+    def _make_do(self, num_tokens: int, error: torch.OutOfMemoryError) -> None:
+        """Go on with smaller steps, and without what was captured. Raises OutOfMemory where one token is too much."""
+        held = 0 if self.pilot is None else self.pilot.free_memory()
+        report = memory_report(self.model.transformer, self.model.pool, held)
+        if num_tokens == 1:
+            raise OutOfMemory(
+                f"no memory for a step of one token; load the model with a smaller KV cache. {report}"
+            ) from error
+        self.scheduler.max_tokens = num_tokens // 2
+        logger.warning(
+            "no memory for a step of %d tokens; from now on a step has at most %d. %s",
+            num_tokens,
+            self.scheduler.max_tokens,
+            report,
+        )
 
     def _settle(self) -> None:
         """Do what was asked meanwhile, unless a step is running: whoever runs it does so at its end."""
@@ -299,6 +337,8 @@ class Engine:
                 self._stepping.release()
 
     def _take_over(self) -> None:
+        if self.pilot is not None and self._is_asked:
+            self.pilot.disturbed = True
         while self._arrived:
             self.scheduler.add(self._arrived.popleft())
         while self._pausing:
@@ -306,6 +346,8 @@ class Engine:
             request.paused = paused
         while self._leaving:
             self.scheduler.remove(self._leaving.popleft().id)
+        if self.pilot is not None and self.pilot.flying and not self.scheduler.has_work:
+            self.pilot.land()
 
     def run(self) -> Iterator[Event]:
         """Step until no request is left that is not paused; events as they come. Raises what `step` raises."""
@@ -346,6 +388,8 @@ class Engine:
             num_chosen=journal.num_chosen,
             num_spilled=journal.num_spilled,
             spilled_bytes=pool.spilled_bytes,
+            num_captured_steps=0 if self.pilot is None else self.pilot.num_steps,
+            other_decode_steps={} if self.pilot is None else dict(self.pilot.outside),
         )
 
     def close(self) -> None:

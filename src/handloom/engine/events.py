@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from handloom.decoding.decoder import Event, FinishedEvent, FinishReason, TokenEvent
 
@@ -86,6 +86,8 @@ class EngineStats:
         num_computed, num_chosen: tokens that were run, prompts included; tokens that were chosen.
         num_spilled: preemptions that moved what was computed to host memory, all of it.
         spilled_bytes: in host memory now, of this model; other engines' requests included.
+        num_captured_steps: decode steps that the device made by itself; other_decode_steps: those it could have made,
+            and did not, by reason. Both are empty where nothing is ever captured, as on a CPU.
     """
 
     running: int
@@ -101,6 +103,8 @@ class EngineStats:
     num_chosen: int
     num_spilled: int
     spilled_bytes: int
+    num_captured_steps: int = 0
+    other_decode_steps: Mapping[str, int] = field(default_factory=dict)
 
 
 class Journal:

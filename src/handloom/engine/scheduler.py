@@ -38,7 +38,7 @@ from handloom.cache.batch import Work
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
-from handloom.decoding.sample import Ready, SampleDecoder, advance_together
+from handloom.decoding.sample import Logits, Ready, SampleDecoder, advance_together
 from handloom.engine.events import Journal
 from handloom.engine.guarded import events_of, works_of
 from handloom.errors import HandloomError, OutOfPages, RequestFailed
@@ -335,7 +335,7 @@ class Scheduler:
 
     # After the forward pass ----------------------------------------------------------------------
 
-    def advance(self, plan: Plan, logits: Tensor, errors: Mapping[int, HandloomError] = NO_ERRORS) -> list[Event]:
+    def advance(self, plan: Plan, logits: Logits, errors: Mapping[int, HandloomError] = NO_ERRORS) -> list[Event]:
         """Mark the plan's tokens as computed and hand every decoder its logits. Returns the events.
 
         errors: by index of the work, what went wrong while it ran; its request ends with that.
@@ -354,6 +354,7 @@ class Scheduler:
                 sampling.append(request)
                 ready.append(Ready(request.decoder, start, end))
             else:
+                assert isinstance(logits, Tensor)
                 self._emit(request, events_of(request.decoder, logits[start:end]))
         for request, events in zip(sampling, advance_together(ready, logits) if ready else (), strict=True):
             self._emit(request, events)

@@ -1,6 +1,6 @@
 """The seam between the model and whoever computes it: the only importer of `handloom_kernels`.
 
-A backend is a module (or object) with the seven functions of `Ops`, which mean exactly what
+A backend is a module (or object) with the functions of `Ops`, which mean exactly what
 `handloom_kernels.reference` says. It is chosen once, when a model is loaded, by name or by device;
 a backend that cannot be used is an error, never a silent change to another.
 
@@ -23,7 +23,7 @@ from handloom.ops.panels import Panels
 from handloom.ops.quantized_panels import QuantizedPanels
 from handloom_kernels import reference
 from handloom_kernels.checks import INTERPRETED
-from handloom_kernels.reference import Norm, Rotary, normalize, rotate
+from handloom_kernels.reference import Choice, Cuts, Norm, Rotary, normalize, rotate
 
 __all__ = [
     "BACKENDS",
@@ -99,6 +99,31 @@ class Ops(Protocol):
     def lm_head(self, hidden: Tensor, norm: Norm, weight: Weight, softcap: float | None) -> Tensor: ...
 
 
+class Chooser(Protocol):
+    """The choice of tokens without a word to the host; what is meant stands in `handloom_kernels.reference`."""
+
+    def find_cuts(
+        self,
+        scores: Tensor,
+        temperature: Tensor | None = None,
+        top_k: Tensor | None = None,
+        top_p: Tensor | None = None,
+        min_p: Tensor | None = None,
+    ) -> Cuts: ...
+
+    def draw(
+        self,
+        scores: Tensor,
+        seeds: Tensor | None,
+        positions: Tensor | None,
+        temperature: Tensor | None = None,
+        greedy: Tensor | None = None,
+        logits: Tensor | None = None,
+        cuts: Cuts | None = None,
+        top_n: int = 0,
+    ) -> Choice: ...
+
+
 Compute = Callable[[Ops, Sequence[Rotary], KVPages], Tensor]
 """A model's step as a function of the ops to call, the rotations and the pages."""
 
@@ -124,7 +149,8 @@ class Backend:
 
     hold: a linear's weight in the form that this backend's ops read, which takes its place; take: the
     same in the weight's own memory where that goes. program: makes an
-    empty Program for a model; None where steps run op by op.
+    empty Program for a model; None where steps run op by op. chooser: of tokens, where the device chooses by itself;
+    capturable: whether neither the ops nor it ever ask the device for a value.
     """
 
     name: str
@@ -133,6 +159,8 @@ class Backend:
     hold: Callable[[Any], Weight] = _as_it_is
     take: Callable[[Any], Weight] = _as_it_is
     program: Callable[[], Program] | None = None
+    chooser: Chooser = cast(Chooser, reference)  # noqa: RUF009
+    capturable: bool = False
 
     @property
     def quantized(self) -> Literal["computed", "expanded", "no"]:
@@ -169,9 +197,12 @@ def choose_backend(device: torch.device, name: str = "auto", head_dims: Collecti
         raise UnsupportedOption(f"backend {name!r} does not exist; choose 'auto' or one of {', '.join(BACKENDS)}")
     if name == "cpu":
         return _cpu(device, "asked for by name")
+    why = f"{BACKENDS[name]}; asked for by name"
     plain = {"reference": reference, "torch": torch_ops}
-    ops = cast(Ops, plain[name]) if name in plain else _triton_ops(device, head_dims)
-    return Backend(name, ops, f"{BACKENDS[name]}; asked for by name")
+    if name in plain:
+        return Backend(name, cast(Ops, plain[name]), why)
+    ops = _triton_ops(device, head_dims)
+    return Backend(name, ops, why, chooser=cast(Chooser, ops), capturable=True)
 
 
 def _cpu(device: torch.device, why: str) -> Backend:

@@ -30,8 +30,10 @@ from handloom_kernels import lm_head as head
 from handloom_kernels import norm as norms
 from handloom_kernels import norm_qkv as qkv_kernel
 from handloom_kernels.decode_attention import MAX_QUERIES, decode_attention, tickets_needed
+from handloom_kernels.draw import draw
 from handloom_kernels.prefill_attention import prefill_attention
 from handloom_kernels.reference import Norm, Rotary, embed
+from handloom_kernels.selection import find_cuts
 
 __all__ = ["TritonOps"]
 
@@ -70,6 +72,8 @@ class TritonOps:
     linear_residual = staticmethod(linear_residual)
     norm_mlp = staticmethod(norm_mlp)
     lm_head = staticmethod(lm_head)
+    find_cuts = staticmethod(find_cuts)
+    draw = staticmethod(draw)
 
     def __init__(self, device: torch.device) -> None:
         self.tickets = torch.zeros(TICKETS, dtype=torch.int32, device=device)

@@ -1,0 +1,34 @@
+"""Who holds a device's memory, in bytes.
+
+This module does not know what to do when there is too little.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from handloom.cache.pages import PagePool
+from handloom.model.transformer import Transformer
+
+
+def memory_by_owner(transformer: Transformer, pool: PagePool, decode_steps: int = 0) -> dict[str, int]:
+    """Bytes by owner: weights, KV cache, decode steps (their tensors); on a GPU also what else torch holds (graphs,
+    activations, unused), what is not this process's torch, and what is free."""
+    owners = {
+        "weights": sum(transformer.weights.nbytes().values()),
+        "KV cache": pool.num_pages * pool.page_bytes,
+        "decode steps": decode_steps,
+    }
+    if pool.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(pool.device)
+        held = torch.cuda.memory_reserved(pool.device)
+        owners["graphs and activations"] = max(0, held - sum(owners.values()))
+        owners["others"] = max(0, total - free - held)
+        owners["free"] = free
+    return owners
+
+
+def memory_report(transformer: Transformer, pool: PagePool, decode_steps: int = 0) -> str:
+    """`memory_by_owner` as one line: "bytes on cuda:0: weights 2471645184, KV cache 5368709120, …"."""
+    owners = memory_by_owner(transformer, pool, decode_steps)
+    return f"bytes on {pool.device}: " + ", ".join(f"{owner} {size}" for owner, size in owners.items())

@@ -1,0 +1,18 @@
+"""Models whose decode steps run ahead of the host, on the device that late_stream.py plays."""
+
+from __future__ import annotations
+
+from handloom.engine.graphs import DecodeGraphs
+from handloom.engine.stream import Stream
+from handloom.lm import LM
+from handloom.model.transformer import Transformer
+from handloom.ops import choose_backend
+from late_stream import LateStream
+
+
+def flying(lm: LM, stream: Stream | None = None, **limits: int) -> LM:
+    """The model, over the same pool, with captured decode steps, computed by the formulas of the reference."""
+    transformer = Transformer(lm.spec, {**lm.transformer.weights}, choose_backend(lm.device, "reference"))
+    other = LM(transformer, lm.tokenizer, lm.pool, name=lm.name)
+    other.graphs = DecodeGraphs(transformer, lm.pool, stream or LateStream(), **limits)
+    return other
