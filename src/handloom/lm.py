@@ -28,7 +28,7 @@ from handloom.engine.graphs import DecodeGraphs
 from handloom.engine.runner import Runner
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt
 from handloom.live import LiveSequence, logit_lens, restore, step
-from handloom.loading import choose_context, choose_device, choose_dtype, choose_quantization, make_pool
+from handloom.loading import choose_context, choose_device, choose_dtype, choose_quantization, make_graphs, make_pool
 from handloom.model.families import read_config
 from handloom.model.hooks import Activations, Function, Hooks, Points
 from handloom.model.loading import Progress, load_transformer
@@ -78,6 +78,8 @@ class LM:
         quantize: str | None = None,
         max_context: int | None = None,
         kv_cache_tokens: int | None = None,
+        gpu_memory_fraction: float | None = None,
+        capture: bool | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -98,6 +100,9 @@ class LM:
                 asked for; else in dtype.
             max_context: tokens a sequence may have; the model's own by default. Rotary models go past it.
             kv_cache_tokens: tokens the KV cache holds for all sequences together.
+            gpu_memory_fraction: instead, of a GPU's memory, what this process may come to use; the KV cache takes what
+                is left under it.
+            capture: whether a GPU makes decode steps by itself (CUDA graphs); None: where the backend can.
             revision, token, cache_dir, local_files_only: as in huggingface_hub.
             ignore_config_keys: keys of config.json that may be left unread.
             progress: called with (bytes read, bytes in all) while weights load.
@@ -111,11 +116,14 @@ class LM:
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         try:
-            return cls._from_checkpoint(
-                checkpoint, device, dtype, backend, scheme, max_context, kv_cache_tokens, ignore_config_keys, progress
+            cache = kv_cache_tokens, gpu_memory_fraction
+            lm = cls._from_checkpoint(
+                checkpoint, device, dtype, backend, scheme, max_context, cache, ignore_config_keys, progress
             )
         finally:
             checkpoint.close()
+        lm.graphs = make_graphs(lm.transformer, lm.pool, capture)
+        return lm
 
     @classmethod
     def _from_checkpoint(
@@ -126,7 +134,7 @@ class LM:
         backend: str,
         scheme: Scheme | None,
         max_context: int | None,
-        kv_cache_tokens: int | None,
+        cache: tuple[int | None, float | None],
         ignore_config_keys: Iterable[str],
         progress: Progress | None,
     ) -> LM:
@@ -143,7 +151,7 @@ class LM:
         return cls(
             transformer,
             tokenizer.result(),
-            make_pool(transformer.spec, context, kv_cache_tokens, dtype=what, device=where),
+            make_pool(transformer.spec, context, *cache, dtype=what, device=where),
             name=checkpoint.name,
             origin=checkpoint.origin,
             generation_config=checkpoint.generation_config,

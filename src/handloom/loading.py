@@ -1,10 +1,11 @@
-"""Choices made once, when a model is loaded: device, dtype, context, size of the KV cache.
+"""Choices made once, when a model is loaded: device, dtype, context, size of the KV cache, captured steps.
 
 This module does not know how weights are read or what is done with the model.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 import psutil
@@ -14,8 +15,11 @@ from handloom.cache.pages import PagePool
 from handloom.checkpoint.quantization import FORMATS
 from handloom.checkpoint.quantize import Scheme
 from handloom.checkpoint.types import Checkpoint
+from handloom.engine.graphs import DecodeGraphs
+from handloom.engine.stream import CudaStream
 from handloom.errors import InvalidParam, OutOfMemory, UnsupportedOption
 from handloom.model.spec import ModelSpec, kv_values_per_token
+from handloom.model.transformer import Transformer
 from handloom.ops import QUANTIZED, Backend
 
 DTYPES = {
@@ -28,6 +32,10 @@ DTYPES = {
 }
 PAGE_SIZE = 16
 KV_MEMORY_FRACTION = 0.25
+STEP_BYTES = 1 << 30
+"""Of a GPU's memory, left for the activations of a step and for captured ones."""
+
+logger = logging.getLogger("handloom")
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -80,21 +88,94 @@ def choose_context(spec: ModelSpec, max_context: int | None) -> int:
 
 
 def make_pool(
-    spec: ModelSpec, max_context: int, tokens: int | None, *, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    max_context: int,
+    tokens: int | None,
+    memory_fraction: float | None = None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> PagePool:
-    """The KV cache: `tokens` of them, or as many as a quarter of the free memory holds, up to 32 full contexts.
+    """The KV cache: `tokens` of them; or as many as a GPU has room for below that fraction of its memory, less what a
+    step takes; or as a quarter of the free memory holds, up to 32 full contexts.
 
-    On a CPU the system hands out the memory only as pages are written. Raises InvalidParam, OutOfMemory.
+    On a CPU the system hands out the memory only as pages are written. Where a GPU turns out to have less, a cache
+    whose size was not given is made smaller. Raises InvalidParam, OutOfMemory.
     """
     token_bytes = kv_values_per_token(spec) * dtype.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if tokens is None:
+    free, total = _memory(device)
+    if memory_fraction is not None:
+        tokens = _tokens_below(memory_fraction, tokens, token_bytes, free, total, device)
+        given = False
+    elif tokens is None:
         tokens = max(PAGE_SIZE, min(int(free * KV_MEMORY_FRACTION) // token_bytes, 32 * max_context))
+        given = False
     elif isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise InvalidParam(f"kv_cache_tokens is {tokens!r}; expected an integer from 1")
+    else:
+        given = True
     if tokens * token_bytes > free:
+        raise _no_room(tokens, token_bytes, free, device)
+    num_pages = -(-tokens // PAGE_SIZE)
+    while True:
+        try:
+            return PagePool(spec, num_pages, PAGE_SIZE, dtype=dtype, device=device)
+        except torch.OutOfMemoryError as error:
+            if given or num_pages == 1:
+                raise _no_room(num_pages * PAGE_SIZE, token_bytes, _memory(device)[0], device) from error
+            num_pages = max(1, num_pages * 7 // 8)
+            logger.warning("no memory for the KV cache as planned; trying %d tokens", num_pages * PAGE_SIZE)
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of the device's memory: free, and in all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+def _tokens_below(
+    fraction: float, tokens: int | None, token_bytes: int, free: int, total: int, device: torch.device
+) -> int:
+    """How many tokens fit between what is used and that fraction of a GPU's memory."""
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise InvalidParam(f"gpu_memory_fraction is {fraction!r}; expected a number above 0, up to 1")
+    if tokens is not None:
+        raise InvalidParam("kv_cache_tokens and gpu_memory_fraction both say how large the KV cache is; give one")
+    if device.type == "cpu":
+        raise InvalidParam("gpu_memory_fraction is about a GPU, and the model is on the CPU; give kv_cache_tokens")
+    room = int(fraction * total) - (total - free) - STEP_BYTES
+    if room < PAGE_SIZE * token_bytes:
         raise OutOfMemory(
-            f"a KV cache for {tokens} tokens takes {tokens * token_bytes / 2**30:.2f} GiB ({token_bytes} bytes per "
-            f"token), and {free / 2**30:.2f} GiB are free on {device}; ask for fewer kv_cache_tokens"
+            f"under gpu_memory_fraction={fraction} of {total / 2**30:.2f} GiB, {total - free} bytes are in use (weights"
+            f" and others) and {STEP_BYTES} are for steps: nothing is left for a KV cache; raise it, or quantize"
         )
-    return PagePool(spec, -(-tokens // PAGE_SIZE), PAGE_SIZE, dtype=dtype, device=device)
+    return room // token_bytes
+
+
+def _no_room(tokens: int, token_bytes: int, free: int, device: torch.device) -> OutOfMemory:
+    return OutOfMemory(
+        f"a KV cache for {tokens} tokens takes {tokens * token_bytes / 2**30:.2f} GiB ({token_bytes} bytes per "
+        f"token), and {free / 2**30:.2f} GiB are free on {device}; ask for fewer kv_cache_tokens"
+    )
+
+
+def make_graphs(transformer: Transformer, pool: PagePool, capture: bool | None) -> DecodeGraphs | None:
+    """What captures decode steps; None where steps are launched kernel by kernel. capture: None for where that can be.
+
+    Raises UnsupportedOption where it is asked for and cannot be.
+    """
+    backend, device = transformer.backend, transformer.device
+    why = None
+    if device.type != "cuda":
+        why = f"the model is on {device}; graphs are captured on a GPU"
+    elif not backend.capturable:
+        why = f"backend {backend.name!r} asks the device for values in the middle of a step; choose 'triton'"
+    if why is None:
+        return None if capture is False else DecodeGraphs(transformer, pool, CudaStream(device))
+    if capture:
+        raise UnsupportedOption(f"capture=True: {why}")
+    if capture is None and device.type == "cuda":
+        logger.info("decode steps are launched kernel by kernel: %s", why)
+    return None

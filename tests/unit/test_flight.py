@@ -213,8 +213,26 @@ def test_equal_requests_share_pages_that_fill_while_in_flight() -> None:
     ]
     expected = tokens_of(lm_in_float64(), requests)
     for seed in range(4):
-        lm = flying(lm_in_float64(60, 4), LateStream(seed))
+        lm = flying(lm_in_float64(30, 4), LateStream(seed))
         assert tokens_of(lm, requests).tokens == expected.tokens and all_free(lm)
+
+
+def test_pages_that_nobody_was_told_of_before_the_flight() -> None:
+    """Under hooks nothing is shared; afterwards both have the same first pages, and go on with those of one."""
+    start = random_ids(3, 8)
+    requests = [
+        ([*start, 7, 8, 9], GREEDY | {"max_new_tokens": 26}),
+        ([*start, 6, 5, 4], GREEDY | {"max_new_tokens": 26}),
+    ]
+    expected = tokens_of(lm_in_float64(), requests)
+    lm = flying(lm_in_float64(20, 4))
+    engine, results = Engine(lm), Results()
+    for prompt, options in requests:
+        engine.add_request(prompt, **options)
+    with lm.capture("ln_final.hook_normalized"):
+        results.take(engine.step())
+    run(engine, results)
+    assert results.tokens == expected.tokens and all_free(lm)
 
 
 def test_a_sequence_of_the_callers_may_be_changed_between_steps() -> None:

@@ -231,7 +231,7 @@ class Pilot:
         plan, places, read = Plan(), [], []
         for place, row, at, page in step.rows:
             request, sequence = row.request, row.sequence
-            if request.over or request.paused or sequence.num_computed != at or self._rows[place] is not row:
+            if request.over or request.paused or self._rows[place] is not row:
                 self._leaves(place)
             elif token_ids[place] < 0:
                 self._without_tokens.add(request.id)
