@@ -100,8 +100,7 @@ class LM:
                 asked for; else in dtype.
             max_context: tokens a sequence may have; the model's own by default. Rotary models go past it.
             kv_cache_tokens: tokens the KV cache holds for all sequences together.
-            gpu_memory_fraction: instead, of a GPU's memory, what this process may come to use; the KV cache takes what
-                is left under it.
+            gpu_memory_fraction: instead, how much of a GPU's memory may be in use; the cache takes what is left below.
             capture: whether a GPU makes decode steps by itself (CUDA graphs); None: where the backend can.
             revision, token, cache_dir, local_files_only: as in huggingface_hub.
             ignore_config_keys: keys of config.json that may be left unread.
@@ -116,7 +115,7 @@ class LM:
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         try:
-            cache = kv_cache_tokens, gpu_memory_fraction
+            cache = (kv_cache_tokens, gpu_memory_fraction)
             lm = cls._from_checkpoint(
                 checkpoint, device, dtype, backend, scheme, max_context, cache, ignore_config_keys, progress
             )

@@ -6,7 +6,6 @@ This module does not know chat, the Hub, files, or how results are shown.
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -21,20 +20,18 @@ from handloom.decoding.decoder import Decoder, Event, FinishedEvent
 from handloom.decoding.modes import MODES, RequestDecoder, make_decoder
 from handloom.decoding.sample import SampleDecoder
 from handloom.engine.events import EngineEvent, EngineStats
-from handloom.engine.guarded import Custom, Guarded
 from handloom.engine.flight import Pilot
 from handloom.engine.graphs import DecodeGraphs
-from handloom.engine.memory import memory_report
+from handloom.engine.guarded import Custom, Guarded
+from handloom.engine.memory import memory_report, smaller_step
 from handloom.engine.runner import Runner
 from handloom.engine.scheduler import Request, Scheduler
-from handloom.errors import EngineError, InvalidParam, InvalidPrompt, OutOfMemory, UnsupportedOption
+from handloom.errors import EngineError, InvalidParam, InvalidPrompt, UnsupportedOption
 from handloom.model.hooks import Hooks
 from handloom.model.transformer import Transformer
 from handloom.sampling.grammar import Complete, Grammars
 from handloom.sampling.params import GenerationParams, resolve_params
 from handloom.text.tokenizer import Tokenizer
-
-logger = logging.getLogger("handloom")
 
 MAX_STEP_TOKENS = 512
 MAX_LOGITS_BYTES = 128 << 20
@@ -304,29 +301,15 @@ class Engine:
             events = [*events, *self.scheduler.advance(plan, logits, errors)]
         except torch.OutOfMemoryError as error:
             self.scheduler.put_back(events)
-            self._make_do(plan.num_tokens, error)
+            held = 0 if self.pilot is None else self.pilot.free_memory()
+            report = memory_report(self.model.transformer, self.model.pool, held)
+            self.scheduler.max_tokens = smaller_step(plan.num_tokens, report, error)
             return self._planned_step()
         except BaseException:
             self.scheduler.put_back(events)
             raise
         self.scheduler.journal.stepped(plan.num_tokens)
         return events
-
-    def _make_do(self, num_tokens: int, error: torch.OutOfMemoryError) -> None:
-        """Go on with smaller steps, and without what was captured. Raises OutOfMemory where one token is too much."""
-        held = 0 if self.pilot is None else self.pilot.free_memory()
-        report = memory_report(self.model.transformer, self.model.pool, held)
-        if num_tokens == 1:
-            raise OutOfMemory(
-                f"no memory for a step of one token; load the model with a smaller KV cache. {report}"
-            ) from error
-        self.scheduler.max_tokens = num_tokens // 2
-        logger.warning(
-            "no memory for a step of %d tokens; from now on a step has at most %d. %s",
-            num_tokens,
-            self.scheduler.max_tokens,
-            report,
-        )
 
     def _settle(self) -> None:
         """Do what was asked meanwhile, unless a step is running: whoever runs it does so at its end."""

@@ -1,14 +1,19 @@
-"""Who holds a device's memory, in bytes.
+"""Who holds a device's memory, in bytes, and how much smaller a step gets where there is too little.
 
-This module does not know what to do when there is too little.
+This module does not know requests, or what a step computes.
 """
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from handloom.cache.pages import PagePool
+from handloom.errors import OutOfMemory
 from handloom.model.transformer import Transformer
+
+logger = logging.getLogger("handloom")
 
 
 def memory_by_owner(transformer: Transformer, pool: PagePool, decode_steps: int = 0) -> dict[str, int]:
@@ -32,3 +37,14 @@ def memory_report(transformer: Transformer, pool: PagePool, decode_steps: int = 
     """`memory_by_owner` as one line: "bytes on cuda:0: weights 2471645184, KV cache 5368709120, …"."""
     owners = memory_by_owner(transformer, pool, decode_steps)
     return f"bytes on {pool.device}: " + ", ".join(f"{owner} {size}" for owner, size in owners.items())
+
+
+def smaller_step(num_tokens: int, report: str, error: torch.OutOfMemoryError) -> int:
+    """Of how many tokens a step may be, where there was no memory for one of num_tokens. Raises OutOfMemory for one."""
+    if num_tokens == 1:
+        raise OutOfMemory(
+            f"no memory for a step of one token; load the model with a smaller KV cache. {report}"
+        ) from error
+    fewer = num_tokens // 2
+    logger.warning("no memory for a step of %d tokens; they have at most %d now. %s", num_tokens, fewer, report)
+    return fewer
