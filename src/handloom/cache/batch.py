@@ -71,18 +71,24 @@ def build_batch(works: Iterable[Work], pool: PagePool) -> ForwardBatch:
     width = max(map(len, tables))
     for row in embedded_rows:
         ids[row] = 0
-
-    def int64(values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=pool.device)
-
+    table = [page for pages in tables for page in (*pages, *[0] * (width - len(pages)))]
+    parts = _tensors([ids, positions, starts, contexts, table, slots, rows, embedded_rows], pool.device)
+    input_ids, at, cu_seqlens, lengths, pages, slot_mapping, logits_rows, places = parts
     return ForwardBatch(
-        input_ids=int64(ids),
-        positions=int64(positions),
-        cu_seqlens=int64(starts),
-        context_lens=int64(contexts),
-        page_table=int64([table + [0] * (width - len(table)) for table in tables]),
-        slot_mapping=int64(slots),
-        logits_rows=int64(rows),
+        input_ids=input_ids,
+        positions=at,
+        cu_seqlens=cu_seqlens,
+        context_lens=lengths,
+        page_table=pages.view(len(tables), width),
+        slot_mapping=slot_mapping,
+        logits_rows=logits_rows,
         query_lens=tuple(query_lens),
-        embeddings=Embeddings(int64(embedded_rows), torch.cat(embedded)) if embedded else None,
+        embeddings=Embeddings(places, torch.cat(embedded)) if embedded else None,
     )
+
+
+def _tensors(lists: list[list[int]], device: torch.device) -> list[torch.Tensor]:
+    """Each list as int64 [n], all in one transfer; each begins at a multiple of 16 bytes, as kernels like it."""
+    packed = torch.tensor([x for own in lists for x in (*own, *[0] * (len(own) % 2))], dtype=torch.int64, device=device)
+    sizes = [size for own in lists for size in (len(own), len(own) % 2)]
+    return list(packed.split(sizes)[::2])

@@ -58,12 +58,12 @@ def choose(logits: Tensor, rows: Sequence[Row], draws: Draws | None = None) -> C
     row order, or together where `draws` says so. Rows with NaN or +inf logits, without a finite score, or with a
     failing processor get an error.
     """
-    best, ids = logits.max(dim=-1)  # one pass finds both the greedy tokens and every NaN and +inf
+    best, ids = _highest(logits)  # one pass finds both the greedy tokens and every NaN and +inf
     nothing: list[None] = [None] * len(rows)
-    choice = Choice(ids.tolist(), [*nothing], [*nothing], [*nothing], [*nothing], [*nothing])
-    for row in (~best.isfinite()).nonzero().flatten().tolist():
-        if not rows[row].params.remove_invalid_values:
-            _fail(choice, row, _not_finite("the model's logits", float(best[row]), rows[row]))
+    choice = Choice(ids, [*nothing], [*nothing], [*nothing], [*nothing], [*nothing])
+    for row, value in enumerate(best):
+        if not math.isfinite(value) and not rows[row].params.remove_invalid_values:
+            _fail(choice, row, _not_finite("the model's logits", value, rows[row]))
     shaped = [row for row, error in enumerate(choice.errors) if error is None and rows[row].is_shaped]
     together = draws is not None or logits.device.type != "cpu"
     size = len(rows) if together else max(1, CPU_BLOCK // logits.shape[1])
@@ -98,7 +98,7 @@ def _choose_shaped(logits: Tensor, rows: Sequence[Row], shaped: list[int], choic
     scores = _float32_copy(logits, shaped)
     group = [rows[row] for row in shaped]
     errors = apply_rules(scores, group)
-    best, ids = (values.tolist() for values in scores.max(dim=-1))
+    best, ids = _highest(scores)
     for at, row in enumerate(group):
         forced = best[at] == torch.inf and not row.params.do_sample  # +inf is a way to say: this token
         if errors[at] is None and not forced and not math.isfinite(best[at]):
@@ -158,6 +158,16 @@ def _report(logits: Tensor, rows: Sequence[Row], choice: Choice) -> None:
     logprobs, top = token_logprobs(logits[asked], chosen, max(counts.values()))
     for at, row in enumerate(asked):
         choice.logprobs[row], choice.top_logprobs[row] = logprobs[at], top[at][: counts[row]]
+
+
+def _highest(scores: Tensor) -> tuple[list[float], list[int]]:
+    """Of each row of [R, V] the highest value, and the lowest id that has it; a NaN, and its id, where there is one."""
+    if scores.device.type != "cpu" or scores.dtype == torch.bfloat16:
+        values, ids = scores.max(dim=-1)
+        return values.tolist(), ids.tolist()
+    rows = scores.detach().numpy()  # torch would wake its threads, which takes ten times as long as the search
+    places: list[int] = rows.argmax(axis=1).tolist()
+    return [float(row[place]) for row, place in zip(rows, places, strict=True)], places
 
 
 def _float32_copy(logits: Tensor, rows: list[int]) -> Tensor:

@@ -19,7 +19,6 @@ WIDTH = 24
 LINE = 64
 OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS = (i * LINE for i in range(6))
 CONTROL_BYTES = 6 * LINE
-COUNTER_BYTES = 2 * LINE  # of an instruction: items taken, items done
 
 
 class Frame(IntEnum):
@@ -183,3 +182,8 @@ def float_bits(value: float) -> int:
     """The bits of a float64 as an int64."""
     bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
     return bits
+
+
+def counter_bytes(threads: int) -> int:
+    """Counters of one instruction, a line each: items taken of each thread's own, and items done."""
+    return (threads + 1) * LINE

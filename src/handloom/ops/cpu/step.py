@@ -1,8 +1,9 @@
 """The compiled step: threads walk the same table of instructions and share out the items of each.
 
-Nobody is told what to compute. A thread takes the next item of an instruction from a counter until there are none, then
-waits until the taken ones are done. So a thread that comes late, or has lost its core to another program, or never
-comes, delays nobody by more than the item it holds; and no item's result depends on who computes it.
+Nobody is told what to compute. Of each instruction a thread takes items from a counter of its own, then from the others'
+counters until there are none, then waits until the taken ones are done. So a thread that comes late, or has lost its
+core to another program, or never comes, delays nobody by more than the item it holds; and no item's result depends on
+who computes it.
 
 This module does not know Python threads or models.
 """
@@ -17,24 +18,17 @@ from numba.core import types
 
 from handloom.ops.cpu import rows as row
 from handloom.ops.cpu import simd
-from handloom.ops.cpu.attention import attention_item, attention_items
-from handloom.ops.cpu.instructions import (
-    COUNTER_BYTES,
-    COUNTERS,
-    FRAME,
-    INSIDE,
-    LENGTH,
-    LINE,
-    OPEN,
-    TABLE,
-    WIDTH,
-    Frame,
-    Operation,
-)
+from handloom.ops.cpu.attention import attention_item, attention_items, position
+from handloom.ops.cpu.codes import BITS, LOW
+from handloom.ops.cpu.instructions import COUNTERS, FRAME, INSIDE, LENGTH, LINE, OPEN, TABLE, WIDTH, Frame, Operation
 from handloom.ops.cpu.linear import group_of, linear_item, linear_items
 from handloom.ops.cpu.simd import I32, I64, Builder, Value, as_float, int64, kernel, operation, read_i64, void
+from handloom.ops.cpu.tiles import prefetch
+from handloom.ops.panels import PANEL
 from handloom.ops.quantized_panels import QUANTIZED
 
+AHEAD_BYTES = 1 << 18  # of weights that a waiting thread asks for: half of a small second cache
+PIECE = 16  # cache lines of them at a time
 ROWS_PER_ITEM = 4
 COLUMNS_PER_ITEM = 512
 SPINS = 300
@@ -95,6 +89,12 @@ def wait_a_little(spins):
     else:
         give_way()
     return spins + 1
+
+
+@operation(void, int64)
+def ask_for(b: Builder, address: Value) -> None:
+    """Ask for a line of memory"""
+    prefetch(b, address)
 
 
 # Instructions -----------------------------------------------------------------------------------
@@ -242,23 +242,71 @@ def do_item(instruction, frame, item, scratch):
 # Runs -------------------------------------------------------------------------------------------
 
 
+@kernel(int64, *[int64] * 3)
+def first_of(total, thread, threads):
+    """The first of a thread's own items; after its last come those of the next thread."""
+    return (total * thread + threads - 1) // threads
+
+
+@kernel(int64, *[int64] * 4)
+def take(counters, thread, threads, total):
+    """An item that nobody else has: one of the thread's own, or of another's who is late; -1 when there are none."""
+    for turn in range(threads):
+        whose = (thread + turn) % threads
+        item = first_of(total, whose, threads) + fetch_add(counters + whose * LINE, 1)
+        if item < first_of(total, whose + 1, threads):
+            return item
+    return -1
+
+
+@kernel(position, *[int64] * 3)
+def own_weights(instruction, frame, thread):
+    """Of a linear: where the weights of the thread's own items begin and end."""
+    data, columns, depth = operand(instruction, 5), operand(instruction, 6), operand(instruction, 7)
+    group, threads = linear_group(instruction, frame), read_i64(frame + THREADS)
+    total = linear_items(columns, 1, group)
+    first, last = first_of(total, thread, threads) * group, first_of(total, thread + 1, threads) * group
+    bits = 8 * operand(instruction, 4)
+    if operand(instruction, 3) == QUANTIZED:
+        data, bits = read_i64(data + LOW), min(8, 4 * (read_i64(data + BITS) // 4))
+    size = depth * PANEL * bits // 8
+    return data + first * size, data + min(last, (columns + PANEL - 1) // PANEL) * size
+
+
 @kernel(void, int64, int64)
 def walk(control, thread):
-    """Take part in the open run until all of it is done."""
+    """Take part in the open run until all of it is done.
+
+    Who waits asks for its weights of the next linear meanwhile: they depend on nothing that is waited for.
+    """
     table, length = read_i64(control + TABLE), read_i64(control + LENGTH)
     frame, counters = read_i64(control + FRAME), read_i64(control + COUNTERS)
+    threads = read_i64(frame + THREADS)
     scratch = read_i64(frame + SCRATCH) + thread * read_i64(frame + SCRATCH_BYTES)
+    following, asked, end = 0, 0, 0  # the next linear, and which of its weights are still to be asked for
     for at in range(length):
-        instruction, counter = table + at * WIDTH * 8, counters + at * COUNTER_BYTES
-        total = count_items(instruction, frame)
-        item = fetch_add(counter, 1)
-        while item < total:
+        instruction, counter = table + at * WIDTH * 8, counters + at * (threads + 1) * LINE
+        total, done = count_items(instruction, frame), counter + threads * LINE
+        item = take(counter, thread, threads, total)
+        while item >= 0:
             do_item(instruction, frame, item, scratch)
-            fetch_add(counter + LINE, 1)
-            item = fetch_add(counter, 1)
+            fetch_add(done, 1)
+            item = take(counter, thread, threads, total)
+        if following <= at:
+            following = at + 1
+            while following < length and read_i64(table + following * WIDTH * 8) != LINEAR:
+                following += 1
+            if following < length:
+                asked, end = own_weights(table + following * WIDTH * 8, frame, thread)
+                end = min(end, asked + AHEAD_BYTES)
         spins = 0
-        while load_atomic(counter + LINE) < total:
-            spins = wait_a_little(spins)
+        while load_atomic(done) < total:
+            if asked < end:
+                for _ in range(PIECE):
+                    ask_for(asked)
+                    asked += LINE
+            else:
+                spins = wait_a_little(spins)
 
 
 def run(control: int, thread: int) -> None:

@@ -56,7 +56,7 @@ class Team:
     def run(self, table: np.ndarray, frame: np.ndarray) -> None:
         """Carry out a table int64 [n, WIDTH] with a frame, and return when all of it is done."""
         with self._busy:
-            needed = len(table) * ins.COUNTER_BYTES
+            needed = len(table) * ins.counter_bytes(self.threads)
             if self._counters.nbytes < needed + ALIGNMENT:
                 self._counters, self._counters_at = aligned(needed)
             self._counters.fill(0)

@@ -22,7 +22,7 @@ from handloom.ops.cpu.simd import F32, I16, I32, I64, INTS, LANES, VECTOR, Build
 
 PANEL = 32
 VECTORS = PANEL // LANES
-PREFETCH = 3072
+PREFETCH = 6144  # bytes ahead
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
 
 
 def prefetch(b: Builder, address: Value) -> None:
-    """Ask for a line of memory that will be read."""
-    simd.call(b, "llvm.prefetch.p0", ir.VoidType(), simd.pointer(b, address, simd.I8), I32(0), I32(3), I32(1))
+    """Ask for a line of memory that will be read, into the second cache: the first has no room for so many requests."""
+    simd.call(b, "llvm.prefetch.p0", ir.VoidType(), simd.pointer(b, address, simd.I8), I32(0), I32(2), I32(1))
 
 
 def _finish(b: Builder, sums: list[list[Value]], out: Value, stride: Value, add: Value) -> None:
