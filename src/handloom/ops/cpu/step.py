@@ -1,7 +1,7 @@
 """The compiled step: threads walk the same table of instructions and share out the items of each.
 
-Nobody is told what to compute. Of each instruction a thread takes items from a counter of its own, then from the others'
-counters until there are none, then waits until the taken ones are done. So a thread that comes late, or has lost its
+Nobody is told what to compute. Of each instruction a thread takes items from a counter of its own, then from those of
+the others until there are none, then waits until the taken ones are done. So a thread that comes late, or has lost its
 core to another program, or never comes, delays nobody by more than the item it holds; and no item's result depends on
 who computes it.
 
