@@ -18,9 +18,11 @@ from handloom.sampling.surface import NO_EFFECT, NOTES, WHY_NOT
 
 PAGE = Path(__file__).with_name("generate.md")
 STRUCTURE = "`json_schema`, `regex`, `grammar` or `choices` (see [structured.md](structured.md))"
-ARGUMENTS = "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn negative_prompt_ids".split()
+ARGUMENTS = (
+    "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn negative_prompt_ids assistant_model"
+).split()
 REFUSED_ARGUMENTS = (
-    "inputs synced_gpus assistant_model streamer negative_prompt_attention_mask custom_generate "
+    "inputs synced_gpus streamer negative_prompt_attention_mask custom_generate "
     "tokenizer assistant_tokenizer trust_remote_code input_ids inputs_embeds attention_mask position_ids "
     "past_key_values logits_to_keep"
 ).split()
@@ -34,6 +36,17 @@ PROOFS = {
     "remove_invalid_values": "test_rules_in_generate.py",
     "num_return_sequences": "test_several_samples.py",
     "negative_prompt_ids": "test_guidance.py",
+    **dict.fromkeys(
+        (
+            "prompt_lookup_num_tokens",
+            "max_matching_ngram_size",
+            "assistant_model",
+            "num_assistant_tokens",
+            "num_assistant_tokens_schedule",
+            "assistant_confidence_threshold",
+        ),
+        "test_speculation.py",
+    ),
     "output_scores": "test_scores_and_logprobs.py",
     "output_logits": "test_scores_and_logprobs.py",
     "output_hidden_states": "test_internals.py",

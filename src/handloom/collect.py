@@ -84,6 +84,7 @@ class _Request:
         output, now = self.outputs[sample], time.perf_counter()
         output.text += event.text
         output.finish_reason, output.stop_string, output.error = event.reason, event.stop_string, event.error
+        output.drafts = event.drafts if isinstance(event, FinishedEvent) else None
         first = self.first or now
         output.timing = Timing(
             first - self.started, now - self.started, len(output.prompt_token_ids), len(output.token_ids)

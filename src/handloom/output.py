@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handloom.decoding.decoder import BeamTrace, FinishReason, TopLogprobs
+from handloom.decoding.decoder import BeamTrace, DraftCounts, FinishReason, TopLogprobs
 from handloom.decoding.internals import KeysAndValues
 from handloom.errors import HandloomError
 
@@ -49,6 +49,7 @@ class Output:
     layer sees, None for all.
     beams: what beam search tells of this output; its scores, logits, hidden_states, attentions and past_key_values are
     there, and those here None.
+    drafts: with speculative decoding, how many tokens were drafted, and how many of them came out.
     """
 
     prompt_token_ids: list[int]
@@ -68,6 +69,7 @@ class Output:
     windows: tuple[int | None, ...] = ()
     seed: int | None = None
     beams: BeamTrace | None = None
+    drafts: DraftCounts | None = None
     timing: Timing = field(default_factory=lambda: Timing(0.0, 0.0, 0, 0))
     error: HandloomError | None = None
 

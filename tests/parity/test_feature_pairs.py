@@ -22,7 +22,9 @@ from transformers import (
 )
 from transformers import SynthIDTextWatermarkingConfig as SynthIDConfig
 
+from drafting import draft_freely
 from handloom.errors import InvalidParam, UnsupportedOption
+from handloom.lm import LM
 from handloom.output import Output
 from handloom.sampling.surface import WHY_NOT
 from known_wrong import WRONG_ON_INFINITIES
@@ -167,6 +169,10 @@ def check_prompt_logprobs(output: Output, options: dict[str, Any]) -> None:
     assert len(output.prompt_logprobs) == len(PROMPT) - 1
 
 
+def check_drafts(output: Output, options: dict[str, Any]) -> None:
+    assert output.drafts is not None and output.drafts.accepted <= output.drafts.drafted
+
+
 def check_criteria(output: Output, options: dict[str, Any]) -> None:
     assert len(output.token_ids) <= 5
 
@@ -229,16 +235,22 @@ FEATURES: dict[str, Feature] = {
     "logprobs": Feature({}, check_logprobs, {"logprobs": 2}),
     "prompt_logprobs": Feature({}, check_prompt_logprobs, {"prompt_logprobs": 1}),
     "guidance": Feature({"guidance_scale": 1.7, "negative_prompt_ids": random_ids(8, 4)}),
+    "prompt_lookup_num_tokens": Feature({}, check_drafts, {"prompt_lookup_num_tokens": 3}),
+    "speculation": Feature({}, check_drafts, {"speculation": "suffix"}),
     "skip_special_tokens": Feature({}, promises_nothing_alone, {"skip_special_tokens": False}),
 }
 # Pairs that contradict each other or are not there, and the words of the refusal.
 CONTRADICT = {
     frozenset({"stop_strings", "include_stop_text"}): "stop and stop_strings",
+    frozenset({"prompt_lookup_num_tokens", "speculation"}): "one is enough",
+    frozenset({"prompt_lookup_num_tokens", "guidance"}): "prompt_lookup_num_tokens beside guidance_scale",
+    frozenset({"speculation", "guidance"}): "speculation beside guidance_scale",
     frozenset({"watermark", "SynthID"}): None,  # two values of one option
     frozenset({"guidance", "prompt_logprobs"}): "prompt_logprobs beside guidance_scale",
 }
 # Features of more than the sequence to go on, which is therefore not continued in place.
 NOT_IN_PLACE = {"guidance": "guidance_scale"}
+SPECULATION = {"prompt_lookup_num_tokens", "speculation"}
 PAIRS = [frozenset(pair) for pair in combinations(FEATURES, 2)]
 
 
@@ -272,6 +284,11 @@ def theirs(
     return (out if isinstance(out, torch.Tensor) else out.sequences)[0].tolist()
 
 
+@pytest.fixture(autouse=True)
+def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft_freely(monkeypatch)
+
+
 @pytest.fixture
 def pair(tiny_pair: Callable[..., Pair]) -> Pair:
     return tiny_pair("llama")
@@ -289,12 +306,27 @@ def test_safety_20_every_pair_works_as_in_generate_and_each_keeps_its_promise(pa
                     lm.generate(PROMPT, **shared, **own)
             continue
         sampled = bool(shared.get("do_sample"))
+        if sampled and names & SPECULATION:
+            output = sampled_with_drafts(lm, shared, own)
+            for each in names:
+                FEATURES[each].holds(output, shared)
+            continue
         torch.manual_seed(9)
         output = lm.generate(PROMPT, **shared, **own, rng="torch" if sampled else "counter")
         if len(names) == 1 or not names & WRONG_ON_INFINITIES:
             assert output.token_ids == theirs(pair, shared, own), names
         for each in names:
             FEATURES[each].holds(output, shared)
+
+
+def sampled_with_drafts(lm: LM, shared: dict[str, Any], own: dict[str, Any]) -> Output:
+    """Its tokens are those without drafts; torch's generator, whose state drafts would change, is refused."""
+    with pytest.raises(UnsupportedOption, match="rng='torch'"):
+        lm.generate(PROMPT, **shared, **own, rng="torch")
+    without = {name: value for name, value in own.items() if name not in SPECULATION}
+    output: Output = lm.generate(PROMPT, **shared, **own, seed=9)
+    assert output.token_ids == lm.generate(PROMPT, **shared, **without, seed=9).token_ids
+    return output
 
 
 @pytest.mark.parametrize("name", FEATURES)

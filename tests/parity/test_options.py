@@ -52,11 +52,17 @@ WORKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "early_stopping": (True, {**BEAMS, "length_penalty": 2.0}),
     "length_penalty": (-1.0, BEAMS),
 }
-# What another file compares with generate: it makes a list of outputs, or needs a model that computes plainly.
+# What another file compares with generate: it makes a list of outputs, changes no token, or needs a model
+# that computes plainly.
 ELSEWHERE = {
     "num_return_sequences": "test_several_samples.py",
     "output_hidden_states": "test_internals.py",
     "output_attentions": "test_internals.py",
+    "prompt_lookup_num_tokens": "test_speculation.py",
+    "max_matching_ngram_size": "test_speculation.py",
+    "num_assistant_tokens": "test_speculation.py",
+    "num_assistant_tokens_schedule": "test_speculation.py",
+    "assistant_confidence_threshold": "test_speculation.py",
 }
 # Fields that change no token: what they ask for is given, or is how an Output always is.
 CHANGE_NO_TOKEN: dict[str, Any] = {
@@ -80,11 +86,6 @@ REFUSED: dict[str, Any] = {
     "token_healing": True,
     "decoder_start_token_id": 5,
     "is_assistant": True,
-    "num_assistant_tokens": 7,
-    "num_assistant_tokens_schedule": "heuristic",
-    "assistant_confidence_threshold": 0.9,
-    "prompt_lookup_num_tokens": 3,
-    "max_matching_ngram_size": 3,
     "assistant_early_exit": 1,
     "assistant_lookbehind": 3,
     "target_lookbehind": 3,

@@ -57,6 +57,9 @@ def test_every_argument_of_generate_works_or_is_refused_by_name(name):
     if name == "negative_prompt_ids":
         assert resolve({name: [3, 4], "guidance_scale": 2.0}).negative_prompt_ids == (3, 4)
         return
+    if name == "assistant_model":  # what it may be is checked beside the model: test_speculative.py
+        assert resolve({name: print}).assistant_model is print
+        return
     with pytest.raises(UnsupportedOption, match=f"^{name}="):
         resolve({name: TextStreamer})
     assert resolve({name: None, "seed": 1}) == resolve({"seed": 1})

@@ -17,7 +17,8 @@ from handloom.model.hooks import Hook
 
 
 class Work(NamedTuple):
-    """Run the next num_tokens pending tokens of a sequence; logits of none, the last, or all of them.
+    """Run the next num_tokens tokens of a sequence, pending ones and what is ahead; logits of none, the last, or all of
+    them.
 
     hook: called with what passes its points (names as in `LM.hook_points`, without `*`) in these tokens alone. Work
     with a hook takes no pages over that others have computed, since no hook would see those tokens.
@@ -54,7 +55,7 @@ def build_batch(works: Iterable[Work], pool: PagePool) -> ForwardBatch:
     for sequence, num_tokens, logits, _ in works:
         first, end = sequence.num_computed, sequence.num_computed + num_tokens
         slots += sequence.slots(num_tokens)
-        ids += sequence.token_ids[first:end]
+        ids += sequence.token_ids[first:end] + sequence.ahead[: max(0, end - len(sequence))]
         if sequence.embeddings is not None and first < sequence.num_embeddings:
             values = sequence.embeddings[first:end]
             embedded_rows += range(starts[-1], starts[-1] + len(values))

@@ -30,6 +30,8 @@ class Sequence:
     computed ones less the evicted. `evicted`: ranges (start, stop) of tokens, in order, that were computed and whose K
     and V are gone. One that is computed again (`forget`, `recompute_last`) is cached again.
     `embeddings` [e, hidden_size], if given, stand in for the first e tokens, whose ids are PLACEHOLDER.
+    `ahead`: ids that may follow the last token, tried out in the next step: they are no tokens of the sequence, though
+    their K and V may be written to its pages.
     `spilled`: the pages' content, while they are somebody else's (`spill`); the tokens count as computed all the same.
     `salt`: only sequences of the same one find each other's pages. `private`: its K and V are not what the model makes
     of the tokens (they were edited, or come from elsewhere), so nobody finds them; nor those of one with embeddings.
@@ -42,6 +44,7 @@ class Sequence:
         self.num_computed = 0
         self.evicted: tuple[tuple[int, int], ...] = ()
         self.page_table: list[int] = []
+        self.ahead: list[int] = []
         self.spilled: HostPages | None = None
         self.salt = ""
         self.private = False
@@ -73,6 +76,11 @@ class Sequence:
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
+
+    @property
+    def room(self) -> int:
+        """Tokens that its pages could hold after its last one."""
+        return len(self.page_table) * self.pool.page_size + self.num_evicted - len(self.token_ids)
 
     def pages_missing(self, num_tokens: int) -> int:
         """Free pages needed before the sequence can hold num_tokens tokens and write those not computed yet."""
@@ -163,8 +171,8 @@ class Sequence:
             )
 
     def trim(self) -> None:
-        """Give back the pages past the last token, which were taken ahead."""
-        self._keep_pages(len(self.token_ids))
+        """Give back the pages past what may be computed next, which were taken ahead."""
+        self._keep_pages(len(self.token_ids) + len(self.ahead))
 
     @locked
     def _keep_pages(self, num_tokens: int) -> None:
@@ -187,6 +195,7 @@ class Sequence:
             self.spilled = HostPages(self.pool, self.page_table[: self.num_spillable])
         while self.page_table:
             self.pool.release(self.page_table.pop())
+        self.ahead = []
 
     @locked
     def bring_back(self) -> None:

@@ -84,11 +84,25 @@ class BeamTrace:
 
 
 @dataclass(slots=True)
+class DraftCounts:
+    """What became of drafts: drafted tokens that a step checked, those of them that came out, and how many drafts."""
+
+    drafted: int = 0
+    accepted: int = 0
+    num_drafts: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """The share that was accepted; 0 where none was drafted."""
+        return self.accepted / max(1, self.drafted)
+
+
+@dataclass(slots=True)
 class FinishedEvent:
     """The request is over, the last of its events; `text` is the rest of its text. past_key_values: where asked for.
 
     `error` is set when reason is "error". A request with several outputs has told of each by a SampleFinishedEvent,
-    unless all ended together, by an error or from outside.
+    unless all ended together, by an error or from outside. `drafts`: of a request with speculation.
     """
 
     reason: FinishReason
@@ -96,6 +110,7 @@ class FinishedEvent:
     stop_string: str | None = None
     error: HandloomError | None = None
     past_key_values: KeysAndValues | None = None
+    drafts: DraftCounts | None = None
     request_id: int = -1
 
 

@@ -14,11 +14,12 @@ from handloom.decoding.guided import GuidedBranches
 from handloom.decoding.sample import SampleDecoder
 from handloom.decoding.samples import SamplesDecoder
 from handloom.decoding.score import ScoreDecoder
+from handloom.decoding.speculative import SpeculativeDecoder, speculates
 from handloom.errors import UnsupportedOption
 from handloom.sampling.params import GenerationParams
 from handloom.text.tokenizer import Tokenizer
 
-RequestDecoder = SampleDecoder | SamplesDecoder | BeamDecoder
+RequestDecoder = SampleDecoder | SpeculativeDecoder | SamplesDecoder | BeamDecoder
 MODES = frozenset((*get_args(RequestDecoder), ScoreDecoder))
 
 
@@ -29,7 +30,8 @@ def make_decoder(
     several = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0}
     asked = [option for option, neutral in several.items() if getattr(params, option) != neutral]
     if not asked:
-        return SampleDecoder(sequence, params, tokenizer, owns_sequence=owns_sequence)
+        decoder = SpeculativeDecoder if speculates(params) else SampleDecoder
+        return decoder(sequence, params, tokenizer, owns_sequence=owns_sequence)
     if not owns_sequence:
         raise UnsupportedOption(
             f"{asked[0]}={getattr(params, asked[0])}: a sequence goes on in place, in one way; pass its token_ids"

@@ -1,6 +1,7 @@
 """The common mode: one sequence per request, one token a step, greedy or sampled.
 
-`advance_together` takes all such requests of a step at once, so that choosing is vectorised over rows.
+`advance_together` takes all such requests of a step at once, so that choosing is vectorised over rows. So it does with
+those that draft tokens (`decoding/speculative.py`), which have several.
 
 This module does not know the scheduler or other modes.
 """
@@ -89,6 +90,18 @@ class SampleDecoder:
             self.sequence.free()
         else:
             self.sequence.forget(self.sequence.num_computed)
+
+    def first_row(self, start: int, end: int) -> int:
+        """Which of its rows start..end of the logits is the first to choose from."""
+        return end - 1
+
+    def rows(self, count: int) -> Seq[Row]:
+        """What the sampler needs to know of the `count` rows to choose from; of no more than can be chosen together."""
+        return [self.row()]
+
+    def take(self, choice: Choice, places: Seq[int]) -> tuple[list[Event], bool]:
+        """The events of what was chosen in these places of a choice, and whether the rows after them count too."""
+        return self.accept(choice, places[0], self.internals.take([self.sequence])[0]), False
 
     def row(self) -> Row:
         """What the sampler needs to know; embedded prompt positions have no ids and are left out."""
@@ -183,28 +196,37 @@ def criteria_met(params: GenerationParams, ids: Tensor, scores: tuple[Tensor, ..
 
 
 def advance_together(ready: Seq[Ready], logits: Logits) -> list[list[Event]]:
-    """Choose one token for every decoder whose prompt has run; returns each decoder's events, in order.
+    """Choose for every decoder whose prompt has run; returns each decoder's events, in order.
 
-    logits [R, vocab_size] of the whole step; each decoder's rows are logits[start:end].
+    logits [R, vocab_size] of the whole step; each decoder's rows are logits[start:end]. All rows that can be are chosen
+    from at once: of most decoders that is one, of drafted tokens several.
     """
     if isinstance(logits, Choice):
         return [item.decoder.accept(logits, i) for i, item in enumerate(ready)]
     events: list[list[Event]] = [[] for _ in ready]
-    choosing: list[int] = []
+    choosing: list[tuple[int, int]] = []  # a decoder, and its first row that was not chosen from
     for i, (own, item) in enumerate(zip(events, ready, strict=True)):
         decoder = item.decoder
         if decoder.params.prompt_logprobs is not None and len(decoder.sequence) == decoder.prompt_length:
             own += decoder.prompt_logprobs(logits[item.start : item.end])
         if decoder.sequence.num_pending == 0:
-            choosing.append(i)
-    if not choosing:
-        return events
-    last = [ready[i].end - 1 for i in choosing]
-    rows = (
-        logits if last == list(range(len(logits))) else logits.index_select(0, torch.tensor(last, device=logits.device))
-    )
-    choice = choose(rows, [ready[i].decoder.row() for i in choosing])
-    for at, i in enumerate(choosing):
-        decoder = ready[i].decoder
-        events[i] += decoder.accept(choice, at, decoder.internals.take([decoder.sequence])[0])
+            choosing.append((i, decoder.first_row(item.start, item.end)))
+    while choosing:
+        tables = [ready[i].decoder.rows(ready[i].end - first) for i, first in choosing]
+        picked = [first + at for (_, first), table in zip(choosing, tables, strict=True) for at in range(len(table))]
+        choice = choose(_rows(logits, picked), [row for table in tables for row in table])
+        end, going_on = 0, []
+        for (i, first), table in zip(choosing, tables, strict=True):
+            start, end = end, end + len(table)
+            told, goes_on = ready[i].decoder.take(choice, range(start, end))
+            events[i] += told
+            if goes_on and first + len(table) < ready[i].end:
+                going_on.append((i, first + len(table)))
+        choosing = going_on
     return events
+
+
+def _rows(logits: Tensor, picked: list[int]) -> Tensor:
+    if picked == list(range(len(logits))):
+        return logits
+    return logits.index_select(0, torch.tensor(picked, device=logits.device))

@@ -17,8 +17,10 @@ import torch
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
+from handloom.decoding.draft_model import check_assistant
 from handloom.decoding.modes import MODES, RequestDecoder, make_decoder
 from handloom.decoding.sample import SampleDecoder
+from handloom.decoding.speculative import Speculator
 from handloom.engine.events import EngineEvent, EngineStats
 from handloom.engine.flight import Pilot
 from handloom.engine.graphs import DecodeGraphs
@@ -97,6 +99,7 @@ class Engine:
             spill_bytes=spill_bytes,
         )
         self.pilot = None if model.graphs is None else Pilot(model.graphs, self.scheduler, model.hooks)
+        self.speculator = Speculator()
         self._ids = itertools.count()
         self._stepping = threading.Lock()  # held while the scheduler is worked on
         self._stepper: int | None = None  # the thread that steps
@@ -153,6 +156,8 @@ class Engine:
                 "guidance_scale leads away from the prompt's last token, and this prompt ends with embeddings; give "
                 "negative_prompt_ids"
             )
+        if params.assistant_model is not None:
+            check_assistant(params.assistant_model, sequence, spec.vocab_size, self.model.tokenizer)
         if params.prompt_logprobs is not None and sequence.private and sequence.num_computed:
             raise UnsupportedOption(
                 "prompt_logprobs compute the prompt again, and this sequence has K and V that would be forgotten; "
@@ -290,6 +295,9 @@ class Engine:
         return events
 
     def _planned_step(self) -> list[Event]:
+        running = [request.decoder for request in self.scheduler.running if not request.paused]
+        room = min(self.scheduler.max_tokens, self.scheduler.max_rows)
+        self.speculator.draft(running, room if not self.model.hooks else 0)  # hooks would see what is only tried out
         with self.model.pool.lock:
             plan, events = self.scheduler.plan()
         if not plan.works:
@@ -309,6 +317,7 @@ class Engine:
             self.scheduler.put_back(events)
             raise
         self.scheduler.journal.stepped(plan.num_tokens)
+        self.speculator.ran(plan.num_tokens)
         return events
 
     def _settle(self) -> None:
@@ -370,6 +379,8 @@ class Engine:
             num_computed=journal.num_computed,
             num_chosen=journal.num_chosen,
             num_spilled=journal.num_spilled,
+            num_drafted=self.speculator.counts.drafted,
+            num_accepted=self.speculator.counts.accepted,
             spilled_bytes=pool.spilled_bytes,
             num_captured_steps=0 if self.pilot is None else self.pilot.num_steps,
             other_decode_steps={} if self.pilot is None else dict(self.pilot.outside),

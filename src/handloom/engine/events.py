@@ -85,6 +85,8 @@ class EngineStats:
         num_finished, num_preempted: requests; one may be preempted several times.
         num_computed, num_chosen: tokens that were run, prompts included; tokens that were chosen.
         num_spilled: preemptions that moved what was computed to host memory, all of it.
+        num_drafted, num_accepted: tokens drafted and checked by a step, see `handloom.decoding.speculative`; those of
+            them that were chosen.
         spilled_bytes: in host memory now, of this model; other engines' requests included.
         num_captured_steps: decode steps that the device made by itself; other_decode_steps: those it could have made,
             and did not, by reason. Both are empty where nothing is ever captured, as on a CPU.
@@ -102,6 +104,8 @@ class EngineStats:
     num_computed: int
     num_chosen: int
     num_spilled: int
+    num_drafted: int
+    num_accepted: int
     spilled_bytes: int
     num_captured_steps: int = 0
     other_decode_steps: Mapping[str, int] = field(default_factory=dict)

@@ -350,7 +350,7 @@ class Scheduler:
         ready: list[Ready] = []
         for request, (start, end) in rows.items():
             request.prefilling = request.prefilling and any(s.num_pending for s in request.decoder.sequences)
-            if type(request.decoder) is SampleDecoder:
+            if isinstance(request.decoder, SampleDecoder):
                 sampling.append(request)
                 ready.append(Ready(request.decoder, start, end))
             else:
@@ -370,7 +370,7 @@ class Scheduler:
                 continue
             if request.prefilling:
                 self.journal.prefilled(request.id, work.sequence.num_computed, work.num_tokens)
-            work.sequence.num_computed += work.num_tokens
+            work.sequence.num_computed = min(work.sequence.num_computed + work.num_tokens, len(work.sequence))
             if self.sharing:
                 work.sequence.publish()
             if work.num_rows:

@@ -56,6 +56,11 @@ class Memory:
         readers = (self._ids, self._seen, self._ngrams, self._prompt_seen, self._prompt_ngrams, self.synthid)
         self._reads = any(reader is not None for reader in readers)
 
+    @property
+    def reads(self) -> bool:
+        """Whether it depends on the tokens at all, so that no two positions can be looked at side by side."""
+        return self._reads or self.matcher is not None
+
     def follow(self, token_ids: Sequence[int]) -> None:
         """Read the tokens that were not read yet; all of them anew where those read are not how the sequence begins."""
         if self.matcher is not None:

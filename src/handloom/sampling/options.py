@@ -30,24 +30,20 @@ LARGEST_FACTOR = 1e30  # a score times or divided by a factor in [1e-30, 1e30] s
 OURS = frozenset(
     "include_stop_text seed rng logprobs prompt_logprobs logits_processor stopping_criteria prefix_allowed_tokens_fn "
     "negative_prompt_ids skip_special_tokens output_past_key_values custom_decoder "
-    "json_schema regex grammar choices".split()
+    "json_schema regex grammar choices assistant_model speculation".split()
 )
 # Any value is fine: nothing is padded, and an output always is a full object.
 BOOKKEEPING = frozenset({*NO_EFFECT, "_from_model_config", "_commit_hash"})
 # These choose how transformers computes or speculates, never which tokens come out: in a file they ask nothing of us.
 NO_EFFECT_IN_A_FILE = frozenset(
     "use_cache cache_implementation cache_config max_cache_len compile_config disable_compile prefill_chunk_size "
-    "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind "
-    "target_lookbehind max_matching_ngram_size".split()
+    "assistant_lookbehind target_lookbehind".split()
 )
 # Values under which a field does nothing, where that is not None or False.
 INERT: dict[str, int | float | str] = {
     "use_cache": True,
     "num_beam_groups": 1,
     "diversity_penalty": 0.0,
-    "num_assistant_tokens": 20,
-    "num_assistant_tokens_schedule": "constant",
-    "assistant_confidence_threshold": 0.4,
     "assistant_lookbehind": 10,
     "target_lookbehind": 10,
 }

@@ -40,6 +40,7 @@ from handloom.sampling.options import (
 )
 from handloom.sampling.rng import fresh_seed
 from handloom.sampling.search_options import EarlyStopping, read_search
+from handloom.sampling.speculation_options import NGRAM, NUM_TOKENS, THRESHOLD, Schedule, read_speculation
 from handloom.sampling.structure_options import Compile, read_structure
 from handloom.sampling.token_lists import token_biases, watermarking
 from handloom.sampling.token_options import check_forced, read_bad_words, read_decay, read_token_ids
@@ -111,6 +112,10 @@ class GenerationParams:
             `generate` also takes a text, negative_prompt.
         json_schema, regex, grammar, choices: the whole output is one of what the grammar says; see
             `handloom.sampling.grammar`. At most one of them, compiled.
+        prompt_lookup_num_tokens, speculation="suffix", assistant_model: who drafts, for speculative decoding; see
+            `handloom.decoding.speculative`. max_matching_ngram_size: the longest n-gram that is looked up;
+            num_assistant_tokens: at most so many in a draft by a model or "suffix"; num_assistant_tokens_schedule:
+            whether that follows what was right; assistant_confidence_threshold: a less likely token ends a draft.
         skip_special_tokens: leave special tokens out of the text.
         max_time: seconds after which the sequence ends with the token at hand.
     """
@@ -167,6 +172,13 @@ class GenerationParams:
     regex: Grammar | None = None
     grammar: Grammar | None = None
     choices: Grammar | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = NGRAM
+    speculation: Literal["suffix"] | None = None
+    assistant_model: Any = None
+    num_assistant_tokens: int = NUM_TOKENS
+    num_assistant_tokens_schedule: Schedule = "constant"
+    assistant_confidence_threshold: float = THRESHOLD
     skip_special_tokens: bool = True
     max_time: float | None = None
 
@@ -274,6 +286,7 @@ def resolve_params(
         length_penalty=search.length_penalty,
         early_stopping=search.early_stopping,
         **read_structure(asked, compile),
+        **read_speculation(asked, torch_draws=do_sample and rng == "torch"),
         **read_contrast(asked, vocab_size=vocab_size, room=max_context - new_tokens),
         max_time=asked.read("max_time", real(0, LARGEST_FACTOR, above=True), default=None, off=None),
     )

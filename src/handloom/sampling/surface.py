@@ -9,7 +9,7 @@ from __future__ import annotations
 
 _GROUPS = "there is no beam search in groups yet"
 _CONSTRAINED = "there is no constrained beam search yet; `prefix_allowed_tokens_fn` works with beams"
-_SPECULATION = "there is no speculative decoding yet"
+_SAME_TOKENIZER = "a draft model must have the same tokenizer as the model"
 _CACHE = "there is one paged KV cache, whose size is `kv_cache_tokens` of `LM.from_pretrained`"
 _COMPILE = "nothing here is compiled by torch.compile"
 _PROMPT = "the prompt (text, token ids or embeddings) is the first argument"
@@ -30,18 +30,13 @@ WHY_NOT: dict[str, str] = {
     "compile_config": _COMPILE,
     "disable_compile": _COMPILE,
     "continuous_batching_config": "every call is batched continuously: see `Engine`",
-    "use_mtp": _SPECULATION,
-    "speculation_type": _SPECULATION,
-    "is_assistant": _SPECULATION,
-    "num_assistant_tokens": _SPECULATION,
-    "num_assistant_tokens_schedule": _SPECULATION,
-    "assistant_confidence_threshold": _SPECULATION,
-    "assistant_early_exit": _SPECULATION,
-    "assistant_lookbehind": _SPECULATION,
-    "assistant_ensemble_weight": _SPECULATION,
-    "target_lookbehind": _SPECULATION,
-    "prompt_lookup_num_tokens": _SPECULATION,
-    "max_matching_ngram_size": _SPECULATION,
+    "use_mtp": "no family here has layers that predict several tokens; draft with `assistant_model`",
+    "speculation_type": "it names drafters that were trained for one model; give `assistant_model` or `speculation`",
+    "is_assistant": "transformers sets it on its draft model; an `assistant_model` needs no mark here",
+    "assistant_early_exit": "a model does not draft for itself with its first layers; give a smaller `assistant_model`",
+    "assistant_lookbehind": _SAME_TOKENIZER,
+    "assistant_ensemble_weight": "it accepts tokens that the model alone would not have chosen",
+    "target_lookbehind": _SAME_TOKENIZER,
     "low_memory": "it trades speed for memory in contrastive search, which is not here",
     "penalty_alpha": "there is no contrastive search yet",
     "dola_layers": "there is no DoLa decoding yet",
@@ -50,13 +45,12 @@ WHY_NOT: dict[str, str] = {
     # arguments of generate
     "inputs": _PROMPT,
     "synced_gpus": "it keeps processes of a training run in step; one process runs a model here",
-    "assistant_model": _SPECULATION,
     "streamer": "use `lm.stream`, which yields the pieces as they come",
     "negative_prompt_attention_mask": _RAGGED,
     "custom_generate": "no code that came with a model ever runs",
     # what generate hands on to the model or to a criterion
     "tokenizer": "an LM has its own",
-    "assistant_tokenizer": _SPECULATION,
+    "assistant_tokenizer": _SAME_TOKENIZER,
     "trust_remote_code": "no code that came with a model ever runs",
     "input_ids": _PROMPT,
     "inputs_embeds": _PROMPT,
@@ -88,6 +82,16 @@ NOTES: dict[str, str] = {
     "num_beams": "up to 1024; beams fork pages, and the prompt runs once",
     "length_penalty": "refused without beams, which alone have a use for it",
     "early_stopping": "True, False or 'never'; refused without beams, which alone have a use for it",
+    "prompt_lookup_num_tokens": "at most; fewer where acceptance does not pay. The tokens are those without it, also "
+    "sampled. Candidates that a rule bans are not cut off first. Refused beside beams, several outputs, guidance and "
+    "rng='torch'",
+    "max_matching_ngram_size": "2 where nothing is said; refused without prompt_lookup_num_tokens",
+    "assistant_model": "an LM with the same tokenizer. The tokens are those without it: sampled ones are coupled by "
+    "their noise, where transformers' depend on the drafts. Refused as prompt lookup is",
+    "num_assistant_tokens": "at most; fewer where acceptance does not pay. An option of the request; transformers "
+    "reads the assistant's own generation_config",
+    "num_assistant_tokens_schedule": "the two heuristics are one here: each request starts anew",
+    "assistant_confidence_threshold": "as given; transformers moves it where it finds scikit-learn. None or 0: off",
     "output_scores": "per step float32 [vocab_size], after the rules; under beams see `Output.beams`",
     "output_logits": "per step float32 [vocab_size], before the rules; under beams see `Output.beams`",
     "guidance_scale": "each output and its twin after the negative prompt run in one step; with beams every beam has "

@@ -6,6 +6,7 @@ a chat template is rendered (chat.py).
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -69,6 +70,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Highest id + 1, added tokens included. Ids below it may be without a token."""
         return max(self.hf.get_vocab().values(), default=-1) + 1
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """The same for two tokenizers whose tokens have the same ids."""
+        return hashlib.sha256(repr(sorted(self.hf.get_vocab().items())).encode("utf-8", "surrogatepass")).digest()
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
