@@ -130,14 +130,17 @@ class Transformer:
         Args: batch, see ForwardBatch; kv: (k_pages, v_pages) of each layer, written in place; hooks: whom to call on
         the way. Returns logits [R, vocab_size] float32 for batch.logits_rows.
         """
-        rotaries = [rotary_at(inv_freq, batch.positions) for inv_freq in self.inv_freqs]
         if self.program is None or hooks is not None or batch.embeddings is not None:
-            return self._compute(self.ops, batch, rotaries, kv, hooks)
+            return self._compute(self.ops, batch, self._rotaries(batch.positions), kv, hooks)
 
         def compute(ops: Ops, rotaries: Sequence[Rotary], kv: KVPages) -> Tensor:
             return self._compute(ops, batch, rotaries, kv, None)
 
-        return self.program.run(compute, batch, rotaries, kv)
+        return self.program.run(compute, batch, self._rotaries, kv)
+
+    def _rotaries(self, positions: Tensor) -> list[Rotary]:
+        """cos and sin of positions [N], of each kind of rope."""
+        return [rotary_at(inv_freq, positions) for inv_freq in self.inv_freqs]
 
     def _compute(
         self, ops: Ops, batch: ForwardBatch, rotaries: Sequence[Rotary], kv: KVPages, hooks: StepHooks | None

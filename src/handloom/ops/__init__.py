@@ -131,10 +131,11 @@ Compute = Callable[[Ops, Sequence[Rotary], KVPages], Tensor]
 class Program(Protocol):
     """A model's whole step in one call, with the very results of its ops one by one."""
 
-    def run(self, compute: Compute, batch: Any, rotaries: Sequence[Rotary], kv: KVPages) -> Tensor:
+    def run(self, compute: Compute, batch: Any, rotaries: Callable[[Tensor], list[Rotary]], kv: KVPages) -> Tensor:
         """One step of a `ForwardBatch` of token ids: K and V into their pages, logits [R, vocab_size] float32.
 
-        compute: the model's code, always the same, which is called where a program is yet to be recorded.
+        compute: the model's code, always the same, which is called where a program is yet to be recorded; rotaries: of
+        positions int64 [N], asked of more of them than the step has, and seldom.
         """
         ...
 

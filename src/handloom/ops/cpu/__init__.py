@@ -99,7 +99,7 @@ def norm_qkv(
     """See `handloom_kernels.reference.norm_qkv`."""
     x, weight, own, bias = _matrix(hidden), _panels(weight), Scale.of(norm), _vector(bias)
     normed, qkv, slots = buffer(*x.shape), buffer(len(x), weight.shape[0]), slot_mapping.contiguous()
-    scales = _scale(q_norm), _scale(k_norm)
+    scales, rows = (_scale(q_norm), _scale(k_norm)), torch.arange(len(x))
     if rotary is not None:
         rotary = Rotary(rotary.cos.contiguous(), rotary.sin.contiguous(), rotary.interleaved)
     run_once(
@@ -108,7 +108,7 @@ def norm_qkv(
             *blocks.linear(normed, weight, bias, qkv),
             blocks.finish_qkv(qkv, *scales, rotary, k_pages, v_pages),
         ],
-        {Frame.TOKENS: len(x), Frame.SLOT_MAPPING: address(slots)},
+        {Frame.TOKENS: len(x), Frame.SLOT_MAPPING: address(slots), Frame.POSITIONS: address(rows)},
     )
     return heads_of(qkv, k_pages, v_pages).to(hidden.dtype)
 

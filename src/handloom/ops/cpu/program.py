@@ -29,6 +29,7 @@ from handloom_kernels.reference import Norm, Rotary
 InPanels = Panels | QuantizedPanels
 KVPages = Sequence[tuple[Tensor, Tensor]]
 MIN_CAPACITY = 16
+MIN_POSITIONS = 1024
 SET = 256  # floats: rows a multiple of this apart would fall on the same lines of a cache
 LINE = 16
 
@@ -196,6 +197,7 @@ class Batch(Protocol):
 
 
 Compute = Callable[[Recorder, list[Rotary], KVPages], Tensor]
+RotariesAt = Callable[[Tensor], list[Rotary]]
 
 
 class Program:
@@ -206,31 +208,28 @@ class Program:
         self._machine, self._lock = Machine(), threading.Lock()
         self._recorded: Recorder | None = None
         self._pages: list[int] = []
-        self._rotaries: list[Rotary] = []
+        self._positions, self._rotaries = 0, list[Rotary]()
 
-    def run(self, compute: Compute, batch: Batch, rotaries: Sequence[Rotary], kv: KVPages) -> Tensor:
+    def run(self, compute: Compute, batch: Batch, rotaries: RotariesAt, kv: KVPages) -> Tensor:
         """One step: K and V into their pages, and logits [R, vocab_size] float32, a new tensor."""
         tokens, count = len(batch.input_ids), len(batch.logits_rows)
         with self._lock:
-            self._record(compute, max(tokens, count), rotaries, kv)
-            for ours, theirs in zip(self._rotaries, rotaries, strict=True):
-                ours.cos[:tokens], ours.sin[:tokens] = theirs.cos, theirs.sin
+            self._record(compute, max(tokens, count), int(batch.positions.numpy().max()) + 1, rotaries, kv)
             logits = torch.empty(count, self._width, dtype=torch.float32)
             self._machine.run(self._table, self._scratch, entries(batch, logits, kv[0][0].shape[1]))
         return logits
 
-    def _record(self, compute: Compute, rows: int, rotaries: Sequence[Rotary], kv: KVPages) -> None:
+    def _record(self, compute: Compute, rows: int, positions: int, rotaries: RotariesAt, kv: KVPages) -> None:
         """Record the step, unless what was recorded serves: it has room, and these are the pages."""
         pages = [tensor.data_ptr() for pair in kv for tensor in pair]
         recorded = self._recorded
-        if recorded is not None and recorded.capacity >= rows and pages == self._pages:
+        if positions > self._positions:
+            self._positions = max(MIN_POSITIONS, 1 << (positions - 1).bit_length())
+            self._rotaries, self._recorded = rotaries(torch.arange(self._positions)), None
+        elif recorded is not None and recorded.capacity >= rows and pages == self._pages:
             return
         capacity = max(MIN_CAPACITY, 1 << (rows - 1).bit_length(), recorded.capacity if recorded else 0)
         recorded = Recorder(capacity)
-        self._rotaries = [
-            Rotary(torch.empty(capacity, own.cos.shape[1]), torch.empty(capacity, own.sin.shape[1]), own.interleaved)
-            for own in rotaries
-        ]
         self._width = compute(recorded, self._rotaries, kv).shape[1]
         self._table = np.array([ins.row_of(row) for row in recorded.rows], dtype=np.int64)
         self._scratch = blocks.scratch_bytes(recorded.rows)

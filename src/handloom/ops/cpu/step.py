@@ -201,7 +201,8 @@ def do_activate(i, item):
 def do_qkv(i, frame, token):
     num_heads, num_kv_heads, head_dim, v_head_dim = operand(i, 2), operand(i, 3), operand(i, 4), operand(i, 5)
     x, half, layer, form = operand(i, 0) + token * operand(i, 1), operand(i, 12), operand(i, 17), operand(i, 16)
-    cos, sin = operand(i, 10) + 4 * half * token, operand(i, 11) + 4 * half * token
+    at_position = 4 * half * read_i64(read_i64(frame + POSITIONS) + 8 * token) if half > 0 else 0
+    cos, sin = operand(i, 10) + at_position, operand(i, 11) + at_position
     for head in range(num_heads + num_kv_heads):
         at = x + 4 * head * head_dim
         if head < num_heads:
