@@ -5,19 +5,44 @@ This module does not know models or how events come about.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from handloom.decoding.decoder import Event, FinishedEvent, PromptLogprobsEvent, SampleFinishedEvent, TokenEvent
+from handloom.cache.sequence import Sequence as CacheSequence
+from handloom.decoding.decoder import (
+    Decoder,
+    Event,
+    FinishedEvent,
+    PromptLogprobsEvent,
+    SampleFinishedEvent,
+    TokenEvent,
+)
+from handloom.decoding.modes import RequestDecoder
+from handloom.decoding.score import ScoreDecoder
 from handloom.engine import Engine
-from handloom.output import Output, Piece, Timing
+from handloom.engine.async_engine import AsyncEngine
+from handloom.engine.guarded import Custom
+from handloom.errors import HandloomError, InvalidParam, InvalidPrompt, RequestFailed
+from handloom.output import Output, Piece, Score, Timing
 from handloom.sampling.params import GenerationParams
 from handloom.sampling.rng import seed_of_sample
+
+
+class Streamer(Protocol):
+    """What transformers' BaseStreamer is."""
+
+    def put(self, value: Tensor) -> None:
+        """Token ids int64 on the CPU: the prompt [1, n] first, then each token [1]."""
+
+    def end(self) -> None:
+        """No more come."""
 
 
 class Collector:
@@ -27,26 +52,113 @@ class Collector:
         self.engine = engine
         self.outputs: list[Output] = []
         self._requests: dict[int, _Request] = {}
-        self._windows = tuple(layer.mixer.window for layer in engine.model.transformer.spec.layers)
 
     def add(self, prompt: Any, /, **options: Any) -> None:
-        """Queue a prompt. Raises what Engine.add_request raises."""
-        index = len(self._requests)
-        allowed = options.get("prefix_allowed_tokens_fn")
-        if callable(allowed):  # as in transformers, it is told which prompt of the call it is about
-            options["prefix_allowed_tokens_fn"] = partial(_about, index, allowed)
-        decoder = self.engine.prepare(prompt, options)
-        request = self.engine.add(decoder)
-        outputs = [_empty(decoder.sequence.token_ids, decoder.params, at) for at in range(decoder.num_outputs)]
-        for output in outputs:
-            output.windows = self._windows
-        self._requests[request] = _Request(index, outputs, time.perf_counter())
-        self.outputs += outputs
+        """Queue a prompt. Raises what Engine.add_request raises, InvalidParam for a streamer that cannot be one."""
+        decoder, request = _prepared(self.engine, len(self._requests), prompt, options)
+        self._requests[self.engine.add(decoder)] = request
+        self.outputs += request.outputs
 
     def pieces(self) -> Iterator[Piece]:
-        """Run to the end, recording every event and yielding the visible ones."""
-        for event in self.engine.run():
-            yield from self._requests[event.request_id].record(event)
+        """Run to the end, recording every event and yielding the visible ones; streamers get theirs first.
+
+        A streamer that raises ends its request with RequestFailed. Each hears of the end, however it came about.
+        """
+        try:
+            for request_id, request in self._requests.items():
+                yield from request.take(None, partial(self.engine.abort, request_id))
+            for event in self.engine.run():
+                yield from self._requests[event.request_id].take(event, partial(self.engine.abort, event.request_id))
+        finally:
+            for request in self._requests.values():
+                request.leave()
+
+    def stream(self, *, single: bool) -> Iterator[Piece]:
+        """`pieces`, and the engine is closed after them. single: an error is raised, since nobody else goes on."""
+        try:
+            for piece in self.pieces():
+                if single and piece.error is not None:
+                    raise piece.error
+                yield piece
+        finally:
+            self.engine.close()
+
+
+def pieces_of_all(
+    engine: AsyncEngine, asked: Iterable[tuple[Any, dict[str, Any]]], *, single: bool, close: bool
+) -> AsyncGenerator[Piece]:
+    """The pieces of these prompts with their options, as they come; leaving the loop ends the requests.
+
+    single: an error is raised; close: close the engine in the end. Raises at once what Engine.add_request raises.
+    """
+    prepared = [_prepared(engine, index, prompt, options) for index, (prompt, options) in enumerate(asked)]
+    return _merged(engine, prepared, single, close)
+
+
+async def _merged(
+    engine: AsyncEngine, prepared: Sequence[tuple[Decoder, _Request]], single: bool, close: bool
+) -> AsyncGenerator[Piece]:
+    came: asyncio.Queue[tuple[_Request, Event | None]] = asyncio.Queue(max(1, len(prepared)))
+
+    async def run(decoder: Decoder, request: _Request) -> None:
+        await came.put((request, None))
+        try:
+            async for event in engine.run(decoder):
+                await came.put((request, event))
+        except HandloomError as error:
+            await came.put((request, FinishedEvent("error", error=error)))
+
+    tasks = [asyncio.create_task(run(decoder, request)) for decoder, request in prepared]
+    try:
+        while not all(request.is_over for _, request in prepared):
+            request, event = await came.get()
+            for piece in request.take(event, tasks[request.index].cancel):
+                if single and piece.error is not None:
+                    raise piece.error
+                yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for _, request in prepared:
+            request.leave()
+        if close:
+            await engine.aclose()
+
+
+def score_all(engine: Engine, sequences: Sequence[CacheSequence], top_logprobs: int) -> list[Score]:
+    """The scores of these sequences; the engine is closed after them. Raises InvalidPrompt, NonFiniteLogits."""
+    scores: dict[int, Score] = {}
+    try:
+        for sequence in sequences:
+            if sequence.num_embeddings:
+                raise InvalidPrompt("only text and token ids can be scored; embeddings have no probability")
+            scores[engine.add(ScoreDecoder(sequence, top_logprobs))] = Score(list(sequence.token_ids), [], [])
+        for event in engine.run():
+            if isinstance(event, PromptLogprobsEvent):
+                scores[event.request_id].logprobs.extend(event.logprobs)
+                scores[event.request_id].top_logprobs.extend(event.top_logprobs)
+            elif isinstance(event, FinishedEvent) and event.error is not None:
+                raise event.error
+    finally:
+        engine.close()
+    return list(scores.values())
+
+
+def _prepared(
+    engine: Engine | AsyncEngine, index: int, prompt: Any, options: dict[str, Any]
+) -> tuple[RequestDecoder | Custom, _Request]:
+    """The decoder of a call's prompt number `index`, and the place for what it makes."""
+    options, allowed = {**options}, options.get("prefix_allowed_tokens_fn")
+    streamer = options.pop("streamer", None)
+    if callable(allowed):  # as in transformers, it is told which prompt of the call it is about
+        options["prefix_allowed_tokens_fn"] = partial(_about, index, allowed)
+    decoder = engine.prepare(prompt, options)
+    _check_streamer(streamer, decoder.num_outputs)
+    outputs = [_empty(decoder.sequence.token_ids, decoder.params, at) for at in range(decoder.num_outputs)]
+    for output in outputs:
+        output.windows = tuple(layer.mixer.window for layer in engine.model.transformer.spec.layers)
+    return decoder, _Request(index, outputs, time.perf_counter(), streamer)
 
 
 @dataclass(slots=True)
@@ -56,8 +168,46 @@ class _Request:
     index: int
     outputs: list[Output]
     started: float
+    streamer: Streamer | None = None
     first: float | None = None
     over: set[int] = field(default_factory=set)
+
+    @property
+    def is_over(self) -> bool:
+        return len(self.over) == len(self.outputs)
+
+    def take(self, event: Event | None, abort: Callable[[], object]) -> Iterator[Piece]:
+        """Show an event, or the prompt (None), to the streamer, and record it. Calls `abort` where that one raises."""
+        if self.is_over:  # the streamer raised at an event before
+            return
+        try:
+            if self.streamer is not None:
+                self._show(self.streamer, event)
+        except Exception as cause:
+            abort()
+            event = FinishedEvent("error", error=RequestFailed(f"the streamer {self.streamer!r} raised {cause!r}"))
+            assert event.error is not None
+            event.error.__cause__ = cause
+            self.streamer = None
+        if event is not None:
+            yield from self.record(event)
+
+    def leave(self) -> None:
+        """Nobody goes on: the streamer hears of the end, if it has not yet."""
+        streamer, self.streamer = self.streamer, None
+        if streamer is not None:
+            streamer.end()
+
+    def _show(self, streamer: Streamer, event: Event | None) -> None:
+        """Give the streamer the prompt, a token, or the end. Raises what it raises."""
+        if event is None:
+            prompt = [id_ for id_ in self.outputs[0].prompt_token_ids if id_ >= 0]
+            streamer.put(torch.tensor([prompt], dtype=torch.int64))
+        elif isinstance(event, TokenEvent):
+            streamer.put(torch.tensor([event.token_id]))
+        elif isinstance(event, FinishedEvent):
+            streamer.end()
+            self.streamer = None
 
     def record(self, event: Event) -> Iterator[Piece]:
         """Take an event into the outputs; yield what is to be seen of it."""
@@ -90,6 +240,18 @@ class _Request:
             first - self.started, now - self.started, len(output.prompt_token_ids), len(output.token_ids)
         )
         return Piece(self.index, event.text, None, finish_reason=event.reason, error=event.error, sample=sample)
+
+
+def _check_streamer(streamer: Streamer | None, num_outputs: int) -> None:
+    if streamer is None:
+        return
+    if not callable(getattr(streamer, "put", None)) or not callable(getattr(streamer, "end", None)):
+        raise InvalidParam(f"streamer is {streamer!r}; expected one of transformers', with put and end")
+    if num_outputs > 1:
+        raise InvalidParam(
+            f"one streamer for {num_outputs} outputs of a prompt: it could not tell them apart; ask for one, or use "
+            "lm.stream, whose pieces say which sample they are of"
+        )
 
 
 def _about(index: int, function: Callable[[int, Tensor], Any], _: int, token_ids: Tensor) -> Any:

@@ -6,7 +6,7 @@ This module does not know file formats, schedules or formulas: it puts the parts
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,10 +20,9 @@ from handloom.cache.sequence import Sequence
 from handloom.checkpoint import open_checkpoint
 from handloom.checkpoint.quantize import Scheme
 from handloom.checkpoint.types import Checkpoint
-from handloom.collect import Collector
-from handloom.decoding.decoder import FinishedEvent, PromptLogprobsEvent, TopLogprobs
-from handloom.decoding.score import ScoreDecoder
+from handloom.collect import Collector, pieces_of_all, score_all
 from handloom.engine import Engine
+from handloom.engine.async_engine import AsyncEngine
 from handloom.engine.graphs import DecodeGraphs
 from handloom.engine.runner import Runner
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt
@@ -35,7 +34,7 @@ from handloom.model.loading import Progress, load_transformer
 from handloom.model.spec import ModelSpec
 from handloom.model.transformer import Transformer
 from handloom.ops import Backend, choose_backend
-from handloom.output import Output, Piece, Score
+from handloom.output import Output, Piece
 from handloom.progress import requests_bar
 from handloom.prompts import Prompt, as_list, options_of_each, to_sequence
 from handloom.sampling.grammar import Grammars
@@ -235,8 +234,9 @@ class LM:
 
         A prompt is text, token ids, embeddings [n, hidden_size], or a LiveSequence, which is continued in
         place. Options are those of transformers' GenerationConfig (see handloom.sampling.params);
-        params: further options of each prompt. Everything is checked before anything runs. progress: whether a bar on
-        standard error tells how many prompts are done; None: for a list, on a terminal.
+        params: further options of each prompt; streamer: one of transformers', or a list with one for each prompt.
+        Everything is checked before anything runs. progress: whether a bar on standard error tells how many prompts
+        are done; None: for a list, on a terminal.
 
         Raises: InvalidPrompt, ContextOverflow, InvalidParam, UnsupportedOption. A single prompt that fails
         while running raises its error; in a list the others live, and its Output carries the error.
@@ -244,8 +244,8 @@ class LM:
         items, single = as_list(prompts)
         collector = Collector(Engine(self))
         try:
-            for prompt, own in zip(items, options_of_each(params, items), strict=True):
-                collector.add(prompt, **{**options, **own})
+            for prompt, own in zip(items, options_of_each(params, options, items), strict=True):
+                collector.add(prompt, **own)
             with requests_bar(len(collector.outputs), progress) as tell:
                 for piece in collector.pieces():
                     tell(piece.token_id is not None, piece.finish_reason is not None)
@@ -273,18 +273,25 @@ class LM:
         """
         items, single = as_list(prompts)
         collector = Collector(Engine(self))
-        for prompt, own in zip(items, options_of_each(params, items), strict=True):
-            collector.add(prompt, **{**options, **own})
-        return self._pieces(collector, single)
+        for prompt, own in zip(items, options_of_each(params, options, items), strict=True):
+            collector.add(prompt, **own)
+        return collector.stream(single=single)
 
-    def _pieces(self, collector: Collector, single: bool) -> Iterator[Piece]:
-        try:
-            for piece in collector.pieces():
-                if single and piece.error is not None:
-                    raise piece.error
-                yield piece
-        finally:
-            collector.engine.close()
+    def astream(
+        self,
+        prompts: Prompt | LiveSequence | Seq[Prompt | LiveSequence],
+        *,
+        params: Seq[Mapping[str, Any]] | None = None,
+        engine: AsyncEngine | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[Piece]:
+        """`stream` for asyncio: `async for piece in lm.astream(...)`; no event loop waits while the model runs.
+
+        engine: one of this model's, whose other requests these join; else one of its own, gone afterwards.
+        """
+        items, single = as_list(prompts)
+        asked = zip(items, options_of_each(params, options, items), strict=True)
+        return pieces_of_all(engine or AsyncEngine(self), asked, single=single, close=engine is None)
 
     def chat(
         self,
@@ -314,25 +321,7 @@ class LM:
         if isinstance(top_logprobs, bool) or not isinstance(top_logprobs, int) or not 0 <= top_logprobs <= 100:
             raise InvalidParam(f"top_logprobs is {top_logprobs!r}; expected an integer from 0 to 100")
         items, single = as_list(texts)
-        engine = Engine(self)
-        logprobs: dict[int, list[float]] = {}
-        top: dict[int, list[TopLogprobs]] = {}
-        ids: dict[int, list[int]] = {}
-        try:
-            for sequence in [self.encode(item) for item in items]:
-                if sequence.num_embeddings:
-                    raise InvalidPrompt("only text and token ids can be scored; embeddings have no probability")
-                request = engine.add(ScoreDecoder(sequence, top_logprobs))
-                logprobs[request], top[request], ids[request] = [], [], list(sequence.token_ids)
-            for event in engine.run():
-                if isinstance(event, PromptLogprobsEvent):
-                    logprobs[event.request_id] += event.logprobs
-                    top[event.request_id] += event.top_logprobs
-                elif isinstance(event, FinishedEvent) and event.error is not None:
-                    raise event.error
-        finally:
-            engine.close()
-        scores = [Score(ids[request], logprobs[request], top[request]) for request in ids]
+        scores = score_all(Engine(self), [self.encode(item) for item in items], top_logprobs)
         return scores[0] if single else scores
 
     def sequence(self, prompt: Prompt) -> LiveSequence:

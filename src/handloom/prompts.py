@@ -105,8 +105,23 @@ def as_list(prompts: Any) -> tuple[list[Any], bool]:
     return list(prompts), False
 
 
-def options_of_each(params: Seq[Mapping[str, Any]] | None, items: Seq[Any]) -> Seq[Mapping[str, Any]]:
-    """One mapping of options per prompt."""
+def options_of_each(
+    params: Seq[Mapping[str, Any]] | None, options: Mapping[str, Any], items: Seq[Any]
+) -> list[dict[str, Any]]:
+    """The options of each prompt: those of all, of which `streamer` may be a list with one for each; then its own.
+
+    Raises InvalidParam.
+    """
+    streamer = options.get("streamer")
+    streamers = streamer if isinstance(streamer, list | tuple) else [streamer] * len(items)
+    if streamer is not None and (len(streamers) != len(items) or (streamers is not streamer and len(items) > 1)):
+        count = f"{len(streamers)} streamers" if streamers is streamer else "one streamer"
+        raise InvalidParam(f"{count} for {len(items)} prompts; give a list with one for each, or use lm.stream")
+    shared = [{**options, "streamer": own} for own in streamers]
+    return [{**ours, **own} for ours, own in zip(shared, _own_options(params, items), strict=True)]
+
+
+def _own_options(params: Seq[Mapping[str, Any]] | None, items: Seq[Any]) -> Seq[Mapping[str, Any]]:
     if params is None:
         return [{}] * len(items)
     if isinstance(params, Mapping | str) or not isinstance(params, Seq):

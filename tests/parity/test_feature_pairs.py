@@ -151,6 +151,26 @@ def check_logits(output: Output, options: dict[str, Any]) -> None:
             assert logprob == pytest.approx(float(logits.log_softmax(0)[token]), abs=1e-4)
 
 
+class Records:
+    """A streamer, and the tokens it was given last."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens = [] if value.dim() == 2 else [*self.tokens, int(value)]
+
+    def end(self) -> None:
+        pass
+
+
+STREAMER = Records()
+
+
+def check_streamed(output: Output, options: dict[str, Any]) -> None:
+    assert STREAMER.tokens == output.token_ids
+
+
 def check_internals(output: Output, options: dict[str, Any]) -> None:
     assert len(output.hidden_states) == len(output.attentions) == len(output.token_ids)
     computed = len(output.prompt_token_ids) + len(output.token_ids) - 1
@@ -232,6 +252,7 @@ FEATURES: dict[str, Feature] = {
         check_internals,
         {"output_hidden_states": True, "output_attentions": True, "output_past_key_values": True},
     ),
+    "streamer": Feature({}, check_streamed, {"streamer": STREAMER}),
     "logprobs": Feature({}, check_logprobs, {"logprobs": 2}),
     "prompt_logprobs": Feature({}, check_prompt_logprobs, {"prompt_logprobs": 1}),
     "guidance": Feature({"guidance_scale": 1.7, "negative_prompt_ids": random_ids(8, 4)}),

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
+from handloom.decoding.modes import RequestDecoder
 from handloom.engine.engine import Engine, Model
 from handloom.engine.events import EngineEvent, EngineStats
+from handloom.engine.guarded import Custom
 from handloom.errors import EngineError, EngineFull, HandloomError, InvalidParam
 
 MAX_WAITING = 1024
@@ -59,7 +61,7 @@ class AsyncEngine:
         if min(max_waiting, max_events) < 1:
             raise InvalidParam(f"max_waiting={max_waiting}, max_events={max_events}: both must be 1 or more")
         self.max_waiting, self.max_events = max_waiting, max_events
-        self._engine = Engine(model, **limits)
+        self.model, self._engine = model, Engine(model, **limits)
         self._changed = threading.Condition()  # held for what is short, never while a step runs; guards what follows
         self._line: deque[_Stream] = deque()
         self._streams: dict[int, _Stream] = {}
@@ -78,7 +80,17 @@ class AsyncEngine:
         step. The prompt is checked and tokenised here, in the calling thread, when the first event is asked for.
         Raises what `Engine.add_request` raises; EngineFull; EngineError where the engine failed or is closed.
         """
-        stream = self._enter(self._engine.prepare(prompt, options, cache_salt=cache_salt), priority, wait)
+        decoder = self.prepare(prompt, options, cache_salt=cache_salt)
+        async for event in self.run(decoder, priority=priority, wait=wait):
+            yield event
+
+    def prepare(self, prompt: Any, options: dict[str, Any], *, cache_salt: str = "") -> RequestDecoder | Custom:
+        """The decoder of a request, for `run`. Arguments and errors are those of `Engine.add_request`."""
+        return self._engine.prepare(prompt, options, cache_salt=cache_salt)
+
+    async def run(self, decoder: Decoder, *, priority: int = 0, wait: bool = True) -> AsyncIterator[Event]:
+        """The events of a decoder, as of `generate`. Raises EngineFull, EngineError, and what `Engine.add` raises."""
+        stream = self._enter(decoder, priority, wait)
         try:
             while True:
                 while stream.events:

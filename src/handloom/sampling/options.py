@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from handloom.errors import InvalidParam, UnsupportedOption
-from handloom.sampling.surface import NO_EFFECT, WHY_NOT
+from handloom.sampling.surface import NO_EFFECT, OF_LM, WHY_NOT
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -155,6 +155,8 @@ def _is_inert(name: str, value: Any) -> bool:
 
 
 def _unsupported(name: str, value: Any, source: str) -> str:
+    if name in OF_LM:
+        return f"{name}={show(value)} ({source}): {OF_LM[name]}"
     way_out = "leave it out" if source == CALLER else f"pass {name}={INERT.get(name)!r} to switch it off"
     why = f" ({WHY_NOT[name]})" if name in WHY_NOT else ""
     return f"{name}={show(value)} ({source}): transformers has this option, handloom does not{why}; {way_out}"

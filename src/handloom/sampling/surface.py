@@ -45,7 +45,6 @@ WHY_NOT: dict[str, str] = {
     # arguments of generate
     "inputs": _PROMPT,
     "synced_gpus": "it keeps processes of a training run in step; one process runs a model here",
-    "streamer": "use `lm.stream`, which yields the pieces as they come",
     "negative_prompt_attention_mask": _RAGGED,
     "custom_generate": "no code that came with a model ever runs",
     # what generate hands on to the model or to a criterion
@@ -58,6 +57,11 @@ WHY_NOT: dict[str, str] = {
     "position_ids": "positions are counted from 0, whatever the batch",
     "past_key_values": "`lm.sequence` keeps its cache; `lm.generate(sequence)` goes on from it",
     "logits_to_keep": "only the last position's logits are computed; `prompt_logprobs` asks for the others",
+}
+
+# Arguments that `lm.generate` itself takes, and that no engine has a use for.
+OF_LM: dict[str, str] = {
+    "streamer": "give it to `lm.generate` or `lm.stream`; an engine hands out events as they come",
 }
 
 # Fields that are accepted and change nothing.
@@ -112,5 +116,7 @@ NOTES: dict[str, str] = {
     "generation_config": "a GenerationConfig or a mapping",
     "logits_processor": "transformers' or any callable; one of a built-in class takes that one's place",
     "stopping_criteria": "transformers' or any callable",
+    "streamer": "transformers' own, or anything with put and end; for several prompts a list with one each; with beams "
+    "it gets what cannot change any more; one that raises ends its own request",
     "prefix_allowed_tokens_fn": "called with the prompt's place in the call, and its ids",
 }
