@@ -49,6 +49,11 @@ PROOFS = {
         ),
         "test_speculation.py",
     ),
+    "num_beam_groups": "test_group_beams.py",
+    "diversity_penalty": "test_group_beams.py",
+    "pad_token_id": "test_group_beams.py",
+    "force_words_ids": "test_constrained_beams.py",
+    "constraints": "test_constrained_beams.py",
     "output_scores": "test_scores_and_logprobs.py",
     "output_logits": "test_scores_and_logprobs.py",
     "output_hidden_states": "test_internals.py",
@@ -78,7 +83,7 @@ field and refused, of tests/unit).
 
 def supported() -> list[str]:
     """The fields of GenerationConfig that work."""
-    return sorted(({field.name for field in fields(GenerationParams)} | {"max_length"}) - OURS)
+    return sorted(({field.name for field in fields(GenerationParams)} | {"max_length", "constraints"}) - OURS)
 
 
 def page() -> str:

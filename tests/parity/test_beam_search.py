@@ -281,7 +281,7 @@ def test_a_model_whose_file_asks_for_beams_has_them(pair: Pair) -> None:
         ({"num_beams": 2, "eos_token_id": list(range(331))}, InvalidParam, "num_beams=2.*331"),
         ({"num_beams": 2, "prompt_logprobs": 1}, UnsupportedOption, "prompt_logprobs"),
         ({"num_beams": 2, "encoder_repetition_penalty": 1.5}, UnsupportedOption, "encoder_repetition_penalty=1.5"),
-        ({"num_beams": 2, "num_beam_groups": 2}, UnsupportedOption, "num_beam_groups"),
+        ({"num_beams": 2, "num_beam_groups": 2}, InvalidParam, "num_beam_groups"),
         ({"num_beams": 2, "watermarking_config": SynthIDConfig(3, [1, 2])}, UnsupportedOption, "SynthID"),
     ],
     ids=lambda value: str(value)[:40],

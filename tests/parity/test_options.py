@@ -56,6 +56,10 @@ WORKS: dict[str, tuple[Any, dict[str, Any]]] = {
 # that computes plainly.
 ELSEWHERE = {
     "num_return_sequences": "test_several_samples.py",
+    "num_beam_groups": "test_group_beams.py",
+    "diversity_penalty": "test_group_beams.py",
+    "force_words_ids": "test_constrained_beams.py",
+    "constraints": "test_constrained_beams.py",
     "output_hidden_states": "test_internals.py",
     "output_attentions": "test_internals.py",
     "prompt_lookup_num_tokens": "test_speculation.py",
@@ -97,10 +101,6 @@ REFUSED: dict[str, Any] = {
     "low_memory": True,
     "penalty_alpha": 0.6,
     "dola_layers": "low",
-    "diversity_penalty": 0.5,
-    "num_beam_groups": 2,
-    "constraints": ["a"],
-    "force_words_ids": [[5]],
     "prefill_chunk_size": 16,
 }
 FIELDS = sorted(GenerationConfig().to_dict())
@@ -152,7 +152,7 @@ def test_a_field_that_does_not_work_is_refused_by_name(pair: Pair, name: str) ->
     assert pair.lm().generate(PROMPT, **BASE, **{name: default}).token_ids == expected
 
 
-@pytest.mark.parametrize("name", sorted({"num_beam_groups", "low_memory", "penalty_alpha"}))
+@pytest.mark.parametrize("name", sorted({"token_healing", "low_memory", "penalty_alpha"}))
 def test_a_field_in_a_passed_generation_config_is_refused_by_name(pair: Pair, name: str) -> None:
     config = GenerationConfig(**BASE)
     setattr(config, name, REFUSED[name])

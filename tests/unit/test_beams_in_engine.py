@@ -22,6 +22,8 @@ from handloom.sampling.rng import sample_without_replacement
 from tiny_models import random_ids
 
 EOS = list(range(4, 331, 30))
+GROUPS: dict[str, Any] = {"num_beam_groups": 2, "diversity_penalty": 0.7}
+WORDS = [[5, 6], [[9], [10, 11]]]
 REQUESTS: list[tuple[list[int], dict[str, Any]]] = [
     (random_ids(1, 13), {"num_beams": 4, "num_return_sequences": 2, "eos_token_id": EOS}),
     (random_ids(2, 9), {"max_new_tokens": 20, "eos_token_id": []}),
@@ -29,6 +31,8 @@ REQUESTS: list[tuple[list[int], dict[str, Any]]] = [
     (random_ids(4, 6), {"num_return_sequences": 4, "seed": 1, "eos_token_id": EOS[:2]}),
     (random_ids(5, 11), {"num_beams": 5, "seed": 2, "eos_token_id": EOS[:3], "early_stopping": "never"}),
     (random_ids(1, 13), {"num_beams": 2, "length_penalty": 0.0, "eos_token_id": EOS}),
+    (random_ids(6, 12), {"num_beams": 4, **GROUPS, "num_return_sequences": 4, "eos_token_id": EOS}),
+    (random_ids(7, 10), {"num_beams": 3, "force_words_ids": WORDS, "num_return_sequences": 2, "eos_token_id": EOS}),
 ]
 STOPS = {3, 7, 12, 18, 40, 60, 85, 120}  # steps after which pages are taken
 
@@ -81,9 +85,12 @@ def test_beams_that_gave_their_pages_up_have_the_same_outputs(family: str, pages
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_step_tokens": 3}, {"max_step_tokens": 2, "spill_bytes": 0}], ids=str)
-def test_beams_stopped_again_and_again_have_the_same_outputs(limits: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", [{}, {**GROUPS, "eos_token_id": EOS[:2]}, {"force_words_ids": WORDS}], ids=str)
+def test_beams_stopped_again_and_again_have_the_same_outputs(kind: dict[str, Any], limits: dict[str, Any]) -> None:
     """Whatever they were doing: computing what they have in common, or waiting for the rows of the others."""
-    options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 14, "eos_token_id": [], "logprobs": 1}
+    options = {
+        "num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 14, "eos_token_id": [], "logprobs": 1, **kind,
+    }  # fmt: skip
     prompt = random_ids(7, 22)
     expected = lm_in_float64().generate(prompt, **options)
     lm = lm_in_float64(40)
@@ -119,10 +126,11 @@ def test_the_prompt_runs_once_beams_share_its_pages_and_a_cached_prefix_too() ->
     assert all_free(lm)
 
 
-def test_an_aborted_search_frees_its_pages() -> None:
+@pytest.mark.parametrize("kind", [{}, GROUPS, {"force_words_ids": WORDS}], ids=str)
+def test_an_aborted_search_frees_its_pages(kind: dict[str, Any]) -> None:
     lm = lm_with(100, 4)
     engine = Engine(lm)
-    request = engine.add_request(random_ids(1, 20), num_beams=6, max_new_tokens=30, eos_token_id=[])
+    request = engine.add_request(random_ids(1, 20), num_beams=6, max_new_tokens=30, eos_token_id=[], **kind)
     for _ in range(4):
         engine.step()
     assert not all_free(lm) and engine.abort(request) and all_free(lm)
@@ -135,10 +143,13 @@ def test_a_request_that_cannot_ever_fit_ends_with_an_error_that_says_so() -> Non
     assert all_free(lm)
 
 
-def test_a_stream_gives_only_what_no_longer_changes_and_in_the_end_everything() -> None:
+@pytest.mark.parametrize("kind", [{}, {"num_beam_groups": 3, "diversity_penalty": 0.1}, {"force_words_ids": WORDS}])
+def test_a_stream_gives_only_what_no_longer_changes_and_in_the_end_everything(kind: dict[str, Any]) -> None:
     lm, early = lm_with(), 0
     for seed in range(6):
-        options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 30, "eos_token_id": [7]}
+        options: dict[str, Any] = {
+            "num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 30, "eos_token_id": [7], **kind,
+        }  # fmt: skip
         expected = lm.generate(random_ids(seed, 9), **options)
         collector = Collector(Engine(lm))
         collector.add(random_ids(seed, 9), **options)

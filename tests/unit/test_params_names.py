@@ -15,7 +15,7 @@ from handloom.sampling.params import GenerationParams
 from option_checks import resolve
 
 FIELDS = sorted(vars(GenerationConfig()))
-OURS = set(GenerationParams.__dataclass_fields__) | {"max_length"}
+OURS = set(GenerationParams.__dataclass_fields__) | {"max_length", "constraints"}
 LACKING = [name for name in FIELDS if name not in OURS | names.BOOKKEEPING and not name.startswith("_")]
 
 

@@ -29,7 +29,7 @@ from handloom.decoding.decoder import (
     TopLogprobs,
 )
 from handloom.decoding.internals import Internals, Seen, keys_and_values
-from handloom.decoding.sample import output_text
+from handloom.decoding.sample import criteria_met, output_text
 from handloom.errors import HandloomError, NonFiniteLogits
 from handloom.sampling.params import GenerationParams
 from handloom.sampling.rules import RequestRules, Row, apply_rules, nothing_left
@@ -52,11 +52,16 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What is over and may be an output. score: the sum of its log-probabilities over length^length_penalty."""
+    """What is over and may be an output. score: the sum of its log-probabilities over length^length_penalty.
+
+    found: False for one that stands for a beam that was not there. fulfilled: whether it has all forced words, if any.
+    """
 
     score: float
     last: Link
     reason: FinishReason
+    found: bool = True
+    fulfilled: bool | None = None
 
 
 class Beams(ABC):
@@ -191,18 +196,23 @@ class Beams(ABC):
         for leaf, link in zip(self._branches.leaves, links, strict=True):
             leaf.append(link.token_id)
 
-    def _keep(self, scores: Tensor, rows: Tensor) -> None:
+    def _keep(self, scores: Tensor | None, rows: Tensor | None) -> None:
         """Keep a step's scores and logits [num_beams or 1, vocab_size], where they were asked for."""
-        if self.params.output_scores:
+        if self.params.output_scores and scores is not None:
             self._scores.append(scores.expand(self.params.num_beams, -1))
-        if self.params.output_logits:
+        if self.params.output_logits and rows is not None:
             self._logits.append(rows.to(torch.float32, copy=True).expand(self.params.num_beams, -1))
 
     def _look(self) -> None:
         """Keep what was seen of every beam; at first, all are the prompt."""
         if self.params.output_hidden_states or self.params.output_attentions:
             seen = self._internals.take(self._branches.leaves)
-            self._seen.append(Seen.stacked(seen * (self.params.num_beams // len(seen))))
+            nothing = seen[0].zeros()
+            self._seen.append(Seen.stacked([nothing if at is None else seen[at] for at in self._leaf_of_each_beam()]))
+
+    def _leaf_of_each_beam(self) -> Seq[int | None]:
+        """The leaf that each of num_beams runs on; None for one that is over."""
+        return range(self.params.num_beams) if self._length else [0] * self.params.num_beams
 
     @property
     def _scores_so_far(self) -> tuple[Tensor, ...] | None:
@@ -212,6 +222,17 @@ class Beams(ABC):
     def _is_late(self) -> bool:
         limit = self.params.max_time
         return limit is not None and time.monotonic() - self._started > limit
+
+    def _reason_for_all(self) -> FinishReason | None:
+        """Why a search ends with all that runs, or None: its length, its time, or that the caller's criteria all say
+        so of every beam. Raises RequestFailed where one of them raises."""
+        if self._length >= self.params.max_new_tokens:
+            return "length"
+        if self._is_late:
+            return "time"
+        criteria = self.params.stopping_criteria
+        met = criteria and all(criteria_met(self.params, torch.tensor(self._ids), self._scores_so_far))
+        return "criteria" if met else None
 
     # Events ------------------------------------------------------------------------------------
 
@@ -258,6 +279,7 @@ class Beams(ABC):
                 self._logits if self.params.output_logits else None,
                 self._seen or None,
                 past,
+                ended.fulfilled,
             )
             rest, stop = ("", None) if text is None else (text.finish(), text.stopped_by)
             events.append(SampleFinishedEvent(sample, ended.reason, rest, stop, search=trace))

@@ -72,7 +72,8 @@ class BeamTrace:
     score: the sum of its log-probabilities, over its length to the power of length_penalty. beam_indices [n]: which
     beam each token continued. scores, logits: of every step of the search, float32 [num_beams, vocab_size], after and
     before the rules, where asked for; the outputs of a request share them. seen: of every step, each tensor with
-    num_beams first; past_key_values: of the beams that ran last, one after the other.
+    num_beams first; past_key_values: of the beams that ran last, one after the other. Of beams of a group that is over
+    scores, logits and seen are 0. fulfilled: whether the output has all of force_words_ids; None where there are none.
     """
 
     score: float
@@ -81,6 +82,7 @@ class BeamTrace:
     logits: list[Tensor] | None = None
     seen: list[Seen] | None = None
     past_key_values: list[KeysAndValues] | None = None
+    fulfilled: bool | None = None
 
 
 @dataclass(slots=True)

@@ -31,6 +31,11 @@ class Seen:
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
+    def zeros(self) -> Seen:
+        """The same of a sequence where there is nothing to see."""
+        parts = (self.hidden_states, self.attentions)
+        return Seen(*(None if part is None else tuple(map(torch.zeros_like, part)) for part in parts))
+
     @staticmethod
     def stacked(each: Seq[Seen]) -> Seen:
         """Those of several sequences as one, each tensor with a first dimension for them."""

@@ -10,6 +10,8 @@ from typing import get_args
 from handloom.cache.sequence import Sequence
 from handloom.decoding.beam import BeamDecoder
 from handloom.decoding.branches import Branches
+from handloom.decoding.constrained_beam import ConstrainedBeamDecoder
+from handloom.decoding.group_beam import GroupBeamDecoder
 from handloom.decoding.guided import GuidedBranches
 from handloom.decoding.sample import SampleDecoder
 from handloom.decoding.samples import SamplesDecoder
@@ -19,7 +21,9 @@ from handloom.errors import UnsupportedOption
 from handloom.sampling.params import GenerationParams
 from handloom.text.tokenizer import Tokenizer
 
-RequestDecoder = SampleDecoder | SpeculativeDecoder | SamplesDecoder | BeamDecoder
+RequestDecoder = (
+    SampleDecoder | SpeculativeDecoder | SamplesDecoder | BeamDecoder | GroupBeamDecoder | ConstrainedBeamDecoder
+)
 MODES = frozenset((*get_args(RequestDecoder), ScoreDecoder))
 
 
@@ -37,4 +41,11 @@ def make_decoder(
             f"{asked[0]}={getattr(params, asked[0])}: a sequence goes on in place, in one way; pass its token_ids"
         )
     branches = Branches(sequence) if params.guidance_scale == 1.0 else GuidedBranches(sequence, params)
-    return (BeamDecoder if params.num_beams > 1 else SamplesDecoder)(sequence, params, tokenizer, branches)
+    kind: type[SamplesDecoder | BeamDecoder | GroupBeamDecoder | ConstrainedBeamDecoder] = SamplesDecoder
+    if params.force_words_ids:
+        kind = ConstrainedBeamDecoder
+    elif params.num_beam_groups > 1:
+        kind = GroupBeamDecoder
+    elif params.num_beams > 1:
+        kind = BeamDecoder
+    return kind(sequence, params, tokenizer, branches)

@@ -9,6 +9,7 @@ This module does not know requests or which rules a request has on.
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -54,6 +55,17 @@ def sequence_bias(scores: Tensor, tables: Sequence[BiasTable | None], token_ids:
         scores += bias
     else:
         scores[list(on)] += bias
+
+
+def diversity_penalty(scores: Tensor, penalties: Sequence[float], taken: Sequence[Sequence[int]]) -> None:
+    """Takes the penalty from each token, times how often other groups of beams have chosen it at this step. Off: 0.0.
+
+    Vijayakumar et al., "Diverse beam search", 2016 (arXiv 1610.02424).
+    """
+    for row, (penalty, token_ids) in enumerate(zip(penalties, taken, strict=True)):
+        if penalty and token_ids:
+            counts = Counter(token_ids)
+            scores[row, list(counts)] -= penalty * torch.tensor(list(counts.values()), device=scores.device)
 
 
 def min_length(

@@ -42,8 +42,6 @@ NO_EFFECT_IN_A_FILE = frozenset(
 # Values under which a field does nothing, where that is not None or False.
 INERT: dict[str, int | float | str] = {
     "use_cache": True,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
     "assistant_lookbehind": 10,
     "target_lookbehind": 10,
 }

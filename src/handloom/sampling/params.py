@@ -21,6 +21,7 @@ import torch
 
 from handloom.errors import InvalidParam, UnsupportedOption
 from handloom.sampling.contrast_options import read_contrast
+from handloom.sampling.forced_words import Constraint
 from handloom.sampling.grammar import Grammar
 from handloom.sampling.length_options import read_lengths
 from handloom.sampling.options import (
@@ -108,6 +109,10 @@ class GenerationParams:
             these. With sampling, output i draws with `rng.seed_of_sample(seed, i)`; the first as if it were alone.
         num_beams: 1, or beam search over so many sequences; sampled where do_sample is true. See
             `handloom.decoding.beam`, also for length_penalty and early_stopping, which only beam search has a use for.
+        num_beam_groups, diversity_penalty, pad_token_id: see `handloom.decoding.group_beam`. Off: 1, 0.0, None.
+        force_words_ids: phrases (token ids), each with the others that would do as well; those of `constraints` first.
+            See `handloom.decoding.constrained_beam`. At most 1024 ids altogether, none of them an end-of-sequence
+            token. What the prompt has counts, as in transformers.
         guidance_scale, negative_prompt_ids: see `handloom.decoding.guided`. Off: 1.0. No ids: the prompt's last token.
             `generate` also takes a text, negative_prompt.
         json_schema, regex, grammar, choices: the whole output is one of what the grammar says; see
@@ -166,6 +171,10 @@ class GenerationParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = False
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+    force_words_ids: tuple[Constraint, ...] = ()
+    pad_token_id: int | None = None
     guidance_scale: float = 1.0
     negative_prompt_ids: tuple[int, ...] = ()
     json_schema: Grammar | None = None
@@ -193,7 +202,7 @@ class GenerationParams:
         return 1 if self.num_beams == 1 else max(2, len(self.eos_token_id) + 1)
 
 
-_FIELDS = frozenset(field.name for field in fields(GenerationParams)) | {"max_length"}
+_FIELDS = frozenset(field.name for field in fields(GenerationParams)) | {"max_length", "constraints"}
 
 
 def resolve_params(
@@ -225,7 +234,7 @@ def resolve_params(
     eos = read_token_ids(asked, "eos_token_id", vocab_size, eos_token_id)
     suppressed = read_token_ids(asked, "suppress_tokens", vocab_size)
     watermark = asked.read("watermarking_config", watermarking, default=None, off=None)
-    search = read_search(asked, do_sample=do_sample, num_eos=len(eos), vocab_size=vocab_size)
+    search = read_search(asked, do_sample=do_sample, eos=eos, vocab_size=vocab_size)
     if search.num_beams > 1 and isinstance(watermark, SynthID):
         raise UnsupportedOption(
             "watermarking_config: SynthID goes by the tokens of one output, and beside num_beams transformers mixes "
@@ -281,10 +290,7 @@ def resolve_params(
         output_past_key_values=asked.read("output_past_key_values", flag, default=False, off=False),
         custom_decoder=asked.read("custom_decoder", function, default=None, off=None),
         skip_special_tokens=asked.read("skip_special_tokens", flag, default=True, off=True),
-        num_return_sequences=search.num_return_sequences,
-        num_beams=search.num_beams,
-        length_penalty=search.length_penalty,
-        early_stopping=search.early_stopping,
+        **{own.name: getattr(search, own.name) for own in fields(search)},
         **read_structure(asked, compile),
         **read_speculation(asked, torch_draws=do_sample and rng == "torch"),
         **read_contrast(asked, vocab_size=vocab_size, room=max_context - new_tokens),

@@ -108,6 +108,10 @@ BEFORE_THE_CALLERS = (
         lambda row: (row.memory.biases, row.token_ids),
     ),
     Rule(
+        "diversity_penalty", 0.0, None, constraints.diversity_penalty, (0.0, ()),
+        lambda row: (row.params.diversity_penalty, row.taken),
+    ),
+    Rule(
         "encoder_repetition_penalty", 1.0, "EncoderRepetitionPenaltyLogitsProcessor",
         repetition.encoder_repetition_penalty, (1.0, ()),
         lambda row: (row.params.encoder_repetition_penalty, row.memory.prompt_seen),

@@ -7,8 +7,6 @@ This module does not know how an option is checked or what it does.
 
 from __future__ import annotations
 
-_GROUPS = "there is no beam search in groups yet"
-_CONSTRAINED = "there is no constrained beam search yet; `prefix_allowed_tokens_fn` works with beams"
 _SAME_TOKENIZER = "a draft model must have the same tokenizer as the model"
 _CACHE = "there is one paged KV cache, whose size is `kv_cache_tokens` of `LM.from_pretrained`"
 _COMPILE = "nothing here is compiled by torch.compile"
@@ -18,10 +16,6 @@ _RAGGED = "nothing is padded, so nothing has to be masked"
 # Options of transformers that are refused by name unless their value asks for nothing.
 WHY_NOT: dict[str, str] = {
     # fields of GenerationConfig
-    "num_beam_groups": _GROUPS,
-    "diversity_penalty": _GROUPS,
-    "constraints": _CONSTRAINED,
-    "force_words_ids": _CONSTRAINED,
     "use_cache": "the engine lives on its KV cache",
     "cache_implementation": _CACHE,
     "cache_config": _CACHE,
@@ -66,7 +60,6 @@ OF_LM: dict[str, str] = {
 
 # Fields that are accepted and change nothing.
 NO_EFFECT: dict[str, str] = {
-    "pad_token_id": _RAGGED,
     "bos_token_id": "an empty prompt starts with the tokenizer's",
     "return_dict_in_generate": "an Output always has everything that was asked for",
     "transformers_version": "says who wrote the file",
@@ -96,6 +89,14 @@ NOTES: dict[str, str] = {
     "reads the assistant's own generation_config",
     "num_assistant_tokens_schedule": "the two heuristics are one here: each request starts anew",
     "assistant_confidence_threshold": "as given; transformers moves it where it finds scikit-learn. None or 0: off",
+    "num_beam_groups": "tokens and scores of transformers 4.56, the last that had it; an output ends with the "
+    "end-of-sequence token that came, where that wrote the first of several; refused beside sampling and stop_strings",
+    "diversity_penalty": "above 0 with num_beam_groups above 1, and 0 without",
+    "force_words_ids": "tokens and scores of transformers 4.56, as for num_beam_groups; what the prompt has counts; "
+    "`Output.beams.fulfilled`; at most 1024 token ids; refused beside sampling, groups and stop_strings",
+    "constraints": "PhrasalConstraint and DisjunctiveConstraint, of transformers up to 4.56; else force_words_ids",
+    "pad_token_id": "nothing is padded; with num_beam_groups, a group that is over repeats it, and others keep away "
+    "from it, as in transformers",
     "output_scores": "per step float32 [vocab_size], after the rules; under beams see `Output.beams`",
     "output_logits": "per step float32 [vocab_size], before the rules; under beams see `Output.beams`",
     "guidance_scale": "each output and its twin after the negative prompt run in one step; with beams every beam has "
