@@ -6,6 +6,7 @@ beside another request, and streamed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
@@ -23,6 +24,7 @@ from transformers import (
 from transformers import SynthIDTextWatermarkingConfig as SynthIDConfig
 
 from drafting import draft_freely
+from grammar_masks import OwnMask
 from handloom.errors import InvalidParam, UnsupportedOption
 from handloom.lm import LM
 from handloom.output import Output
@@ -55,6 +57,11 @@ class AfterFive(StoppingCriteria):
 def steps_on(batch_id: int, ids: torch.Tensor) -> list[int]:
     last = int(ids[-1]) if len(ids) else 5
     return [(last * 7 + k) % 331 for k in range(0, 120, 3)]
+
+
+def text_of(token_ids: list[int]) -> str:
+    text: str = tiny_tokenizer().decode(token_ids)
+    return text
 
 
 def promises_nothing_alone(output: Output, options: dict[str, Any]) -> None:
@@ -180,6 +187,11 @@ def check_internals(output: Output, options: dict[str, Any]) -> None:
         assert weights.shape[-2:] == (computed if len(output.token_ids) == 1 else 1, computed)
 
 
+def check_structure(output: Output, options: dict[str, Any]) -> None:
+    assert WORDS.fullmatch(output.text if output.token_ids[-1] not in EOS else text_of(output.token_ids[:-1]))
+    assert output.finish_reason == "eos" or not set(output.token_ids) & set(EOS)
+
+
 def check_logprobs(output: Output, options: dict[str, Any]) -> None:
     assert len(output.logprobs) == len(output.top_logprobs) == len(output.token_ids)
     assert all(logprob <= best[0][1] for logprob, best in zip(output.logprobs, output.top_logprobs, strict=True))
@@ -211,6 +223,7 @@ class Feature:
 
 
 STOPS = [*"etaoin"]
+WORDS = re.compile("[a-zA-Z0-9 ,.]*")
 BEGIN, SUPPRESSED = list(range(60, 200)), list(range(200, 331, 3))
 FEATURES: dict[str, Feature] = {
     "eos_token_id": Feature({"eos_token_id": EOS}, check_eos),
@@ -258,6 +271,7 @@ FEATURES: dict[str, Feature] = {
     "guidance": Feature({"guidance_scale": 1.7, "negative_prompt_ids": random_ids(8, 4)}),
     "prompt_lookup_num_tokens": Feature({}, check_drafts, {"prompt_lookup_num_tokens": 3}),
     "speculation": Feature({}, check_drafts, {"speculation": "suffix"}),
+    "structure": Feature({}, check_structure, {"regex": WORDS.pattern}),
     "skip_special_tokens": Feature({}, promises_nothing_alone, {"skip_special_tokens": False}),
 }
 # Pairs that contradict each other or are not there, and the words of the refusal.
@@ -294,6 +308,9 @@ def theirs(
     options = {"do_sample": False, **shared}
     if "stop" in own:
         options["stop_strings"] = own["stop"]
+    if "regex" in own:
+        mask = OwnMask(0 if embeddings is not None else len(PROMPT), "regex", own["regex"], options["eos_token_id"])
+        options["logits_processor"] = LogitsProcessorList([*options.get("logits_processor", []), mask])
     if "negative_prompt_ids" in options:
         options["negative_prompt_ids"] = torch.tensor([options["negative_prompt_ids"]])
     if "stop_strings" in options:

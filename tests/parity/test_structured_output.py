@@ -8,21 +8,19 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import llguidance
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llguidance.hf import from_tokenizer
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 import handloom as hl
 from engines import lm_with
+from grammar_masks import OwnMask
 from handloom.errors import GrammarError, InvalidParam, UnsupportedOption
 from handloom.output import Output
 from parity_checks import Pair, hf_generate
-from tiny_models import EOS, VOCAB_SIZE, random_ids, tiny_tokenizer
+from tiny_models import EOS, random_ids
 
 PROMPT = random_ids(3, 9)
 SCHEMA = {
@@ -86,34 +84,6 @@ def test_every_complete_output_is_one_of_the_grammars(name: str, mode: str) -> N
     assert complete or (name, mode[-5:]) in {("grammar", "beams"), ("json_schema", "beams")}
 
 
-class OwnMask(LogitsProcessor):
-    """llguidance's mask as its own documentation applies it, eos included."""
-
-    def __init__(self, prompt_length: int, grammar: str) -> None:
-        self.tokens = from_tokenizer(tiny_tokenizer(), n_vocab=VOCAB_SIZE, eos_token=EOS)
-        self.prompt_length, self.grammar = prompt_length, grammar
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for row, ids in enumerate(input_ids.tolist()):
-            matcher = llguidance.LLMatcher(self.tokens, self.grammar, log_level=0)
-            assert matcher.consume_tokens(ids[self.prompt_length :])
-            mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-            allowed = np.unpackbits(mask, bitorder="little", count=VOCAB_SIZE)
-            scores[row, torch.from_numpy(allowed == 0)] = -torch.inf
-        return scores
-
-
-FREE = '\n%llguidance {"no_forcing": true}\n'
-THEIRS = {
-    "grammar": LARK + FREE,
-    "regex": "start: /" + LIST + "/" + FREE,
-    "choices": "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in CHOICES) + FREE,
-    "json_schema": "start: %json " + json.dumps(
-        {**SCHEMA, "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
-    ) + FREE,
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_greedy_and_sampled_tokens_are_those_of_generate_with_llguidances_own_mask(
@@ -123,7 +93,7 @@ def test_greedy_and_sampled_tokens_are_those_of_generate_with_llguidances_own_ma
     for at in range(3):
         prompt = random_ids(20 + at, 6 + at)
         for options in ({"do_sample": False}, {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "top_k": 0}):
-            theirs = LogitsProcessorList([OwnMask(len(prompt), llguidance.LLMatcher.grammar_from_lark(THEIRS[name]))])
+            theirs = LogitsProcessorList([OwnMask(len(prompt), name, GRAMMARS[name][0][name])])
             torch.manual_seed(4)
             expected = hf_generate(pair.hf, prompt, logits_processor=theirs, max_new_tokens=30, **options)
             torch.manual_seed(4)
@@ -135,26 +105,13 @@ def test_greedy_and_sampled_tokens_are_those_of_generate_with_llguidances_own_ma
 def test_beams_are_those_of_generate_with_llguidances_own_mask(tiny_pair: Callable[..., Pair]) -> None:
     pair = tiny_pair("llama")
     for name in ("choices", "regex"):
-        theirs = LogitsProcessorList([OwnMaskOfDead(len(PROMPT), llguidance.LLMatcher.grammar_from_lark(THEIRS[name]))])
+        theirs = LogitsProcessorList([OwnMask(len(PROMPT), name, GRAMMARS[name][0][name])])
         expected = hf_generate(
             pair.hf, PROMPT, logits_processor=theirs, max_new_tokens=25, num_beams=3, do_sample=False
         )
         ours = pair.lm().generate(PROMPT, max_new_tokens=25, num_beams=3, **GRAMMARS[name][0])
         assert ours.token_ids == expected[: len(ours.token_ids)]
         assert set(expected[len(ours.token_ids) :]) <= {EOS}
-
-
-class OwnMaskOfDead(OwnMask):
-    """Beside beams, of which some go on though they are impossible."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for row in range(len(input_ids)):
-            matcher = llguidance.LLMatcher(self.tokens, self.grammar, log_level=0)
-            if matcher.consume_tokens(input_ids[row, self.prompt_length :].tolist()):
-                scores[row : row + 1] = super().__call__(input_ids[row : row + 1], scores[row : row + 1])
-            else:
-                scores[row] = -torch.inf
-        return scores
 
 
 def test_requests_with_different_grammars_beside_each_other_get_what_they_get_alone() -> None:

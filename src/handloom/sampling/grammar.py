@@ -18,9 +18,9 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
+T = TypeVar("T")
+
 MAX_KEPT = 32
 """Compiled grammars that one model keeps."""
 LIMITS = {
@@ -45,6 +47,9 @@ LIMITS = {
     "max_items_in_row": 2_000,
     "max_lexer_states": 50_000,  # of one request: about 2 kB each
 }
+DEEP_STACK_BYTES = 128 << 20
+"""For compiling: about 20 times what the deepest grammar that `structure_options` lets through takes."""
+_STACK_SIZE = threading.Lock()  # the size for new threads is the process's
 _ALL_TOKENS = '\n%llguidance {"no_forcing": true}\n'  # not only those of the tokenizer's own cut of what must come
 _LAYOUT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _END = b"<|end of output|>"
@@ -128,7 +133,11 @@ class Grammar:
 
     def __init__(self, option: str, source: str, tokens: _Tokens, limits: dict[str, int]) -> None:
         self.option, self.tokens = option, tokens
-        self._native, self._limits = _native_grammar(option, source), limits
+        self._limits = limits
+        try:
+            self._native = _native_grammar(option, source)
+        except ValueError as error:
+            raise InvalidParam(f"{option}: llguidance does not take it: {error}") from None
         self._start = self._compiled()
         if self._start.is_error():
             raise InvalidParam(f"{option}: llguidance does not take it: {_said(self._start)}{_hint(self._start)}")
@@ -150,7 +159,7 @@ class Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(**self._limits, precompute_large_lexemes=True, verbose_errors=False)
-        return LLMatcher(self.tokens.native, self._native, log_level=0, limits=limits)
+        return _on_deep_stack(lambda: LLMatcher(self.tokens.native, self._native, log_level=0, limits=limits))
 
 
 class Matcher:
@@ -202,21 +211,19 @@ class Matcher:
         Nothing may come where the output so far does not fit. Raises GrammarError where a limit is exceeded.
         """
         words[:] = 0
-        if not self._native.is_error():
-            if not self.fits:
-                return
+        if self.fits:
             self._compute(words)
+            if self._native.is_error() and not self._is_dead_end:
+                self._start_anew(self._taken)
+                self._compute(words)
         if self._native.is_error() and not self._is_dead_end:
-            self._start_anew(self._taken)
-            self._compute(words)
-        if self._native.is_error():
-            words[:] = 0
-            if self._is_dead_end:
-                return
             raise GrammarError(
                 f"{self.grammar.option}: llguidance gave up after {len(self._taken)} tokens: {_said(self._native)}; a "
                 "grammar with less choice at this place is needed"
             )
+        if not self.fits or self._native.is_error():
+            words[:] = 0
+            return
         bits = words.view(np.uint8)
         may_end = _take_bit(bits, self.grammar.tokens.vocab_size)
         for token_id in eos_token_id:
@@ -307,6 +314,20 @@ def _native_grammar(option: str, source: str) -> str:
         described["grammars"][0]["lark_grammar"] += _ALL_TOKENS
         return json.dumps(described)
     return LLMatcher.grammar_from_lark(source + _ALL_TOKENS)
+
+
+def _on_deep_stack(function: Callable[[], T]) -> T:
+    """Its result, from a thread of its own: llguidance descends into rules and schemas, a stack frame or more each."""
+    found: list[T] = []
+    thread = threading.Thread(target=lambda: found.append(function()), name="handloom grammar")
+    with _STACK_SIZE:
+        before = threading.stack_size(DEEP_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    return found[0]
 
 
 def _lark_string(text: str) -> str:

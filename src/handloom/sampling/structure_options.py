@@ -1,6 +1,6 @@
 """The options of structured output, checked: at most one of four, and nothing that would be too much to compile.
 
-The limits on size stand before llguidance's own: a chain of a few thousand rules, each in the one before, overflows its
+The limits on size stand before llguidance's own: a long chain of rules, each in the one before, would overflow its
 stack, and what it builds of a long regular expression grows with the square.
 
 This module does not know what a grammar allows.
