@@ -54,6 +54,8 @@ PROOFS = {
     "pad_token_id": "test_group_beams.py",
     "force_words_ids": "test_constrained_beams.py",
     "constraints": "test_constrained_beams.py",
+    "penalty_alpha": "test_contrastive_and_dola.py",
+    "dola_layers": "test_contrastive_and_dola.py",
     "output_scores": "test_scores_and_logprobs.py",
     "output_logits": "test_scores_and_logprobs.py",
     "output_hidden_states": "test_internals.py",

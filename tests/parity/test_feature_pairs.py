@@ -147,7 +147,7 @@ def check_scores(output: Output, options: dict[str, Any]) -> None:
     assert len(output.scores) == len(output.token_ids)
     for scores, token in zip(output.scores, output.token_ids, strict=True):
         assert scores[token] > -torch.inf
-        if not options.get("do_sample"):
+        if not options.get("do_sample") and "penalty_alpha" not in options:
             assert scores[token] == scores.max()
 
 
@@ -268,6 +268,8 @@ FEATURES: dict[str, Feature] = {
     "streamer": Feature({}, check_streamed, {"streamer": STREAMER}),
     "logprobs": Feature({}, check_logprobs, {"logprobs": 2}),
     "prompt_logprobs": Feature({}, check_prompt_logprobs, {"prompt_logprobs": 1}),
+    "contrastive": Feature({"penalty_alpha": 0.6, "top_k": 4}),
+    "DoLa": Feature({"dola_layers": "high"}),
     "guidance": Feature({"guidance_scale": 1.7, "negative_prompt_ids": random_ids(8, 4)}),
     "prompt_lookup_num_tokens": Feature({}, check_drafts, {"prompt_lookup_num_tokens": 3}),
     "speculation": Feature({}, check_drafts, {"speculation": "suffix"}),
@@ -280,11 +282,23 @@ CONTRADICT = {
     frozenset({"prompt_lookup_num_tokens", "speculation"}): "one is enough",
     frozenset({"prompt_lookup_num_tokens", "guidance"}): "prompt_lookup_num_tokens beside guidance_scale",
     frozenset({"speculation", "guidance"}): "speculation beside guidance_scale",
+    frozenset({"prompt_lookup_num_tokens", "contrastive"}): "prompt_lookup_num_tokens beside penalty_alpha",
+    frozenset({"speculation", "contrastive"}): "speculation beside penalty_alpha",
+    frozenset({"prompt_lookup_num_tokens", "DoLa"}): "prompt_lookup_num_tokens beside dola_layers",
+    frozenset({"speculation", "DoLa"}): "speculation beside dola_layers",
     frozenset({"watermark", "SynthID"}): None,  # two values of one option
     frozenset({"guidance", "prompt_logprobs"}): "prompt_logprobs beside guidance_scale",
+    frozenset({"guidance", "contrastive"}): "penalty_alpha=0.6 beside guidance_scale=1.7",
+    frozenset({"guidance", "DoLa"}): "dola_layers='high' beside guidance_scale=1.7",
+    frozenset({"contrastive", "DoLa"}): "dola_layers='high' beside penalty_alpha=0.6",
+    frozenset({"contrastive", "prompt_logprobs"}): "prompt_logprobs beside penalty_alpha=0.6",
+    frozenset({"contrastive", "internals"}): "output_hidden_states beside penalty_alpha=0.6",
+    **{frozenset({"contrastive", knob}): "penalty_alpha=0.6 does not draw" for knob in KNOBS - {"top_k"}},
 }
+# Modes that transformers no longer has; test_contrastive_and_dola.py compares them with what it recorded.
+NO_LONGER_THERE = {"contrastive", "DoLa"}
 # Features of more than the sequence to go on, which is therefore not continued in place.
-NOT_IN_PLACE = {"guidance": "guidance_scale"}
+NOT_IN_PLACE = {"guidance": "guidance_scale", "contrastive": "penalty_alpha"}
 SPECULATION = {"prompt_lookup_num_tokens", "speculation"}
 PAIRS = [frozenset(pair) for pair in combinations(FEATURES, 2)]
 
@@ -296,7 +310,7 @@ def merged(names: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     for name in sorted(names):
         shared |= FEATURES[name].options
         own |= FEATURES[name].ours
-    if KNOBS & shared.keys():
+    if (KNOBS - {"top_k"} if "penalty_alpha" in shared else KNOBS) & shared.keys():
         shared = {"top_k": 0, **shared, "do_sample": True}
     return shared, own
 
@@ -351,7 +365,7 @@ def test_safety_20_every_pair_works_as_in_generate_and_each_keeps_its_promise(pa
             continue
         torch.manual_seed(9)
         output = lm.generate(PROMPT, **shared, **own, rng="torch" if sampled else "counter")
-        if len(names) == 1 or not names & WRONG_ON_INFINITIES:
+        if not names & NO_LONGER_THERE and (len(names) == 1 or not names & WRONG_ON_INFINITIES):
             assert output.token_ids == theirs(pair, shared, own), names
         for each in names:
             FEATURES[each].holds(output, shared)
@@ -439,5 +453,8 @@ def test_every_option_over_embeddings_works_as_in_generate_or_is_refused_by_name
     if name in ("prompt_logprobs", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
         with pytest.raises(UnsupportedOption, match=name):
             lm.generate(embeddings, **options)
+        return
+    if name in NO_LONGER_THERE:
+        assert lm.generate(embeddings, **options).token_ids == lm.generate(PROMPT, **options).token_ids
         return
     assert lm.generate(embeddings, **options).token_ids == theirs(pair, shared, own, embeddings)

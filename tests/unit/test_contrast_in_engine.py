@@ -23,8 +23,13 @@ REQUESTS: dict[str, tuple[list[int], dict[str, Any]]] = {
     "guided samples": (random_ids(4, 6), {"guidance_scale": 1.4, "num_return_sequences": 3, "seed": 1}),
     "guided beams": (random_ids(5, 11), {"guidance_scale": 1.3, "num_beams": 3, "eos_token_id": EOS}),
     "guided away from it": (random_ids(6, 5), {"guidance_scale": 1.5, "negative_prompt_ids": LONG}),
+    "contrastive": (random_ids(8, 13), {"penalty_alpha": 0.6, "top_k": 4}),
+    "contrastive to an end": (LONG[:17], {"penalty_alpha": 0.3, "top_k": 3, "eos_token_id": EOS}),
+    "DoLa": (LONG, {"dola_layers": "high"}),
+    "DoLa, sampled": (random_ids(1, 13), {"dola_layers": [0, 1], "seed": 4, "logprobs": 2}),
     "sampled": (random_ids(7, 8), {"seed": 3, "top_k": 20}),
 }
+STOPS = [{1}, {2, 12}, {3, 9}, {5, 8, 30}]  # steps after which pages are taken
 
 
 def gist(output: Output) -> tuple[Any, ...]:
@@ -72,6 +77,31 @@ def test_requests_that_gave_their_pages_up_have_the_same_tokens(
     assert collector.engine.stats().num_preempted > 0, "nobody was stopped, so nothing was proven"
     assert [gist(o) for o in collector.outputs] == [gist(o) for o in expected]
     assert all_free(tight)
+
+
+@pytest.mark.parametrize("spill_bytes", [0, None])
+@pytest.mark.parametrize("max_step_tokens", [7, 512])
+@pytest.mark.parametrize("name", REQUESTS)
+def test_one_that_gives_its_pages_up_at_some_step_has_the_same_tokens(
+    name: str, max_step_tokens: int, spill_bytes: int | None
+) -> None:
+    prompt, own = REQUESTS[name]
+    options = {"max_new_tokens": 8, "eos_token_id": [], **own}
+    expected = lm_in_float64().generate([prompt], **options)
+    for stops in STOPS:
+        lm = lm_in_float64()
+        collector = Collector(Engine(lm, max_step_tokens=max_step_tokens, spill_bytes=spill_bytes, prefix_cache=False))
+        collector.add(prompt, **options)
+        engine, steps = collector.engine, 0
+        while engine.has_work:
+            for event in engine.step():
+                list(collector._requests[event.request_id].record(event))
+            steps += 1
+            if steps in stops and engine.scheduler.running:
+                engine.scheduler._preempt(engine.scheduler.running[0])
+        assert engine.stats().num_preempted > 0
+        assert [gist(o) for o in collector.outputs] == [gist(o) for o in expected]
+        assert all_free(lm)
 
 
 @pytest.mark.parametrize("name", REQUESTS)

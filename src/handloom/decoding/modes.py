@@ -11,6 +11,8 @@ from handloom.cache.sequence import Sequence
 from handloom.decoding.beam import BeamDecoder
 from handloom.decoding.branches import Branches
 from handloom.decoding.constrained_beam import ConstrainedBeamDecoder
+from handloom.decoding.contrastive import ContrastiveDecoder
+from handloom.decoding.dola import DolaDecoder
 from handloom.decoding.group_beam import GroupBeamDecoder
 from handloom.decoding.guided import GuidedBranches
 from handloom.decoding.sample import SampleDecoder
@@ -18,21 +20,37 @@ from handloom.decoding.samples import SamplesDecoder
 from handloom.decoding.score import ScoreDecoder
 from handloom.decoding.speculative import SpeculativeDecoder, speculates
 from handloom.errors import UnsupportedOption
+from handloom.model.transformer import Transformer
 from handloom.sampling.params import GenerationParams
 from handloom.text.tokenizer import Tokenizer
 
 RequestDecoder = (
-    SampleDecoder | SpeculativeDecoder | SamplesDecoder | BeamDecoder | GroupBeamDecoder | ConstrainedBeamDecoder
+    SampleDecoder
+    | SpeculativeDecoder
+    | SamplesDecoder
+    | BeamDecoder
+    | GroupBeamDecoder
+    | ConstrainedBeamDecoder
+    | ContrastiveDecoder
+    | DolaDecoder
 )
 MODES = frozenset((*get_args(RequestDecoder), ScoreDecoder))
 
 
 def make_decoder(
-    sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None, *, owns_sequence: bool = True
+    sequence: Sequence,
+    params: GenerationParams,
+    tokenizer: Tokenizer | None,
+    model: Transformer,
+    *,
+    owns_sequence: bool = True,
 ) -> RequestDecoder:
-    """The decoder for a prompt. Raises UnsupportedOption for a sequence of the caller's where several take part."""
-    several = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0}
+    """The decoder for a prompt. Raises UnsupportedOption for a sequence of the caller's where several take part,
+    InvalidParam for layers that the model lacks."""
+    several = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "penalty_alpha": 0.0}
     asked = [option for option, neutral in several.items() if getattr(params, option) != neutral]
+    if params.dola_layers:
+        return DolaDecoder(sequence, params, tokenizer, model, owns_sequence=owns_sequence)
     if not asked:
         decoder = SpeculativeDecoder if speculates(params) else SampleDecoder
         return decoder(sequence, params, tokenizer, owns_sequence=owns_sequence)
@@ -40,6 +58,8 @@ def make_decoder(
         raise UnsupportedOption(
             f"{asked[0]}={getattr(params, asked[0])}: a sequence goes on in place, in one way; pass its token_ids"
         )
+    if params.penalty_alpha > 0:
+        return ContrastiveDecoder(sequence, params, tokenizer)
     branches = Branches(sequence) if params.guidance_scale == 1.0 else GuidedBranches(sequence, params)
     kind: type[SamplesDecoder | BeamDecoder | GroupBeamDecoder | ConstrainedBeamDecoder] = SamplesDecoder
     if params.force_words_ids:

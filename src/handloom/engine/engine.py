@@ -194,7 +194,7 @@ class Engine:
     def _decoder(self, sequence: Sequence, params: GenerationParams, *, owns_sequence: bool) -> RequestDecoder | Custom:
         tokenizer = self.model.tokenizer
         if params.custom_decoder is None:
-            return make_decoder(sequence, params, tokenizer, owns_sequence=owns_sequence)
+            return make_decoder(sequence, params, tokenizer, self.model.transformer, owns_sequence=owns_sequence)
         if not owns_sequence:
             raise UnsupportedOption("custom_decoder: a sequence goes on in place, in one way; pass its token_ids")
         return Custom(sequence, params, tokenizer, self.model.transformer.spec.vocab_size)

@@ -160,6 +160,12 @@ class Transformer:
             hooked_head(self, hooks, batch, hidden, logits)
         return logits
 
+    @torch.no_grad()
+    def read(self, hidden: Tensor) -> Tensor:
+        """Logits [n, vocab_size] float32 of the head on hidden states [n, hidden_size] as they are, without a norm."""
+        nothing = hidden.new_zeros(len(hidden), self.spec.vocab_size)
+        return self.ops.linear_residual(hidden, self.head, None, None, nothing).to(torch.float32)
+
     def embed(self, batch: ForwardBatch, position_embedding: Tensor | None, ops: Ops) -> Tensor:
         """Embeddings of the batch's tokens [N, hidden_size], scaled, positions of that table added.
 

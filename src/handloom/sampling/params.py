@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from handloom.errors import InvalidParam, UnsupportedOption
-from handloom.sampling.contrast_options import read_contrast
+from handloom.sampling.contrast_options import DolaLayers, is_contrastive, read_contrast
 from handloom.sampling.forced_words import Constraint
 from handloom.sampling.grammar import Grammar
 from handloom.sampling.length_options import read_lengths
@@ -121,6 +121,8 @@ class GenerationParams:
             `handloom.decoding.speculative`. max_matching_ngram_size: the longest n-gram that is looked up;
             num_assistant_tokens: at most so many in a draft by a model or "suffix"; num_assistant_tokens_schedule:
             whether that follows what was right; assistant_confidence_threshold: a less likely token ends a draft.
+        penalty_alpha: contrastive search over top_k candidates, see `handloom.decoding.contrastive`. Off: 0.0.
+        dola_layers: which layers to contrast, "low", "high" or a list; see `handloom.decoding.dola`. Off: ().
         skip_special_tokens: leave special tokens out of the text.
         max_time: seconds after which the sequence ends with the token at hand.
     """
@@ -188,6 +190,8 @@ class GenerationParams:
     num_assistant_tokens: int = NUM_TOKENS
     num_assistant_tokens_schedule: Schedule = "constant"
     assistant_confidence_threshold: float = THRESHOLD
+    penalty_alpha: float = 0.0
+    dola_layers: DolaLayers = ()
     skip_special_tokens: bool = True
     max_time: float | None = None
 
@@ -293,7 +297,7 @@ def resolve_params(
         **{own.name: getattr(search, own.name) for own in fields(search)},
         **read_structure(asked, compile),
         **read_speculation(asked, torch_draws=do_sample and rng == "torch"),
-        **read_contrast(asked, vocab_size=vocab_size, room=max_context - new_tokens),
+        **read_contrast(asked, do_sample, search, vocab_size=vocab_size, room=max_context - new_tokens),
         max_time=asked.read("max_time", real(0, LARGEST_FACTOR, above=True), default=None, off=None),
     )
 
@@ -325,7 +329,7 @@ def _knobs(asked: Options) -> list[str]:
         said_aloud = source == CALLER and name in ("temperature", "top_k", "top_p", "min_p")
         if said_aloud or not isinstance(value, int | float) or value != default:
             knobs.append(name)
-    return knobs
+    return [name for name in knobs if name != "top_k"] if is_contrastive(asked) else knobs
 
 
 def _random_source(asked: Options) -> tuple[Literal["counter", "torch"], int]:

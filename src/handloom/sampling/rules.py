@@ -26,11 +26,12 @@ class Row:
     """What the sampler must know of one sequence.
 
     token_ids: prompt and generated so far. rules: the same object at every step of a request, or they start anew.
-    unconditional: what guidance weighs the logits against, logits [V] of any float dtype.
+    unconditional: what guidance weighs the logits against, logits [V] of any float dtype; early: what early layers
+    make of the same token, logits [L, V].
     taken: what other groups of beams have chosen at this step.
     """
 
-    __slots__ = ("params", "prompt_length", "rules", "taken", "token_ids", "unconditional")
+    __slots__ = ("early", "params", "prompt_length", "rules", "taken", "token_ids", "unconditional")
 
     def __init__(
         self, params: GenerationParams, token_ids: Sequence[int], prompt_length: int, rules: RequestRules | None = None
@@ -38,6 +39,7 @@ class Row:
         self.params, self.token_ids, self.prompt_length = params, token_ids, prompt_length
         self.rules = RequestRules(params, prompt_length) if rules is None else rules
         self.unconditional: Tensor | None = None
+        self.early: Tensor | None = None
         self.taken: Sequence[int] = ()
 
     @property
@@ -99,6 +101,7 @@ def _at_begin(row: Row) -> bool:
 
 
 BEFORE_THE_CALLERS = (
+    Rule("dola_layers", (), None, contrast.dola, (None,), lambda row: (row.early,)),
     Rule(
         "guidance_scale", 1.0, "UnbatchedClassifierFreeGuidanceLogitsProcessor", contrast.guide, (1.0, None),
         lambda row: (row.params.guidance_scale, row.unconditional),

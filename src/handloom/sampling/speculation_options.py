@@ -25,7 +25,14 @@ _NEEDS: dict[str, tuple[tuple[str, ...], Any]] = {
 
 
 # What decodes in another way than one token after another for one output, and the value that does not.
-_OTHER_WAYS = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "custom_decoder": None}
+_OTHER_WAYS = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "guidance_scale": 1.0,
+    "penalty_alpha": 0.0,
+    "dola_layers": None,
+    "custom_decoder": None,
+}
 
 
 class Speculation(TypedDict):

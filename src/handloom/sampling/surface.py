@@ -31,9 +31,6 @@ WHY_NOT: dict[str, str] = {
     "assistant_lookbehind": _SAME_TOKENIZER,
     "assistant_ensemble_weight": "it accepts tokens that the model alone would not have chosen",
     "target_lookbehind": _SAME_TOKENIZER,
-    "low_memory": "it trades speed for memory in contrastive search, which is not here",
-    "penalty_alpha": "there is no contrastive search yet",
-    "dola_layers": "there is no DoLa decoding yet",
     "token_healing": "there is no token healing yet",
     "decoder_start_token_id": "there are no encoder-decoder models here",
     # arguments of generate
@@ -62,6 +59,7 @@ OF_LM: dict[str, str] = {
 NO_EFFECT: dict[str, str] = {
     "bos_token_id": "an empty prompt starts with the tokenizer's",
     "return_dict_in_generate": "an Output always has everything that was asked for",
+    "low_memory": "candidates of contrastive search share their pages",
     "transformers_version": "says who wrote the file",
 }
 
@@ -105,6 +103,11 @@ NOTES: dict[str, str] = {
     "output_hidden_states": "per step and layer [n, hidden_size], all of the prompt at first; of a sequence, what is "
     "computed then",
     "output_attentions": "per step and layer [num_heads, n, context], whatever the backend",
+    "penalty_alpha": "contrastive search as transformers 4.55 had it, over `top_k` candidates (50 if unsaid), "
+    "none of which a rule forbids; refused beside sampling, beams, several outputs, guidance, DoLa, prompt_logprobs, "
+    "and for a sequence to continue",
+    "dola_layers": "as transformers 4.55 had it: 'low', 'high' or a list of layers that the model has; refused beside "
+    "beams, several outputs, guidance and contrastive search",
     "sequence_bias": "biases up to 1e30 either way, or -inf; at most 2^20 token ids",
     "bad_words_ids": "a single eos among them is left out; at most 2^20 token ids",
     "encoder_repetition_penalty": "over the prompt's token ids; refused where they are embeddings, and beside beams or "
