@@ -290,6 +290,7 @@ CONTRADICT = {
     frozenset({"guidance", "prompt_logprobs"}): "prompt_logprobs beside guidance_scale",
     frozenset({"guidance", "contrastive"}): "penalty_alpha=0.6 beside guidance_scale=1.7",
     frozenset({"guidance", "DoLa"}): "dola_layers='high' beside guidance_scale=1.7",
+    frozenset({"structure", "DoLa"}): "regex beside dola_layers",
     frozenset({"contrastive", "DoLa"}): "dola_layers='high' beside penalty_alpha=0.6",
     frozenset({"contrastive", "prompt_logprobs"}): "prompt_logprobs beside penalty_alpha=0.6",
     frozenset({"contrastive", "internals"}): "output_hidden_states beside penalty_alpha=0.6",

@@ -16,6 +16,7 @@ from handloom.sampling.search_options import MAX_SEQUENCES, Search
 
 DolaLayers = tuple[int, ...] | Literal["low", "high"]
 MAX_LAYERS = 4096
+STRUCTURES = ("json_schema", "regex", "grammar", "choices")
 
 
 class Contrast(TypedDict):
@@ -55,6 +56,11 @@ def read_contrast(asked: Options, do_sample: bool, search: Search, *, vocab_size
     if (scale != 1.0 or alpha > 0) and said(asked, "prompt_logprobs"):
         raise UnsupportedOption(
             f"prompt_logprobs beside {first}: ask for them in a request of their own, or use `lm.score`"
+        )
+    if layers and (structure := [name for name in STRUCTURES if said(asked, name)]):
+        raise UnsupportedOption(
+            f"{structure[0]} beside {first}: DoLa leaves a few likely tokens, of which the grammar may allow none; leave "
+            "one of the two out"
         )
     if alpha > 0:
         _check_contrastive(asked, first, do_sample)

@@ -107,7 +107,7 @@ NOTES: dict[str, str] = {
     "none of which a rule forbids; refused beside sampling, beams, several outputs, guidance, DoLa, prompt_logprobs, "
     "and for a sequence to continue",
     "dola_layers": "as transformers 4.55 had it: 'low', 'high' or a list of layers that the model has; refused beside "
-    "beams, several outputs, guidance and contrastive search",
+    "beams, several outputs, guidance, contrastive search and grammars",
     "sequence_bias": "biases up to 1e30 either way, or -inf; at most 2^20 token ids",
     "bad_words_ids": "a single eos among them is left out; at most 2^20 token ids",
     "encoder_repetition_penalty": "over the prompt's token ids; refused where they are embeddings, and beside beams or "
