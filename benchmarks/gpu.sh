@@ -2,7 +2,7 @@
 # The GPU check, from a plain checkout: nothing is installed, no network is used, under ten minutes on an H100.
 # Needs Python 3.12, torch 2.11, triton 3.6, transformers 5.17, a C compiler (Triton's), and of pyproject.toml's packages
 # all but gguf; pytest. pytest-xdist, pytest-timeout and matplotlib are used where they are there.
-#   benchmarks/gpu.sh                                   on a GPU: tests, kernels, latency, 560 s together
+#   benchmarks/gpu.sh                                   on a GPU: tests, kernels, latency, decode, 560 s together
 #   STEPS="kernels latency" benchmarks/gpu.sh           some of the steps; the time is theirs
 #   STEPS=kernels RESUME=1 benchmarks/gpu.sh            what the table lacks, or has as failed
 #   STEPS=tests TESTS=tests/kernels/test_norm.py benchmarks/gpu.sh
@@ -13,7 +13,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} SHAPES=${SHAPES:-135m 1b} SMALL=${SMALL:-} RESUME=${RESUME:-}
-STEPS=${STEPS:-tests kernels latency} RESULTS=${RESULTS:-benchmarks/results} SECONDS_IN_ALL=${SECONDS_IN_ALL:-560}
+DECODE_SHAPES=${DECODE_SHAPES:-$([ "$DEVICE" = cpu ] && echo tiny || echo 1b 0.6b 8b)} BATCH=${BATCH:-$([ -n "$SMALL" ] && echo 1 3 || echo 1 4 16 64 256)}
+STEPS=${STEPS:-tests kernels latency decode} RESULTS=${RESULTS:-benchmarks/results} SECONDS_IN_ALL=${SECONDS_IN_ALL:-560}
 JOBS=${JOBS:-$(nproc)}
 DTYPE=${DTYPE:-$([ "$DEVICE" = cpu ] && echo float32 || echo bfloat16)}
 export PYTHONPATH=src:kernels/torch-ext:tests${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
@@ -45,7 +46,9 @@ for step in $STEPS; do
     tests1) seconds=$(share 100) ;;
     tests*) seconds=$(share 40) ;;
     kernels1) seconds=$(share 95) ;;
-    kernels*) seconds=$(share 65) ;;
+    kernels*) seconds=$(share 50) ;;
+    latency1) seconds=$(share 100) ;;
+    latency*) seconds=$(share 50) ;;
     *) seconds=$(share 100) ;;
     esac
     case $step in
@@ -82,8 +85,16 @@ for step in $STEPS; do
         result=$?
         [ $result = 0 ] || tail -n 8 "$RESULTS/latency.log" | cut -c1-300 >>"$summary"
         ;;
+    decode)
+        # shellcheck disable=SC2086  # lists of words
+        limited "$seconds" "$PYTHON" benchmarks/gpu_decode.py --device "$DEVICE" --dtype "$DTYPE" --shapes $DECODE_SHAPES \
+            ${SMALL:+--prompt 8 --new 6 --rounds 2 --backend reference} --batch $BATCH \
+            --output "$RESULTS/gpu_decode.jsonl" 2>"$RESULTS/decode.log" >>"$summary"
+        result=$?
+        [ $result = 0 ] || tail -n 8 "$RESULTS/decode.log" | cut -c1-300 >>"$summary"
+        ;;
     *)
-        echo "no step is called $step; there are tests, kernels, latency" >&2
+        echo "no step is called $step; there are tests, kernels, latency, decode" >&2
         exit 2
         ;;
     esac
