@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import transformers
 
 from parity_checks import Pair, load_pair
+from parity_modes import PROPERTY
 from tiny_models import TINY, save
 
 transformers.utils.logging.set_verbosity_error()
@@ -39,3 +41,15 @@ def pair(request: pytest.FixtureRequest, tiny_pair: Callable[..., Pair]) -> Pair
     """The default tiny model of each family."""
     made: Pair = tiny_pair(request.param)
     return made
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell how many outputs of the parity matrix were equal to transformers'."""
+    found: Counter[str] = Counter()
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        for name, counts in getattr(report, "user_properties", ()):
+            if name == PROPERTY and report.when == "call":
+                found.update(counts)
+    if found:
+        told = f"{found.total()} cases: {found['equal']} equal, {found['tied']} tied, {found['different']} different"
+        terminalreporter.write_line(f"parity matrix: {told}")

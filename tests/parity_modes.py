@@ -1,0 +1,110 @@
+"""Every mode of generating that transformers has too: what it is asked, and how near the two outputs are.
+
+Cases are counted in three: equal; tied, where at the first token that differs either was right by the tie rule
+(SCORES_TOLERANCE); different. `pytest_terminal_summary` in tests/parity/conftest.py tells the sums.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from handloom.output import Output
+from parity_checks import SCORES_TOLERANCE, Pair
+
+PROPERTY = "parity"
+Options = dict[str, Any]
+
+
+def _lengths(draw: random.Random, vocab_size: int, count: int) -> Options:
+    eos = draw.choice((None, draw.sample(range(vocab_size), max(1, vocab_size // 20))))
+    return {"max_new_tokens": count, "eos_token_id": eos}
+
+
+def _rules(draw: random.Random, vocab_size: int) -> Options:
+    rules = {
+        "repetition_penalty": draw.choice((0.8, 1.2, 2.0)),
+        "no_repeat_ngram_size": draw.choice((2, 3)),
+        "min_new_tokens": draw.randint(1, 6),
+        "suppress_tokens": draw.sample(range(vocab_size), 20),
+        "bad_words_ids": [[token] for token in draw.sample(range(vocab_size), 20)],
+    }
+    return {name: value for name, value in rules.items() if draw.random() < 0.35}
+
+
+def _knobs(draw: random.Random) -> Options:
+    knobs = {
+        "temperature": draw.choice((0.5, 1.0, 2.0)),
+        "top_k": draw.choice((0, 5, 40)),
+        "top_p": draw.choice((0.6, 0.95)),
+        "min_p": draw.choice((0.01, 0.2)),
+        "typical_p": 0.8,
+    }
+    return {"do_sample": True, **{name: value for name, value in knobs.items() if draw.random() < 0.5}}
+
+
+def _beams(draw: random.Random) -> Options:
+    beams = draw.randint(2, 4)
+    return {
+        "num_beams": beams,
+        "num_return_sequences": draw.randint(1, beams),
+        "length_penalty": draw.choice((-0.5, 0.0, 1.0, 2.0)),
+        "early_stopping": draw.choice((True, False, "never")),
+    }
+
+
+# What a mode adds, given a source of randomness; and what only handloom is told.
+MODES: dict[str, tuple[Callable[[random.Random], Options], Options]] = {
+    "greedy": (lambda draw: {}, {}),
+    "sampling": (_knobs, {"rng": "torch"}),
+    "several samples": (lambda draw: {**_knobs(draw), "num_return_sequences": draw.randint(2, 4)}, {"rng": "torch"}),
+    "beam search": (_beams, {}),
+    "beam sampling": (lambda draw: {**_knobs(draw), **_beams(draw)}, {"rng": "torch"}),
+    "guidance": (lambda draw: {"guidance_scale": draw.choice((0.5, 1.7, 3.0))}, {}),
+    "prompt lookup": (lambda draw: {}, {"prompt_lookup_num_tokens": 5}),
+    "suffix automaton": (lambda draw: {}, {"speculation": "suffix"}),
+}
+
+
+def compare(pair: Pair, mode: str, prompt: list[int], seed: int, *, new_tokens: int = 16) -> Counter[str]:
+    """How many outputs of one prompt are "equal", "tied" and "different"."""
+    draw, vocab_size = random.Random(f"{mode} {seed}"), pair.hf.config.vocab_size
+    added, own = MODES[mode]
+    options = {**_lengths(draw, vocab_size, new_tokens), **_rules(draw, vocab_size), **added(draw)}
+    torch.manual_seed(seed)
+    ours = pair.lm().generate([prompt], **options, **own)
+    torch.manual_seed(seed)
+    result = pair.hf.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
+        pad_token_id=vocab_size - 1,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **{"do_sample": False, **options},
+    )
+    assert len(ours) == len(result.sequences), (mode, options)
+    rows = enumerate(zip(ours, result.sequences[:, len(prompt) :].tolist(), strict=True))
+    ends = set(options["eos_token_id"] or ())
+    return Counter(_verdict(output, tokens, ends, row, result) for row, (output, tokens) in rows)
+
+
+def _verdict(output: Output, theirs: list[int], ends: set[int], row: int, result: Any) -> str:
+    if output.beams is not None:
+        expected = float(result.sequences_scores[row])
+        near = abs(output.beams.score - expected) <= SCORES_TOLERANCE * (1 + abs(expected))
+        theirs = theirs[: int((result.beam_indices[row] >= 0).sum())]
+        return "equal" if near and output.token_ids == theirs else "tied" if near else "different"
+    ours, end = output.token_ids, next((at for at, token in enumerate(theirs, 1) if token in ends), len(theirs))
+    theirs = theirs[:end]  # what comes after is padding
+    if ours == theirs:
+        return "equal"
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    if at is None:
+        return "different"
+    scores = result.scores[at][row]
+    tie = torch.isclose(scores[ours[at]], scores[theirs[at]], rtol=SCORES_TOLERANCE, atol=SCORES_TOLERANCE)
+    return "tied" if tie else "different"
