@@ -102,8 +102,9 @@ def repetition_penalty(scores: Tensor, penalties: Sequence[float], token_ids: Se
         return
     seen = flat_indices({row: token_ids[row] for row in on}, scores)
     # a tensor also where it is one number: a GPU divides by a number of Python's with other bits
-    factors = torch.tensor(penalties, dtype=torch.float32, device=scores.device)
-    factors = factors[next(iter(on))] if len(on) == 1 else factors[seen // scores.shape[1]]
+    alone = next(iter(on.values())) if len(on) == 1 else None
+    factors = torch.tensor(penalties if alone is None else alone, dtype=torch.float32, device=scores.device)
+    factors = factors if alone is not None else factors[seen // scores.shape[1]]
     flat = scores.view(-1)
     score = flat.index_select(0, seen)
     flat.scatter_(0, seen, torch.where(score < 0, score * factors, score / factors))
@@ -136,7 +137,7 @@ def flat_indices(token_ids: dict[int, Sequence[int] | Tensor], scores: Tensor) -
     else:
         ids, counts = torch.cat(parts), torch.tensor([len(part) for part in parts])
         starts = (torch.tensor(list(token_ids)) * vocab_size).repeat_interleave(counts)
-    flat = ids + starts
+    flat = ids if isinstance(starts, int) and not starts else ids + starts
     if len(ids) and int(ids.max()) >= vocab_size:
         flat = flat[ids < vocab_size]
     return flat.to(scores.device)
