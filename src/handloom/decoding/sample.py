@@ -9,6 +9,7 @@ This module does not know the scheduler or other modes.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -27,6 +28,8 @@ from handloom.sampling.rules import RequestRules
 from handloom.sampling.sampler import Choice, Row, choose, token_logprobs
 from handloom.text.tokenizer import Tokenizer
 
+Choosing = Callable[[Tensor, Seq[Row]], Choice]
+"""`sampler.choose`, or who does the same."""
 Logits = Tensor | Choice
 """What a step gives its decoders: logits [R, vocab_size], or, where the device has chosen, one choice for each."""
 
@@ -195,11 +198,11 @@ def criteria_met(params: GenerationParams, ids: Tensor, scores: tuple[Tensor, ..
     return found
 
 
-def advance_together(ready: Seq[Ready], logits: Logits) -> list[list[Event]]:
+def advance_together(ready: Seq[Ready], logits: Logits, choose: Choosing = choose) -> list[list[Event]]:
     """Choose for every decoder whose prompt has run; returns each decoder's events, in order.
 
     logits [R, vocab_size] of the whole step; each decoder's rows are logits[start:end]. All rows that can be are chosen
-    from at once: of most decoders that is one, of drafted tokens several.
+    from at once, by `choose`: of most decoders that is one, of drafted tokens several.
     """
     if isinstance(logits, Choice):
         return [item.decoder.accept(logits, i) for i, item in enumerate(ready)]

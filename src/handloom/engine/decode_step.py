@@ -22,6 +22,7 @@ from torch import Tensor
 from handloom.cache.pages import PagePool
 from handloom.model.batch import ForwardBatch
 from handloom.model.transformer import Transformer
+from handloom.sampling.on_device import signed
 
 NOWHERE = -1
 
@@ -74,7 +75,7 @@ class DecodeStep:
     def beginning(self, rows: Sequence[DecodeRow]) -> list[tuple[Tensor, Tensor]]:
         """(values in host memory, tensor they go to) that let these sequences, at most self.rows, begin."""
         integers = torch.zeros(5, self.rows, dtype=torch.int64)
-        columns = [(r.token_id, r.position, r.context_len, r.counter, _signed(r.seed)) for r in rows]
+        columns = [(r.token_id, r.position, r.context_len, r.counter, signed(r.seed)) for r in rows]
         integers[:, : len(rows)] = torch.tensor(columns, dtype=torch.int64).T
         integers[2, len(rows) :] = 1
         floats = torch.zeros(3, self.rows)
@@ -119,8 +120,3 @@ class DecodeStep:
         self.out[1].copy_(choice.logprobs)
         token_ids.copy_(choice.token_ids.clamp_(min=0))  # one that is not there must not be looked up
         self.integers[1:4] += alive
-
-
-def _signed(seed: int) -> int:
-    """The int64 with the bits of a seed."""
-    return seed - 2**64 if seed >= 2**63 else seed

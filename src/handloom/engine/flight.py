@@ -35,12 +35,11 @@ from handloom.engine.scheduler import Plan, Request, Scheduler
 from handloom.engine.stream import Step, Wait
 from handloom.errors import OutOfPages
 from handloom.model.hooks import Hooks
+from handloom.sampling.on_device import DeviceChoice, cuts, needs_host, values_of
 from handloom.sampling.params import GenerationParams
 from handloom.sampling.sampler import Choice
 
 logger = logging.getLogger("handloom")
-
-ON_DEVICE = frozenset({"temperature", "top_k", "top_p", "min_p"})
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +68,7 @@ class Pilot:
 
     def __init__(self, graphs: DecodeGraphs, scheduler: Scheduler, hooks: Hooks) -> None:
         self.graphs, self.scheduler, self.hooks = graphs, scheduler, hooks
+        scheduler.choose = DeviceChoice(graphs.transformer.backend.chooser)
         self.outside: Counter[str] = Counter()
         self.num_steps = 0
         self.disturbed = False  # set from outside: what the scheduler would plan may have changed
@@ -147,15 +147,14 @@ class Pilot:
                 return "a request has a hook of its own"
             if request.id in self._without_tokens:
                 return "a request had no token to choose"
-            reason = _needs_host(request.decoder)
+            reason = needs_host(request.decoder.params, request.decoder.rules)
             if reason is not None:
                 return reason
         return None
 
     def _ready(self, rows: list[Row]) -> tuple[DecodeStep, Step] | str:
         params = [row.params for row in rows]
-        cut = any(p.do_sample and (p.top_k > 0 or p.top_p < 1.0 or p.min_p is not None) for p in params)
-        way = Way(drawn=any(p.do_sample for p in params), cut=cut)
+        way = Way(drawn=any(p.do_sample for p in params), cut=any(cuts(values_of(p)) for p in params))
         if len(rows) > self.graphs.max_rows:
             return f"captured steps have at most {self.graphs.max_rows} rows"
         if not self.graphs.take(self):
@@ -269,23 +268,6 @@ def _is_decode(work: Work) -> bool:
     return sequence.num_pending == 1 and work.logits == "last" and sequence.num_computed >= sequence.num_embeddings
 
 
-def _needs_host(decoder: SampleDecoder) -> str | None:
-    """Why the tokens of a request are chosen on the host."""
-    params, rules = decoder.params, decoder.rules
-    if params.do_sample and params.rng != "counter":
-        return f"a request draws by rng={params.rng!r}"
-    if rules.own:
-        return "a request has logits processors of the caller's"
-    others = sorted(set(rules.active) - ON_DEVICE)
-    if others:
-        return f"a request has {others[0]} on"
-    if params.do_sample and params.min_tokens_to_keep > 1:
-        return "a request has min_tokens_to_keep on"
-    if params.output_scores or params.output_logits:
-        return "a request asks for scores or logits"
-    return "a request asks for the logprobs of other tokens" if params.logprobs else None
-
-
 def _row(request: Request, work: Work) -> Row:
     decoder = request.decoder
     assert isinstance(decoder, SampleDecoder)
@@ -293,19 +275,19 @@ def _row(request: Request, work: Work) -> Row:
 
 
 def _begun(row: Row) -> DecodeRow:
-    sequence, params = row.sequence, row.params
-    sampled = params.do_sample
+    sequence = row.sequence
+    temperature, top_k, top_p, min_p = values_of(row.params)
     return DecodeRow(
         token_id=sequence.token_ids[-1],
         position=row.num_computed,
         page_table=sequence.page_table,
         context_len=row.num_computed + 1 - sequence.num_evicted,
-        seed=params.seed,
+        seed=row.params.seed,
         counter=len(sequence) - sequence.num_embeddings,
-        temperature=params.temperature if sampled else 0.0,
-        top_k=params.top_k if sampled else 0,
-        top_p=params.top_p if sampled else 1.0,
-        min_p=params.min_p or 0.0 if sampled else 0.0,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
     )
 
 

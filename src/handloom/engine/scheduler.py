@@ -38,10 +38,11 @@ from handloom.cache.batch import Work
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
-from handloom.decoding.sample import Logits, Ready, SampleDecoder, advance_together
+from handloom.decoding.sample import Choosing, Logits, Ready, SampleDecoder, advance_together
 from handloom.engine.events import Journal
 from handloom.engine.guarded import events_of, works_of
 from handloom.errors import HandloomError, OutOfPages, RequestFailed
+from handloom.sampling.sampler import choose
 
 NO_ERRORS: Mapping[int, HandloomError] = MappingProxyType({})
 
@@ -82,7 +83,8 @@ class Scheduler:
 
     max_tokens: tokens per step; max_running: requests that hold pages at once; max_rows: logits rows per step
     of one Work; spill_bytes: of the pool's K and V that may be in host memory at once;
-    sharing: whether requests look for pages that others have computed, and offer theirs.
+    sharing: whether requests look for pages that others have computed, and offer theirs; choose: who chooses tokens of
+    those that are sampled one by one.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.journal = Journal()
         self.sharing = True
+        self.choose: Choosing = choose
         self._events: list[Event] = []  # not handed out yet
 
     def __iter__(self) -> Iterator[Request]:
@@ -356,7 +359,9 @@ class Scheduler:
             else:
                 assert isinstance(logits, Tensor)
                 self._emit(request, events_of(request.decoder, logits[start:end]))
-        for request, events in zip(sampling, advance_together(ready, logits) if ready else (), strict=True):
+        for request, events in zip(
+            sampling, advance_together(ready, logits, self.choose) if ready else (), strict=True
+        ):
             self._emit(request, events)
         return self._hand_out()
 
