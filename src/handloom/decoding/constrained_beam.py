@@ -53,6 +53,8 @@ class ConstrainedBeamDecoder(Beams):
         scores = self._shaped(rows, range(len(rows)))
         self._keep(scores, rows)
         totals = scores.expand(params.num_beams, -1) + self._totals[:, None]
+        if self._hypotheses.ended and bool(totals.amax().isneginf()):
+            return False  # what was found is all there is
         self._check_left(totals)
         best, beams, token_ids = self._likeliest(totals)
         leaves = beams if len(rows) > 1 else [0] * len(beams)

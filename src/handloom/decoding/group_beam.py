@@ -93,6 +93,9 @@ class GroupBeamDecoder(Beams):
         """One step of one group, given the scores [size or 1, vocab_size] of its leaves after the rules."""
         eos, size, vocab_size = self.params.eos_token_id, self._size, rows.shape[1]
         totals = (scores.expand(size, -1) + group.totals[:, None]).reshape(1, -1)
+        if group.hypotheses.ended and bool(totals.amax().isneginf()):
+            group.over, group.parents, group.links = True, [], []  # what was found is all there is
+            return
         self._check_left(totals)
         best, index = (part[0] for part in totals.topk(max(2, 1 + len(eos)) * size))
         beams: list[int] = (index // vocab_size).tolist()

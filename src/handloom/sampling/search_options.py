@@ -110,6 +110,12 @@ def _check_beside(asked: Options, name: str, *, do_sample: bool) -> None:
             f"stop_strings beside {name}: in transformers they end such a search only where every beam has one at its "
             "end at once, and stay in the middle of outputs; use eos_token_id, or cut the text"
         )
+    for structure in ("json_schema", "regex", "grammar", "choices"):
+        if name == "force_words_ids" and (asked.find(structure) or (None, ""))[0] is not None:
+            raise UnsupportedOption(
+                f"{structure} beside force_words_ids, which proposes its phrases wherever the output is: put them into "
+                f"the {structure}"
+            )
 
 
 def _padding(asked: Options, vocab_size: int, eos: tuple[int, ...]) -> int | None:
