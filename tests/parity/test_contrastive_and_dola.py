@@ -1,5 +1,5 @@
 """Contrastive search and DoLa: tokens and scores of the last transformers release that had them, which a file recorded
-(tests/data/record_contrast.py), and of the published algorithms, restated here in float64 over transformers' model."""
+(tests/data/record_contrast.py), and of the published algorithms in float64 (tests/contrast_oracles.py)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 import handloom as hl
+from contrast_oracles import contrastive_search, dola
 from engines import all_free, lm_in_float64, lm_with
 from handloom.engine import Engine
 from handloom.errors import InvalidParam, UnsupportedOption
@@ -68,50 +67,6 @@ def test_the_recorded_models_are_these_models(lm_of: Any, name: str) -> None:
     prompts = [random_ids(seed, length) for seed, length in ((1, 12), (2, 1), (3, 25))]
     outputs = lm_of(name).generate(prompts, max_new_tokens=14, eos_token_id=EOS)
     assert [output.token_ids for output in outputs] == MODELS[name]["greedy"]
-
-
-# The published algorithms -----------------------------------------------------------------------
-
-
-@torch.no_grad()
-def states_and_logits(model: PreTrainedModel, ids: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Hidden states [n, hidden_size] before each layer and after the final norm; logits [vocab_size] after the last."""
-    out = model(torch.tensor([ids]), output_hidden_states=True)
-    return tuple(layer[0] for layer in out.hidden_states), out.logits[0, -1]
-
-
-def contrastive_search(model: PreTrainedModel, ids: list[int], alpha: float, k: int, steps: int) -> list[int]:
-    """Su et al. 2022, equation 5, each step from nothing."""
-    ids, start = list(ids), len(ids)
-    for _ in range(steps):
-        states, logits = states_and_logits(model, ids)
-        found = []
-        for token in logits.topk(k).indices.tolist():
-            own = states_and_logits(model, [*ids, token])[0][-1][-1]
-            penalty = max(torch.cosine_similarity(own, other, dim=0) for other in states[-1])
-            found.append(((1 - alpha) * logits.softmax(0)[token] - alpha * penalty, token))
-        ids.append(max(found)[1])
-    return ids[start:]
-
-
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    mean = (p + q) / 2
-    return sum(0.5 * (mean * (mean / one).log()).sum() for one in (p, q))
-
-
-def dola(model: PreTrainedModel, ids: list[int], layers: list[int], steps: int) -> list[int]:
-    """Chuang et al. 2023, equations 2 to 4, each step from nothing; the divergence in transformers' direction."""
-    ids, start = list(ids), len(ids)
-    for _ in range(steps):
-        states, logits = states_and_logits(model, ids)
-        final = logits.softmax(0)
-        with torch.no_grad():
-            early = [model.get_output_embeddings()(states[layer][-1]).softmax(0) for layer in layers]
-        premature = max(early, key=lambda one: divergence(final, one))
-        scores = (final / premature).log()
-        scores[final < 0.1 * final.max()] = -torch.inf
-        ids.append(int(scores.argmax()))
-    return ids[start:]
 
 
 @pytest.mark.parametrize("family", TINY)

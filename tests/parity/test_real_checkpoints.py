@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import handloom as hl
+from contrast_oracles import contrastive_search, dola
 from handloom.checkpoint.shipped import shipped_file
 from parity_checks import PROMISED, Pair, assert_logits_equal, assert_tokens_equal, hf_logits, our_logits
 
@@ -114,3 +116,20 @@ def test_gemma3_270m_256_tokens_on_20_prompts(gemma3: Pair) -> None:
     assert check_tokens(gemma3, prompts, 256) > 2500
     theirs = hf_logits(gemma3.hf, prompts[-1])
     assert_logits_equal(our_logits(lm, prompts[-1], [200, 1, 300]), theirs, tolerance=PROMISED)
+
+
+@pytest.mark.slow
+def test_decoding_by_contrast_on_a_real_model(smollm2: Pair) -> None:
+    """Guidance beside generate; contrastive search and DoLa, which that no longer has, beside the papers' formulas."""
+    lm, model = smollm2.lm(), smollm2.hf
+    prompt, negative = (lm.encode(text).token_ids for text in ("The three rules of weaving are", "Once upon a time"))
+    guided: dict[str, Any] = {"max_new_tokens": 12, "guidance_scale": 1.6}
+    for ids in (None, negative):
+        options = guided if ids is None else {**guided, "negative_prompt_ids": torch.tensor(ids)}
+        theirs = guided if ids is None else {**guided, "negative_prompt_ids": torch.tensor([ids])}
+        assert_tokens_equal(model, prompt, lm.generate(prompt, **options).token_ids, **theirs)
+    ours = lm.generate(prompt, penalty_alpha=0.6, top_k=3, max_new_tokens=5, eos_token_id=None).token_ids
+    assert ours == contrastive_search(model, prompt, 0.6, 3, 5)
+    for asked, layers in (("low", range(2, 15, 2)), ("high", range(15, 30, 2))):
+        ours = lm.generate(prompt, dola_layers=asked, max_new_tokens=6, eos_token_id=None).token_ids
+        assert ours == dola(model, prompt, layers, 6)

@@ -162,7 +162,8 @@ class Transformer:
 
     @torch.no_grad()
     def read(self, hidden: Tensor) -> Tensor:
-        """Logits [n, vocab_size] float32 of the head on hidden states [n, hidden_size] as they are, without a norm."""
+        """Logits [n, vocab_size] float32, rounded to the model's dtype as by transformers, of the head on hidden
+        states [n, hidden_size] as they are, without a norm."""
         nothing = hidden.new_zeros(len(hidden), self.spec.vocab_size)
         return self.ops.linear_residual(hidden, self.head, None, None, nothing).to(torch.float32)
 

@@ -59,8 +59,8 @@ def read_contrast(asked: Options, do_sample: bool, search: Search, *, vocab_size
         )
     if layers and (structure := [name for name in STRUCTURES if said(asked, name)]):
         raise UnsupportedOption(
-            f"{structure[0]} beside {first}: DoLa leaves a few likely tokens, of which the grammar may allow none; leave "
-            "one of the two out"
+            f"{structure[0]} beside {first}: DoLa leaves a few likely tokens, of which the grammar may allow none; "
+            "leave one of the two out"
         )
     if alpha > 0:
         _check_contrastive(asked, first, do_sample)
