@@ -25,7 +25,7 @@ MAX_STEPS = 5000
 @dataclass(frozen=True)
 class Asked:
     """A request as it is drawn. edited: the K of its first tokens is set before it runs; fails_at: new tokens after
-    which its processor raises, or gives NaN."""
+    which its processor raises, or gives NaN; speculates: whether tokens are drafted."""
 
     prompt: int
     new_tokens: int
@@ -35,10 +35,14 @@ class Asked:
     edited: bool = False
     fails_at: int | None = None
     how: str = "raises"
+    speculates: bool = False
 
     def options(self) -> dict[str, Any]:
         own: dict[str, Any] = {"max_new_tokens": self.new_tokens, "eos_token_id": []}
         return own | ({"do_sample": True, "top_k": 0, "seed": 3} if self.sampled else {"do_sample": False})
+
+    def drafts(self) -> dict[str, Any]:
+        return {"speculation": "suffix"} if self.speculates else {}
 
     def processor(self) -> dict[str, Any]:
         def fail(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -108,7 +112,7 @@ class Life:
             if edited:
                 edit(prompt)
             request = self.engine.add_request(
-                prompt, priority=action.priority, **action.options(), **action.processor()
+                prompt, priority=action.priority, **action.options(), **action.processor(), **action.drafts()
             )
             self.asked[request] = action
             if action.live:

@@ -59,6 +59,7 @@ def test_among_many_sequences_a_draft_has_to_be_worth_more() -> None:
     times = measured({count: max(1.0, count / 8) for count in range(1, 65)})
     assert best_length(times, 0.7, 8, num_tokens=1, expected=1.0) > 3
     assert best_length(times, 0.7, 8, num_tokens=32, expected=32.0) == 0
+    assert best_length(measured({1: 1.0, 512: 1.0}), 0.7, 8, num_tokens=256, expected=256.0) > 3
 
 
 @pytest.mark.parametrize("right", [0.05, 0.5, 0.95])

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 from transformers.generation.utils import GenerationMixin
 
+from chi_square import p_value
 from handloom.sampling.params import GenerationParams, resolve_params
 from handloom.sampling.rules import RequestRules, Row
 from handloom.sampling.sampler import choose
@@ -78,19 +79,6 @@ def drawn(options: dict[str, Any], logits: torch.Tensor, **more: Any) -> torch.T
     rules = RequestRules(params, len(PROMPT))
     rows = [Row(dataclasses.replace(params, seed=seed), PROMPT, len(PROMPT), rules) for seed in range(DRAWS)]
     return torch.bincount(torch.tensor(choose(logits.expand(DRAWS, -1), rows).token_ids), minlength=VOCAB)
-
-
-def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """Of Pearson's chi-square test; tokens that come up fewer than 5 times are taken together."""
-    assert not counts[probabilities == 0].any(), "a token that cannot be drawn was drawn"
-    expected = probabilities * counts.sum()
-    rare = expected < 5
-    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
-    counts = torch.cat((counts[~rare], counts[rare].sum()[None]))[expected > 0].double()
-    expected = expected[expected > 0]
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    degrees = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(degrees, statistic / 2))
 
 
 @pytest.fixture(scope="module")

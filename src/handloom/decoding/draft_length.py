@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-MARGIN = 1.02  # a draft must promise so many times the tokens per second
+MARGIN = 0.02  # tokens that a draft must promise beyond what it costs
 ROW_COST = 0.05  # of a step with one token, for each further one, until it was measured
 _SMOOTHING = 0.2  # weight of the newest measurement
 _FIRST = 0.7  # weight of the first measurement, against what was expected
@@ -101,7 +101,7 @@ def best_length(
 
     num_tokens: that run in the step so far; expected: new tokens it gives so far; draft_seconds: to draft one.
     """
-    best, length = MARGIN * expected / times.seconds(num_tokens), 0
+    best, length = (expected + MARGIN) / times.seconds(num_tokens), 0
     gain, right = 0.0, 1.0
     for count in range(1, most + 1):
         right *= rate
