@@ -4,11 +4,12 @@
     python benchmarks/report_decode.py benchmarks/results/gpu_decode.jsonl --picture mbu.svg
 
 Peers, in turn on the same weights and prompts: decode steps that are captured; the same launched kernel by kernel (what
-capturing brings); gpt-fast's recipe (plain_torch.py). Of each: time per step, tokens per second, and MBU, the share of
+capturing brings); gpt-fast's recipe (plain_torch.py); and, with --peers plain dynamic static, transformers with either
+cache (hf_peer.py), on weights of its own. Of each: time per step, tokens per second, and MBU, the share of
 the memory bandwidth that the bytes of a step (weights once, K and V of every row) make up, against the bandwidth
 measured in this run and the nominal one. Of handloom also: the host's share of a step (time not spent waiting for the
-device), kernels per step, seconds of capturing, peak memory. Every output's length is checked; no eos ends one. Of the
-others the share of tokens that are handloom's: with random weights two logits are often as good as equal.
+device), kernels per step, seconds of capturing, peak memory. Every output's length is checked; no eos ends one. Of
+those with the same weights the share of tokens that are handloom's: two random logits are often as good as equal.
 A case that fails, or has no memory, is said, and does not keep the next from being measured.
 """
 
@@ -44,6 +45,7 @@ from handloom.model.families import read_config
 from handloom.model.spec import model_parameters
 from handloom.model.transformer import Transformer
 from handloom.ops import choose_backend
+from hf_peer import HfPeer
 from plain_torch import PlainTorch
 
 # hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary, tied head
@@ -93,24 +95,30 @@ class Decoded:
     host: float | None = None
 
 
-def make(shape: str, dtype: torch.dtype, device: torch.device, backend: str, tokens: int) -> hl.LM:
-    """A llama of that shape with weights drawn on the device, and room for so many tokens."""
+Generate = Callable[[list[list[int]], int], list[list[int]]]
+
+
+def config_of(shape: str) -> dict[str, Any]:
     hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary, tied = SHAPES[shape]
-    config = {
+    return {
         "model_type": "llama", "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocabulary,
         "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": tied, "hidden_act": "silu",
         "rope_theta": 500000.0,
     }  # fmt: skip
-    _, spec = read_config(config, shape)
+
+
+def make(shape: str, dtype: torch.dtype, device: torch.device, backend: str, tokens: int) -> hl.LM:
+    """A llama of that shape with weights drawn on the device, and room for so many tokens."""
+    _, spec = read_config(config_of(shape), shape)
     generator = torch.Generator(device).manual_seed(0)
     weights = {}
     for name, parameter in model_parameters(spec).items():
         drawn = torch.randn(parameter.shape, generator=generator, device=device, dtype=dtype)
         weights[name] = drawn.mul_(0.02) if len(parameter.shape) == 2 else drawn.mul_(0.1).add_(1)
-    transformer = Transformer(spec, weights, choose_backend(device, backend, {head_dim}))
+    backend_of_it = choose_backend(device, backend, {layer.mixer.head_dim for layer in spec.layers})
     pool = PagePool(spec, -(-tokens // PAGE_SIZE), PAGE_SIZE, dtype=dtype, device=device)
-    return hl.LM(transformer, None, pool, name=shape)
+    return hl.LM(Transformer(spec, weights, backend_of_it), None, pool, name=shape)
 
 
 def engine_run(lm: hl.LM, stream: WatchedStream, graphs: DecodeGraphs, prompts: list[list[int]], new: int) -> Decoded:
@@ -133,20 +141,15 @@ def engine_run(lm: hl.LM, stream: WatchedStream, graphs: DecodeGraphs, prompts: 
     return Decoded(seconds / (new - 2), tokens, 1 - (stream.waited - waited) / seconds)
 
 
-def plain_run(peer: PlainTorch, prompts: list[list[int]], new: int) -> Decoded:
+def peer_run(name: str, generate: Generate, prompts: list[list[int]], new: int) -> Decoded:
     """The same steps: what all take, less what two tokens take."""
     seconds, tokens = [], []
     for count in (2, new):
-        taken, tokens = time_of(lambda n=count: torch.cat(peer.generate(prompts, n), 1).tolist())
-        check_counts(PEER, [len(own) for own in tokens], count)
-        seconds.append(taken)
+        started = time.perf_counter()
+        tokens = generate(prompts, count)
+        seconds.append(time.perf_counter() - started)
+        check_counts(name, [len(own) for own in tokens], count)
     return Decoded((seconds[1] - seconds[0]) / (new - 2), tokens)
-
-
-def time_of(call: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
 
 
 def kernels_per_step(lm: hl.LM, rows: int, width: int) -> int:
@@ -166,21 +169,34 @@ def nominal_bandwidth(device: torch.device) -> float | None:
     return next((rate for card, rate in NOMINAL.items() if card in name), None)
 
 
-def measure(lm: hl.LM, rows: int, arguments: argparse.Namespace, read: float, results: Results) -> None:
-    """All peers at one batch size."""
-    case, prompt, new = f"batch {rows}", arguments.prompt, arguments.new
-    prompts = [random_ids(lm.spec.vocab_size, prompt, seed) for seed in range(rows)]
-    on_gpu = lm.device.type == "cuda"
-    contenders: dict[str, Callable[[], Decoded]] = {}
+def contenders_of(
+    lm: hl.LM, prompts: list[list[int]], arguments: argparse.Namespace, hf: dict[str, HfPeer]
+) -> tuple[dict[str, Callable[[], Decoded]], DecodeGraphs]:
+    """Who is measured, by name; and the captured steps of handloom."""
+    on_gpu, new = lm.device.type == "cuda", arguments.new
+    found: dict[str, Callable[[], Decoded]] = {}
     graphs: dict[str, DecodeGraphs] = {}
     for name, stream in ((CAPTURED, CudaStream(lm.device) if on_gpu else EagerStream()), (LAUNCHED, EagerStream())):
         watched = WatchedStream(stream)
         graphs[name] = DecodeGraphs(lm.transformer, lm.pool, watched)
-        contenders[name] = lambda w=watched, g=graphs[name]: engine_run(lm, w, g, prompts, new)
+        found[name] = lambda w=watched, g=graphs[name]: engine_run(lm, w, g, prompts, new)
+    peers: dict[str, Generate] = {f"transformers, {cache} cache": peer.generate for cache, peer in hf.items()}
     if "plain" in arguments.peers:
         weights = {name: weight for name, weight in lm.transformer.weights.items() if isinstance(weight, Tensor)}
-        peer = PlainTorch(lm.spec, weights, rows, prompt + new, compiled=on_gpu)
-        contenders[PEER] = lambda: plain_run(peer, prompts, new)
+        room = arguments.prompt + new
+        peers[PEER] = PlainTorch(lm.spec, weights, len(prompts), room, compiled=on_gpu).generate
+    for name, generate in peers.items():
+        found[name] = lambda n=name, g=generate: peer_run(n, g, prompts, new)
+    return found, graphs[CAPTURED]
+
+
+def measure(
+    lm: hl.LM, rows: int, arguments: argparse.Namespace, read: float, results: Results, hf: dict[str, HfPeer]
+) -> None:
+    """All peers at one batch size."""
+    case, prompt, new = f"batch {rows}", arguments.prompt, arguments.new
+    prompts = [random_ids(lm.spec.vocab_size, prompt, seed) for seed in range(rows)]
+    contenders, graphs = contenders_of(lm, prompts, arguments, hf)
     taken = interleave(contenders, rounds=arguments.rounds)
     moved = machine.weight_bytes_per_token(lm, lm.dtype) + rows * machine.kv_bytes_read(
         lm.spec, lm.dtype, prompt + new // 2
@@ -193,7 +209,7 @@ def measure(lm: hl.LM, rows: int, arguments: argparse.Namespace, read: float, re
         results.add(name, case, "MBU, measured", "%", [100 * moved / s / read for s in seconds])
         if nominal is not None:
             results.add(name, case, "MBU, nominal", "%", [100 * moved / s / nominal for s in seconds])
-        if name != CAPTURED:
+        if name in (LAUNCHED, PEER):
             pairs = [
                 pair
                 for ours, own in zip(taken[CAPTURED][0].tokens, runs[0].tokens, strict=True)
@@ -204,8 +220,8 @@ def measure(lm: hl.LM, rows: int, arguments: argparse.Namespace, read: float, re
         if shares:
             results.add(name, case, "host's share", "%", shares)
     results.add("limit", case, "decode", "tok/s", [rows * read / moved])
-    results.add(CAPTURED, case, "captured in", "s", [graphs[CAPTURED].warm_up_seconds])
-    if on_gpu:
+    results.add(CAPTURED, case, "captured in", "s", [graphs.warm_up_seconds])
+    if lm.device.type == "cuda":
         results.add(CAPTURED, case, "kernels per step", "", [kernels_per_step(lm, rows, 64)])
         results.add("all", case, "peak memory", "MiB", [torch.cuda.max_memory_reserved(lm.device) / 2**20])
 
@@ -217,7 +233,7 @@ def main() -> None:
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--shapes", nargs="+", default=["0.6b", "1b", "8b"], choices=list(SHAPES))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
-    parser.add_argument("--peers", nargs="*", default=["plain"], choices=["plain"])
+    parser.add_argument("--peers", nargs="*", default=["plain"], choices=["plain", "dynamic", "static"])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -237,16 +253,18 @@ def main() -> None:
                 max(arguments.batch) * (arguments.prompt + arguments.new + PAGE_SIZE),
             )
             read = machine.read_bandwidth(device=device)
+            caches = [peer for peer in arguments.peers if peer != "plain"]
+            hf = {cache: HfPeer(config_of(shape), dtype, device, cache) for cache in caches}
             for batch in arguments.batch:
                 try:
-                    measure(lm, batch, arguments, read, results)
+                    measure(lm, batch, arguments, read, results, hf)
                 except Exception as error:
                     traceback.print_exc()
                     wrong.append(f"{shape}, batch {batch}: {type(error).__name__}: {error}"[:300])
                     torch._dynamo.reset()
                 gc.collect()
             rows += results.rows
-            del lm
+            del lm, hf
     finally:  # also when interrupted
         print(report_decode.markdown(rows), *(f"failed: {each}\n" for each in wrong), sep="", end="", flush=True)
     sys.exit(1 if wrong else 0)

@@ -34,13 +34,14 @@ class PlainTorch:
         self.decode = torch.compile(self.step, mode="reduce-overhead", fullgraph=True) if compiled else self.step
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Tensor]:
-        """The first `new_tokens` tokens after prompts of one length, [rows, 1] each, on the device."""
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        """The first `new_tokens` tokens after each of the prompts, which have one length."""
         ids = torch.tensor(prompts, device=self.places.device)
         found = [self.step(ids, self.places[: ids.shape[1]])]
         for at in range(ids.shape[1], ids.shape[1] + new_tokens - 1):
             found.append(self.decode(found[-1], self.places[at : at + 1]).clone())
-        return found
+        tokens: list[list[int]] = torch.cat(found, 1).tolist()
+        return tokens
 
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids [rows, n] at positions [n] -> the next ids [rows, 1]."""

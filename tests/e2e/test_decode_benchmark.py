@@ -21,15 +21,27 @@ def run(script: str, *words: object) -> str:
 @pytest.mark.slow
 def test_the_decode_benchmark_has_rows_of_everybody(tmp_path: Path) -> None:
     rows, image = tmp_path / "rows.jsonl", tmp_path / "mbu.svg"
+    peers = ["--peers", "plain", "dynamic", "static"]
     sizes = ["--shapes", "tiny", "--batch", 1, 3, "--prompt", 8, "--new", 6, "--rounds", 2]
     table = run(
-        "gpu_decode.py", "--device", "cpu", "--dtype", "float32", "--backend", "reference", *sizes, "--output", rows
+        "gpu_decode.py",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--backend",
+        "reference",
+        *sizes,
+        *peers,
+        "--output",
+        rows,
     )
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     for case in ("batch 1", "batch 3"):
         own = {(row["peer"], row["metric"]): row for row in found if row["case"] == case}
         others = ["handloom, kernel by kernel", "plain torch, compiled"]
-        assert [peer for peer, metric in own if metric == "step"] == ["handloom", *others]
+        theirs = {"transformers, dynamic cache", "transformers, static cache"}
+        assert {peer for peer, metric in own if metric == "step"} == {"handloom", *others, *theirs}
         for peer in others:
             assert own[peer, "tokens as handloom's"]["p50"] == 100, "float32: the same tokens"
         step, rate = own["handloom", "step"], own["handloom", "decode"]
