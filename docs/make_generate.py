@@ -56,6 +56,7 @@ PROOFS = {
     "constraints": "test_constrained_beams.py",
     "penalty_alpha": "test_contrastive_and_dola.py",
     "dola_layers": "test_contrastive_and_dola.py",
+    "token_healing": "test_token_healing.py",
     "output_scores": "test_scores_and_logprobs.py",
     "output_logits": "test_scores_and_logprobs.py",
     "output_hidden_states": "test_internals.py",

@@ -27,6 +27,7 @@ from tiny_models import random_ids, tiny_tokenizer
 
 PROMPT, BESIDE = random_ids(6, 10), random_ids(7, 13)
 PROMPT[5:7] = PROMPT[2:4]  # an n-gram twice
+CUT, HEALED = [*PROMPT[:-1], 69], [*PROMPT[:-1], 328]  # "c" where the model likes a token better that goes on
 EOS, FORCED, BANNED = [17, 200, 250, 301], 23, [*range(30, 60)]
 NEW_TOKENS = 7
 KNOBS = {"temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
@@ -95,7 +96,7 @@ def check_cut(output: Output, options: dict[str, Any]) -> None:
 
 
 def check_ngrams(output: Output, options: dict[str, Any]) -> None:
-    before, tokens = list(PROMPT), chosen(output, options)
+    before, tokens = list(output.prompt_token_ids), chosen(output, options)
     for token in tokens:
         bigrams = set(pairwise(before))
         assert (before[-1], token) not in bigrams
@@ -103,7 +104,7 @@ def check_ngrams(output: Output, options: dict[str, Any]) -> None:
 
 
 def check_new_ngrams(output: Output, options: dict[str, Any]) -> None:
-    assert not set(chosen(output, options)) & set(PROMPT)
+    assert not set(chosen(output, options)) & set(output.prompt_token_ids)
 
 
 def check_banned(output: Output, options: dict[str, Any]) -> None:
@@ -124,7 +125,7 @@ def check_forced(output: Output, options: dict[str, Any]) -> None:
 
 
 def check_allowed(output: Output, options: dict[str, Any]) -> None:
-    before = [PROMPT[-1], *output.token_ids]
+    before = [output.prompt_token_ids[-1], *output.token_ids]
     forced = "forced_eos_token_id" in options
     for at, (last, token) in enumerate(pairwise(before), 1):
         if not (forced and at == options.get("max_new_tokens", NEW_TOKENS)):
@@ -177,6 +178,10 @@ def check_internals(output: Output, options: dict[str, Any]) -> None:
     assert [len(keys) for keys, _ in output.past_key_values] == [computed] * 3
     for weights in output.attentions[-1]:
         assert weights.shape[-2:] == (computed if len(output.token_ids) == 1 else 1, computed)
+
+
+def check_healed(output: Output, options: dict[str, Any]) -> None:
+    assert output.prompt_token_ids == HEALED
 
 
 def check_structure(output: Output, options: dict[str, Any]) -> None:
@@ -265,6 +270,7 @@ FEATURES: dict[str, Feature] = {
     "guidance": Feature({"guidance_scale": 1.7, "negative_prompt_ids": random_ids(8, 4)}),
     "prompt_lookup_num_tokens": Feature({}, check_drafts, {"prompt_lookup_num_tokens": 3}),
     "speculation": Feature({}, check_drafts, {"speculation": "suffix"}),
+    "token_healing": Feature({}, check_healed, {"token_healing": True}),
     "structure": Feature({}, check_structure, {"regex": WORDS.pattern}),
     "skip_special_tokens": Feature({}, promises_nothing_alone, {"skip_special_tokens": False}),
 }
@@ -280,3 +286,8 @@ def merged(names: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     if (KNOBS - {"top_k"} if "penalty_alpha" in shared else KNOBS) & shared.keys():
         shared = {"top_k": 0, **shared, "do_sample": True}
     return shared, own
+
+
+def prompt_of(own: dict[str, Any]) -> list[int]:
+    """What to generate from with these options of ours."""
+    return CUT if "token_healing" in own else PROMPT

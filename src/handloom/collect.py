@@ -20,10 +20,12 @@ from handloom.decoding.decoder import (
     Decoder,
     Event,
     FinishedEvent,
+    HealedEvent,
     PromptLogprobsEvent,
     SampleFinishedEvent,
     TokenEvent,
 )
+from handloom.decoding.healing import HealingDecoder
 from handloom.decoding.modes import RequestDecoder
 from handloom.decoding.score import ScoreDecoder
 from handloom.engine import Engine
@@ -158,7 +160,7 @@ def _prepared(
     outputs = [_empty(decoder.sequence.token_ids, decoder.params, at) for at in range(decoder.num_outputs)]
     for output in outputs:
         output.windows = tuple(layer.mixer.window for layer in engine.model.transformer.spec.layers)
-    return decoder, _Request(index, outputs, time.perf_counter(), streamer)
+    return decoder, _Request(index, outputs, time.perf_counter(), streamer, isinstance(decoder, HealingDecoder))
 
 
 @dataclass(slots=True)
@@ -169,6 +171,7 @@ class _Request:
     outputs: list[Output]
     started: float
     streamer: Streamer | None = None
+    heals: bool = False
     first: float | None = None
     over: set[int] = field(default_factory=set)
 
@@ -200,8 +203,11 @@ class _Request:
 
     def _show(self, streamer: Streamer, event: Event | None) -> None:
         """Give the streamer the prompt, a token, or the end. Raises what it raises."""
-        if event is None:
-            prompt = [id_ for id_ in self.outputs[0].prompt_token_ids if id_ >= 0]
+        if event is None and self.heals:
+            return  # the prompt comes when it is healed
+        if event is None or isinstance(event, HealedEvent):
+            ids = self.outputs[0].prompt_token_ids if event is None else event.token_ids
+            prompt = [id_ for id_ in ids if id_ >= 0]
             streamer.put(torch.tensor([prompt], dtype=torch.int64))
         elif isinstance(event, TokenEvent):
             streamer.put(torch.tensor([event.token_id]))
@@ -219,6 +225,11 @@ class _Request:
             output = self.outputs[0]
             output.prompt_logprobs = [*(output.prompt_logprobs or []), *event.logprobs]
             output.prompt_top_logprobs = [*(output.prompt_top_logprobs or []), *event.top_logprobs]
+        elif isinstance(event, HealedEvent):
+            for sample, output in enumerate(self.outputs):
+                output.prompt_token_ids, output.text = list(event.token_ids), event.text
+                if event.text:
+                    yield Piece(self.index, event.text, None, sample=sample)
         elif isinstance(event, SampleFinishedEvent):
             self.outputs[event.sample].beams = event.search
             self.outputs[event.sample].past_key_values = event.past_key_values

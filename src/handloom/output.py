@@ -38,7 +38,8 @@ class Timing:
 class Output:
     """One prompt's result.
 
-    token_ids: new tokens only, the eos included; text: theirs, and the stop string's unless excluded.
+    prompt_token_ids: with token_healing, the healed ones. token_ids: new tokens only, the eos included; text: theirs,
+    the stop string's unless excluded, and first what healing adds to the prompt's.
     logprobs: of each new token under the model's own (raw) distribution; top_logprobs: the n most likely
     at each step; prompt_logprobs: of prompt tokens 1, 2, … (the first has none). scores, logits: per step
     [vocab_size] float32, after and before processing. error: set when finish_reason is "error".
@@ -143,7 +144,7 @@ class Piece:
     """A step of a stream: `text` may be empty while a character or a possible stop string is incomplete.
 
     index: which prompt of the list; sample: which of its outputs; token_id: None for the closing piece of an output,
-    which has finish_reason.
+    which has finish_reason, and for what healing adds to the prompt's text (token_healing).
     """
 
     index: int

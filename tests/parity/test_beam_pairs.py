@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from features import BESIDE, FEATURES, KNOBS, NEW_TOKENS, PROMPT, check_streamed, merged
+from features import BESIDE, FEATURES, HEALED, KNOBS, NEW_TOKENS, PROMPT, check_streamed, merged, prompt_of
 from handloom.decoding.decoder import BeamTrace
 from handloom.errors import InvalidParam, UnsupportedOption
 from handloom.output import Output
@@ -103,7 +103,7 @@ def theirs(pair: Pair, options: dict[str, Any], own: dict[str, Any]) -> list[lis
     if "stop" in own or "stop_strings" in options:
         options |= {"stop_strings": own.get("stop", options.get("stop_strings")), "tokenizer": tiny_tokenizer()}
     torch.manual_seed(9)
-    ids = torch.tensor([PROMPT])
+    ids = torch.tensor([HEALED if "token_healing" in own else PROMPT])
     out = pair.hf.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=2, **options)
     rows: list[list[int]] = (out if isinstance(out, torch.Tensor) else out.sequences)[:, len(PROMPT) :].tolist()
     return rows
@@ -121,10 +121,10 @@ def test_safety_20_beams_beside_every_option_work_or_are_refused_by_name(pair: P
     words = refusal(mode, name)
     if words is not None:
         with pytest.raises((InvalidParam, UnsupportedOption), match=words):
-            lm.generate([PROMPT], **options, **own)
+            lm.generate([prompt_of(own)], **options, **own)
         return
     torch.manual_seed(9)
-    outputs = lm.generate([PROMPT], **options, **own, rng="torch" if options.get("do_sample") else "counter")
+    outputs = lm.generate([prompt_of(own)], **options, **own, rng="torch" if options.get("do_sample") else "counter")
     found = [output for output in outputs if output.error is None]
     assert len(found) == len(outputs) or (mode == "force_words_ids" and name in TOO_FEW and found)
     for output in found:
@@ -148,12 +148,12 @@ def test_safety_20_beams_beside_every_option_give_the_same_alone_beside_another_
         return
     lm, (options, own) = pair.lm(), options_of(mode, name)
     options |= own | ({"seed": 5} if options.get("do_sample") else {})
-    alone = lm.generate([PROMPT], **options)
-    *beside, plain = lm.generate([PROMPT, BESIDE], params=[options, {"max_new_tokens": 3}])
+    alone = lm.generate([prompt_of(own)], **options)
+    *beside, plain = lm.generate([prompt_of(own), BESIDE], params=[options, {"max_new_tokens": 3}])
     assert len(plain.token_ids) == 3
     tokens: dict[int, list[int]] = {at: [] for at in range(len(alone))}
     texts = dict.fromkeys(tokens, "")
-    for piece in lm.stream([PROMPT], **options):
+    for piece in lm.stream([prompt_of(own)], **options):
         texts[piece.sample] += piece.text
         if piece.token_id is not None:
             tokens[piece.sample].append(piece.token_id)

@@ -15,7 +15,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from drafting import draft_freely
-from features import BESIDE, FEATURES, KNOBS, PROMPT, merged
+from features import BESIDE, FEATURES, HEALED, KNOBS, PROMPT, merged, prompt_of
 from grammar_masks import OwnMask
 from handloom.errors import InvalidParam, UnsupportedOption
 from handloom.lm import LM
@@ -36,6 +36,7 @@ CONTRADICT = {
     frozenset({"prompt_lookup_num_tokens", "DoLa"}): "prompt_lookup_num_tokens beside dola_layers",
     frozenset({"speculation", "DoLa"}): "speculation beside dola_layers",
     frozenset({"watermark", "SynthID"}): None,  # two values of one option
+    frozenset({"structure", "token_healing"}): "token_healing beside regex",
     frozenset({"guidance", "prompt_logprobs"}): "prompt_logprobs beside guidance_scale",
     frozenset({"guidance", "contrastive"}): "penalty_alpha=0.6 beside guidance_scale=1.7",
     frozenset({"guidance", "DoLa"}): "dola_layers='high' beside guidance_scale=1.7",
@@ -48,7 +49,7 @@ CONTRADICT = {
 # Modes that transformers no longer has; test_contrastive_and_dola.py compares them with what it recorded.
 NO_LONGER_THERE = {"contrastive", "DoLa"}
 # Features of more than the sequence to go on, which is therefore not continued in place.
-NOT_IN_PLACE = {"guidance": "guidance_scale", "contrastive": "penalty_alpha"}
+NOT_IN_PLACE = {"token_healing": "token_healing", "guidance": "guidance_scale", "contrastive": "penalty_alpha"}
 SPECULATION = {"prompt_lookup_num_tokens", "speculation"}
 PAIRS = [frozenset(pair) for pair in combinations(FEATURES, 2)]
 
@@ -69,7 +70,7 @@ def theirs(
         options["tokenizer"] = tiny_tokenizer()
     torch.manual_seed(9)
     if embeddings is None:
-        return hf_generate(pair.hf, PROMPT, **options)
+        return hf_generate(pair.hf, HEALED if "token_healing" in own else PROMPT, **options)
     out = pair.hf.generate(inputs_embeds=embeddings[None], **options)
     return (out if isinstance(out, torch.Tensor) else out.sequences)[0].tolist()
 
@@ -93,7 +94,7 @@ def test_safety_20_every_pair_works_as_in_generate_and_each_keeps_its_promise(pa
             words = CONTRADICT[names]
             if words is not None:
                 with pytest.raises((InvalidParam, UnsupportedOption), match=words):
-                    lm.generate(PROMPT, **shared, **own)
+                    lm.generate(prompt_of(own), **shared, **own)
             continue
         sampled = bool(shared.get("do_sample"))
         if sampled and names & SPECULATION:
@@ -102,7 +103,7 @@ def test_safety_20_every_pair_works_as_in_generate_and_each_keeps_its_promise(pa
                 FEATURES[each].holds(output, shared)
             continue
         torch.manual_seed(9)
-        output = lm.generate(PROMPT, **shared, **own, rng="torch" if sampled else "counter")
+        output = lm.generate(prompt_of(own), **shared, **own, rng="torch" if sampled else "counter")
         if not names & NO_LONGER_THERE and (len(names) == 1 or not names & WRONG_ON_INFINITIES):
             assert output.token_ids == theirs(pair, shared, own), names
         for each in names:
@@ -112,10 +113,10 @@ def test_safety_20_every_pair_works_as_in_generate_and_each_keeps_its_promise(pa
 def sampled_with_drafts(lm: LM, shared: dict[str, Any], own: dict[str, Any]) -> Output:
     """Its tokens are those without drafts; torch's generator, whose state drafts would change, is refused."""
     with pytest.raises(UnsupportedOption, match="rng='torch'"):
-        lm.generate(PROMPT, **shared, **own, rng="torch")
+        lm.generate(prompt_of(own), **shared, **own, rng="torch")
     without = {name: value for name, value in own.items() if name not in SPECULATION}
-    output: Output = lm.generate(PROMPT, **shared, **own, seed=9)
-    assert output.token_ids == lm.generate(PROMPT, **shared, **without, seed=9).token_ids
+    output: Output = lm.generate(prompt_of(own), **shared, **own, seed=9)
+    assert output.token_ids == lm.generate(prompt_of(own), **shared, **without, seed=9).token_ids
     return output
 
 
@@ -125,15 +126,15 @@ def test_safety_20_every_pair_gives_the_same_alone_beside_another_and_streamed(p
     for names in (names for names in PAIRS if min(names) == name and names not in CONTRADICT):
         shared, own = merged(names)
         options = {**shared, **own, **({"seed": 5} if shared.get("do_sample") else {})}
-        alone = lm.generate(PROMPT, **options)
-        beside, plain = lm.generate([PROMPT, BESIDE], params=[options, {"max_new_tokens": 3}])
+        alone = lm.generate(prompt_of(own), **options)
+        beside, plain = lm.generate([prompt_of(own), BESIDE], params=[options, {"max_new_tokens": 3}])
         assert (beside.token_ids, beside.text, beside.finish_reason) == (
             alone.token_ids, alone.text, alone.finish_reason
         ), names  # fmt: skip
         assert beside.logprobs == alone.logprobs
         assert len(plain.token_ids) == 3
-        pieces = list(lm.stream(PROMPT, **options))
-        assert [piece.token_id for piece in pieces[:-1]] == alone.token_ids
+        pieces = list(lm.stream(prompt_of(own), **options))
+        assert [piece.token_id for piece in pieces if piece.token_id is not None] == alone.token_ids
         assert "".join(piece.text for piece in pieces) == alone.text
         for each in names:
             FEATURES[each].holds(alone, shared)
@@ -172,7 +173,7 @@ def test_safety_20_options_that_contradict_each_other_are_refused_by_name(pair: 
 def test_every_option_over_a_sequence_to_continue_works_as_over_its_ids(pair: Pair, name: str) -> None:
     lm, (shared, own) = pair.lm(), merged(frozenset({name}))
     options = {**shared, **own, **({"seed": 5} if shared.get("do_sample") else {})}
-    expected = lm.generate(PROMPT, **options)
+    expected = lm.generate(prompt_of(own), **options)
     with lm.sequence(PROMPT) as sequence:
         if name in NOT_IN_PLACE:
             with pytest.raises(UnsupportedOption, match=NOT_IN_PLACE[name]):
@@ -188,7 +189,7 @@ def test_every_option_over_embeddings_works_as_in_generate_or_is_refused_by_name
     embeddings = pair.hf.get_input_embeddings()(torch.tensor(PROMPT)).detach()
     torch.manual_seed(9)
     options = {**shared, **own, "rng": "torch" if shared.get("do_sample") else "counter"}
-    if name in ("prompt_logprobs", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
+    if name in ("token_healing", "prompt_logprobs", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
         with pytest.raises(UnsupportedOption, match=name):
             lm.generate(embeddings, **options)
         return

@@ -116,7 +116,19 @@ class FinishedEvent:
     request_id: int = -1
 
 
-Event = TokenEvent | PromptLogprobsEvent | SampleFinishedEvent | FinishedEvent
+@dataclass(slots=True)
+class HealedEvent:
+    """The prompt was healed, before any other event: its token ids now, and the text that they add to what was given.
+
+    See `handloom.decoding.healing`.
+    """
+
+    token_ids: list[int]
+    text: str
+    request_id: int = -1
+
+
+Event = TokenEvent | PromptLogprobsEvent | HealedEvent | SampleFinishedEvent | FinishedEvent
 
 
 class Decoder(Protocol):

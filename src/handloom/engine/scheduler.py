@@ -38,6 +38,7 @@ from handloom.cache.batch import Work
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
+from handloom.decoding.healing import HealingDecoder
 from handloom.decoding.sample import Choosing, Logits, Ready, SampleDecoder, advance_together
 from handloom.engine.events import Journal
 from handloom.engine.guarded import events_of, works_of
@@ -359,6 +360,8 @@ class Scheduler:
             else:
                 assert isinstance(logits, Tensor)
                 self._emit(request, events_of(request.decoder, logits[start:end]))
+                if isinstance(request.decoder, HealingDecoder) and request.decoder.healed is not None:
+                    request.decoder = request.decoder.healed
         for request, events in zip(
             sampling, advance_together(ready, logits, self.choose) if ready else (), strict=True
         ):

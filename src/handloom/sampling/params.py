@@ -115,6 +115,7 @@ class GenerationParams:
             token. What the prompt has counts, as in transformers.
         guidance_scale, negative_prompt_ids: see `handloom.decoding.guided`. Off: 1.0. No ids: the prompt's last token.
             `generate` also takes a text, negative_prompt.
+        token_healing: the end of the prompt is cut into tokens anew; see `handloom.decoding.healing`.
         json_schema, regex, grammar, choices: the whole output is one of what the grammar says; see
             `handloom.sampling.grammar`. At most one of them, compiled.
         prompt_lookup_num_tokens, speculation="suffix", assistant_model: who drafts, for speculative decoding; see
@@ -179,6 +180,7 @@ class GenerationParams:
     pad_token_id: int | None = None
     guidance_scale: float = 1.0
     negative_prompt_ids: tuple[int, ...] = ()
+    token_healing: bool = False
     json_schema: Grammar | None = None
     regex: Grammar | None = None
     grammar: Grammar | None = None

@@ -1,4 +1,5 @@
-"""The options of structured output, checked: at most one of four, and nothing that would be too much to compile.
+"""The options of structured output, checked: at most one of four, and nothing that would be too much to compile; and
+token healing, which goes with none of them.
 
 The limits on size stand before llguidance's own: a long chain of rules, each in the one before, would overflow its
 stack, and what it builds of a long regular expression grows with the square.
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypedDict
 
 from handloom.errors import InvalidParam, UnsupportedOption
 from handloom.sampling.grammar import Grammar
-from handloom.sampling.options import Expected, Options
+from handloom.sampling.options import Expected, Options, flag
 
 MAX_REGEX_CHARS = 8192
 """Of a regular expression, and of all in a schema together."""
@@ -36,6 +37,7 @@ class Structure(TypedDict):
     regex: Grammar | None
     grammar: Grammar | None
     choices: Grammar | None
+    token_healing: bool
 
 
 def read_structure(asked: Options, compile: Compile | None) -> Structure:
@@ -49,7 +51,15 @@ def read_structure(asked: Options, compile: Compile | None) -> Structure:
         raise InvalidParam(f"{given[0]} and {given[1]} each say what the whole output must be; give one of them")
     if given and compile is None:
         raise UnsupportedOption(f"{given[0]} needs the text of tokens, and this checkpoint has no tokenizer")
-    structure = Structure(json_schema=None, regex=None, grammar=None, choices=None)
+    healing = asked.read("token_healing", flag, default=False, off=False)
+    if healing and given:
+        raise UnsupportedOption(
+            f"token_healing beside {given[0]}: a token that heals the prompt may go past its end, into what the "
+            "grammar is about; end the prompt where a token ends, and leave token_healing out"
+        )
+    if healing and (asked.find("custom_decoder") or (None, ""))[0] is not None:
+        raise UnsupportedOption("token_healing beside custom_decoder: that one is given the prompt as it is")
+    structure = Structure(json_schema=None, regex=None, grammar=None, choices=None, token_healing=healing)
     for name, source in sources.items():
         if source is not None and compile is not None:
             structure[name] = compile(name, source)

@@ -31,7 +31,6 @@ WHY_NOT: dict[str, str] = {
     "assistant_lookbehind": _SAME_TOKENIZER,
     "assistant_ensemble_weight": "it accepts tokens that the model alone would not have chosen",
     "target_lookbehind": _SAME_TOKENIZER,
-    "token_healing": "there is no token healing yet",
     "decoder_start_token_id": "there are no encoder-decoder models here",
     # arguments of generate
     "inputs": _PROMPT,
@@ -108,6 +107,11 @@ NOTES: dict[str, str] = {
     "and for a sequence to continue",
     "dola_layers": "as transformers 4.55 had it: 'low', 'high' or a list of layers that the model has; refused beside "
     "beams, several outputs, guidance, contrastive search and grammars",
+    "token_healing": "before all else, greedily and by no other rule: the prompt's last token, or the last few which "
+    "one token covers and goes past, give way to the likeliest token that has or begins with their text. As in "
+    "transformers the one that was there gets 1.0 on top. Here nothing else may win, the prompt keeps its spaces and "
+    "its bos, special tokens heal nothing. `Output.prompt_token_ids` are the healed ones, `text` begins with what they "
+    "add. Refused beside a grammar, a custom_decoder, and for a sequence to continue",
     "sequence_bias": "biases up to 1e30 either way, or -inf; at most 2^20 token ids",
     "bad_words_ids": "a single eos among them is left out; at most 2^20 token ids",
     "encoder_repetition_penalty": "over the prompt's token ids; refused where they are embeddings, and beside beams or "

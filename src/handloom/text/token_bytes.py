@@ -9,13 +9,16 @@ This module does not know models, grammars, or how text is cut into tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from handloom.errors import TokenizerError
 from handloom.text.decoder_stages import BYTE_OF, ByteFallback, cleans_up, decoder_steps
-from handloom.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from handloom.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +75,39 @@ def _with_fallback(token: str, replaced: list[tuple[str, str]]) -> bytes:
         token = token.replace(pattern, content)
     byte = ByteFallback.BYTE_TOKEN.fullmatch(token)
     return token.encode() if byte is None else bytes([int(byte[1], 16)])
+
+
+class Extensions:
+    """Which tokens begin with given bytes; special tokens never do."""
+
+    def __init__(self, tokens: TokenBytes) -> None:
+        texts = ((value, id_) for id_, value in enumerate(tokens.values) if value and id_ not in tokens.special)
+        self._sorted = sorted(texts)
+        self._of = tokens
+
+    def of(self, text: bytes) -> list[int]:
+        """Ids of the tokens that begin with `text` and go on, if at all, with whole characters."""
+        found = []
+        for value, token_id in self._sorted[bisect_left(self._sorted, (text, -1)) :]:
+            if not value.startswith(text):
+                break
+            if _is_utf8(value[len(text) :]):
+                found.append(token_id)
+        return found
+
+    def are_text(self, token_ids: Sequence[int]) -> bool:
+        """Whether each of these has bytes, and is not special."""
+        size = len(self._of.values)
+        return all(id_ < size and self._of.values[id_] and id_ not in self._of.special for id_ in token_ids)
+
+    def text_of(self, token_ids: Sequence[int]) -> bytes:
+        """The bytes of tokens, one after the other."""
+        return b"".join(self._of.values[id_] for id_ in token_ids if id_ < len(self._of.values))
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from handloom.errors import InvalidPrompt, TokenizerError
 from handloom.text.chat import ChatRenderer, Tool, choose_template
+from handloom.text.token_bytes import Extensions, token_bytes
 from handloom.text.typed_errors import typed_errors
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ class Tokenizer:
     def special_tokens(self) -> frozenset[str]:
         """Every token that decoding skips when it skips special tokens."""
         return frozenset(token.content for token in self.hf.added_tokens_decoder.values() if token.special)
+
+    @cached_property
+    def extensions(self) -> Extensions:
+        """Which tokens begin with which bytes. Raises TokenizerError where tokens have no bytes of their own."""
+        return Extensions(token_bytes(self, self.vocab_size))
 
     @property
     def bos_token_id(self) -> int | None:
