@@ -51,9 +51,9 @@ def round_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "matmul_rate", lambda *_: 1e12)
 
 
-def measure(contenders: list[Contender], wanted: Settings) -> tuple[Group, list[str]]:
+def measure(contenders: list[Contender], wanted: Settings, precision: str = "fp32") -> tuple[Group, list[str]]:
     said: list[str] = []
-    group = cpu_suite.measure(wanted, "fp32", contenders, Roofs(), lambda _: None, said.append)
+    group = cpu_suite.measure(wanted, precision, contenders, Roofs(), lambda _: None, said.append)
     return group, said
 
 
@@ -87,6 +87,19 @@ def test_peers_that_crash_answer_too_little_or_are_not_installed_are_a_line_each
     }
     assert group.agreement == {"differs": pytest.approx(6 / 15)}  # of 1 + 4 + 2 + 8 tokens, the first of each row
     assert {name: len(starts) for name, starts in group.starts.items()} == {"handloom": 1, "differs": 1}
+
+
+def test_no_engine_gains_by_answers_that_it_has_kept(tmp_path: Path) -> None:
+    body = "seen = self.__dict__.setdefault('seen', []); assert prompts not in seen; seen.append(prompts)"
+    group, said = measure([engine(tmp_path, "handloom", body)], settings())
+    assert not said
+    assert all(len(rates["handloom"]) == 2 for rates in group.rates.values())
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_tokens_are_compared_only_where_engines_hold_the_same_weights(tmp_path: Path, precision: str) -> None:
+    group, _ = measure([engine(tmp_path, "handloom"), engine(tmp_path, "other")], settings(), precision)
+    assert set(group.rates) and not group.agreement
 
 
 def test_a_peer_that_hangs_is_ended_when_its_time_is_over(tmp_path: Path) -> None:
@@ -128,6 +141,7 @@ def test_prompts_of_a_batch_differ_and_are_the_same_every_time() -> None:
     prompts = case.prompts(50)
     assert len({tuple(prompt) for prompt in prompts}) == 32
     assert prompts == Case("tg", 4, 32).prompts(50)
+    assert case.prompts(50, 1) == Case("tg", 4, 32).prompts(50, 1) != prompts
     assert [len(prompt) for prompt in Case("pp", 8, 2).prompts(50)] == [8, 8]
     assert len(Case("tg", 4, 60).prompts(50)) == 60
 

@@ -1,6 +1,7 @@
 """OpenVINO GenAI as `handloom bench cpu` runs it; see this folder's __init__.py.
 
-It reads GGUF files of the types that it knows and makes a graph of them when it loads.
+It reads GGUF files of the types that it knows and makes a graph of them when it loads. Its prefix cache, on by default,
+is off: a prompt that comes again would not be computed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ class Engine:
         file = Path(model) if precision == "gguf" else Path(files or ".") / f"{FILES[precision]}.gguf"
         if not file.is_file():
             raise SystemExit(f"there is no {file.name} in --peer-models; benchmarks/peer_models.py makes it")
-        self.pipeline = openvino_genai.LLMPipeline(str(file), "CPU", INFERENCE_NUM_THREADS=threads)
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens = False, max_batch * max_tokens
+        self.pipeline = openvino_genai.LLMPipeline(
+            str(file), "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads
+        )
         self.about = {"held": FILES.get(precision, file.stem), "version": openvino_genai.__version__}
 
     def run(self, *, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
