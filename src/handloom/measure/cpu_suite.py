@@ -89,9 +89,9 @@ class Group:
     """What was measured of one precision, by engine.
 
     rates: tokens per second of each case and round; peaks: most bytes held until the end of each batch; agreement:
-    share of tokens as handloom chose them, up to where the two part, in SAME_WEIGHTS; starts: of fresh processes, seconds to a first
-    token, seconds of loading, and most bytes; about: what adapters say; failed: why an engine was left out from then
-    on; bandwidth, matmul: the roofs.
+    share of tokens as handloom chose them, up to where the two part, in SAME_WEIGHTS; starts: of fresh processes,
+    seconds to a first token, seconds of loading, and most bytes; about: what adapters say; failed: why an engine was
+    left out from then on; bandwidth, matmul: the roofs.
     """
 
     precision: str

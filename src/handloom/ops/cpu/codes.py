@@ -1,4 +1,4 @@
-"""Quantised weights to float32, a block of a panel at a time: multiplied at once with one row, or for `linear`'s tiles.
+"""Quantised weights to float32, a block of a panel at a time: times a few rows at once, or for `linear`'s tiles.
 
 A block has up to 64 columns of k of one panel and stays in the first cache. Each weight is one fused multiply-add of
 its code: scale * code + minimum, where a format with a zero has the minimum -scale * zero, which is exact. The floats
@@ -12,6 +12,7 @@ This module does not know threads, or what is multiplied.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from handloom.ops.cpu import simd
 from handloom.ops.cpu.simd import (
     F32,
     I8,
+    I64,
     INTS,
     LANES,
     VECTOR,
@@ -134,8 +136,10 @@ def _weights(
 def _unpacker(bits: int, columns: int) -> Any:
     """A numba function: (low, high, scales, x, out) makes `columns` columns of a panel floats."""
 
-    @operation(void, *[int64] * 5)
-    def unpack(b: Builder, low: Value, high: Value, scales: Value, x: Value, out: Value) -> None:
+    @operation(void, *[int64] * 7)
+    def unpack(
+        b: Builder, low: Value, high: Value, scales: Value, x: Value, stride: Value, n: Value, out: Value
+    ) -> None:
         """Codes to floats"""
         for k, weights in _weights(b, bits, columns, low, high, scales):
             for v, weight in enumerate(weights):
@@ -144,19 +148,28 @@ def _unpacker(bits: int, columns: int) -> Any:
     return unpack
 
 
-def _multiplier(bits: int, columns: int) -> Any:
-    """A numba function: (low, high, scales, x, sums) adds x [columns] times these columns to sums [PANEL]."""
+def _multiplier(rows: int, bits: int, columns: int) -> Any:
+    """A numba function: (low, high, scales, x, stride, n, sums) adds n rows x [n, columns] times these columns to
+    sums [rows, PANEL]; past n the last row is taken again."""
 
-    @operation(void, *[int64] * 5)
-    def multiply(b: Builder, low: Value, high: Value, scales: Value, x: Value, sums: Value) -> None:
-        """Codes times one row"""
-        places = [simd.offset(b, sums, LANES * 4 * v) for v in range(VECTORS)]
-        totals = [simd.load_at(b, place, VECTOR, 4) for place in places]
+    @operation(void, *[int64] * 7)
+    def multiply(
+        b: Builder, low: Value, high: Value, scales: Value, x: Value, stride: Value, n: Value, sums: Value
+    ) -> None:
+        """Codes times rows"""
+        starts = [x]
+        for row in range(1, rows):
+            step = b.select(b.icmp_signed("<", I64(row), n), stride, I64(0))
+            starts.append(b.add(starts[-1], step))
+        places = [[simd.offset(b, sums, (PANEL * row + LANES * v) * 4) for v in range(VECTORS)] for row in range(rows)]
+        totals = [[simd.load_at(b, place, VECTOR, 4) for place in row] for row in places]
         for k, weights in _weights(b, bits, columns, low, high, scales):
-            value = simd.splat_of(b, simd.load_at(b, simd.offset(b, x, 4 * k), F32, 4), VECTOR)
-            totals = [simd.fused(b, value, *pair) for pair in zip(weights, totals, strict=True)]
-        for total, place in zip(totals, places, strict=True):
-            simd.store_at(b, total, place)
+            for row, start in enumerate(starts):
+                value = simd.splat_of(b, simd.load_at(b, simd.offset(b, start, 4 * k), F32, 4), VECTOR)
+                totals[row] = [simd.fused(b, value, *pair) for pair in zip(weights, totals[row], strict=True)]
+        for row, at in zip(totals, places, strict=True):
+            for total, place in zip(row, at, strict=True):
+                simd.store_at(b, total, place)
 
     return multiply
 
@@ -190,32 +203,33 @@ def read_scales(segment, panel, depth, k, into):
 
 
 def _walk(make: Callable[[int, int], Any], step: int) -> Any:
-    """A numba function that does what `make` makes to a block: (segment, panel, depth, k, count, scales, x, out).
+    """A numba function that does what `make` makes to a block: (segment, panel, depth, k, count, scales, x, stride, n,
+    out).
 
     Columns k .. k + count of a panel; k is a multiple of 64, count 64 or what is left. scales: SCALE_BYTES of scratch;
-    x goes on by a float each column, out by `step` bytes.
+    x, n rows `stride` bytes apart, goes on by a float each column, out by `step` bytes.
     """
     nibbles, fives, sixes, octets, octet = make(4, 32), make(5, 32), make(6, 16), make(8, 32), make(8, 1)
 
-    @kernel(void, *[int64] * 8)
-    def walk_bytes(segment, panel, depth, k, count, scales, x, out):
+    @kernel(void, *[int64] * 10)
+    def walk_bytes(segment, panel, depth, k, count, scales, x, stride, n, out):
         shift, low = read_i64(segment + GROUP_SHIFT), read_i64(segment + LOW)
         end = k + count
         while k < end:
             read_scales(segment, panel, depth, k, scales)
             last = min(end, ((k >> shift) + 1) << shift)
             while k + 32 <= last:
-                octets(low + (panel * depth + k) * PANEL, 0, scales, x, out)
+                octets(low + (panel * depth + k) * PANEL, 0, scales, x, stride, n, out)
                 k, x, out = k + 32, x + 4 * 32, out + 32 * step
             while k < last:
-                octet(low + (panel * depth + k) * PANEL, 0, scales, x, out)
+                octet(low + (panel * depth + k) * PANEL, 0, scales, x, stride, n, out)
                 k, x, out = k + 1, x + 4, out + step
 
-    @kernel(void, *[int64] * 8)
-    def walk(segment, panel, depth, k, count, scales, x, out):
+    @kernel(void, *[int64] * 10)
+    def walk(segment, panel, depth, k, count, scales, x, stride, n, out):
         bits = read_i64(segment + BITS)
         if bits == 8:
-            walk_bytes(segment, panel, depth, k, count, scales, x, out)
+            walk_bytes(segment, panel, depth, k, count, scales, x, stride, n, out)
             return
         low, high = read_i64(segment + LOW), read_i64(segment + HIGH)
         columns = 16 if bits == 6 else 32
@@ -223,14 +237,19 @@ def _walk(make: Callable[[int, int], Any], step: int) -> Any:
             read_scales(segment, panel, depth, at, scales)
             first = panel * depth + at
             if bits == 4:
-                nibbles(low + first // 2 * PANEL, 0, scales, x, out)
+                nibbles(low + first // 2 * PANEL, 0, scales, x, stride, n, out)
             elif bits == 5:
-                fives(low + first // 2 * PANEL, high + first // 8 * PANEL, scales, x, out)
+                fives(low + first // 2 * PANEL, high + first // 8 * PANEL, scales, x, stride, n, out)
             else:
-                sixes(low + first // 2 * PANEL, high + first // 4 * PANEL, scales, x, out)
+                sixes(low + first // 2 * PANEL, high + first // 4 * PANEL, scales, x, stride, n, out)
             x, out = x + 4 * columns, out + columns * step
 
     return walk
 
 
-unpack_block, multiply_block = _walk(_unpacker, PANEL * 4), _walk(_multiplier, 0)
+unpack_block = _walk(_unpacker, PANEL * 4)
+MOST_AT_ONCE, FEWER_AT_ONCE = (8, 4) if WIDE else (2, 2)
+"""Rows that codes are multiplied with at once: as many sums as there are registers for."""
+multiply_one, multiply_fewer, multiply_most = (
+    _walk(partial(_multiplier, rows), 0) for rows in (1, FEWER_AT_ONCE, MOST_AT_ONCE)
+)

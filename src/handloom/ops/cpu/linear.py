@@ -1,8 +1,8 @@
 """A matrix product, cut into items that any thread can compute in any order.
 
 An item is a group of panels times a chunk of rows. Within it k runs in blocks of BLOCK, each summed alone and added to
-the total: the same sums in the same order for one row and for a thousand. A quantised weight is made floats a block of
-k at a time, which stays in the first cache, and is multiplied like any other.
+the total: the same sums in the same order for one row and for a thousand. A quantised weight is made floats in
+registers for a few rows; for more a block of k at a time, which stays in the first cache and is multiplied like any.
 
 This module does not know threads, or where operands come from.
 """
@@ -12,7 +12,16 @@ from __future__ import annotations
 import numpy as np
 
 from handloom.ops.cpu import simd
-from handloom.ops.cpu.codes import SCALE_BYTES, ZERO, multiply_block, unpack_block
+from handloom.ops.cpu.codes import (
+    FEWER_AT_ONCE,
+    MOST_AT_ONCE,
+    SCALE_BYTES,
+    ZERO,
+    multiply_fewer,
+    multiply_most,
+    multiply_one,
+    unpack_block,
+)  # fmt: skip
 from handloom.ops.cpu.elementary import tanh
 from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
 from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, PANEL, TILE_ROWS, VECTORS, WIDE, tile_of
@@ -21,6 +30,7 @@ from handloom.ops.quantized_panels import QUANTIZED
 BLOCK = 64
 ROWS = 504  # of a chunk: a multiple of every tile
 MANY = 64
+FEW = 16 if WIDE else 2  # rows for which codes are made floats in registers, again for each tile
 GROUP = 4  # panels of an item at most
 ITEM_BYTES = 1 << 17  # of weights that an item is to read: less is lost in handing out items
 SCRATCH = ROWS * GROUP * PANEL * 4
@@ -97,17 +107,40 @@ def linear_items(columns, rows, group):
     return (panels + group - 1) // group * ((rows + ROWS - 1) // ROWS)
 
 
-@kernel(void, *[int64] * 9)
-def add_block(segment, panel, depth, k, count, x, scales, sums, out):
-    """out [PANEL] += one row times a block of quantised weights; the first block is stored."""
-    for v in range(0, PANEL, LANES):
-        simd.store(sums + 4 * v, simd.splat(ZERO))
-    multiply_block(segment, panel, depth, k, count, scales, x, sums)
-    for v in range(0, PANEL, LANES):
-        total = simd.load(sums + 4 * v)
-        if k > 0:
-            total = simd.add(simd.load(out + 4 * v), total)
-        simd.store(out + 4 * v, total)
+@kernel(void, *[int64] * 10)
+def add_codes(segment, panel, depth, k, x, x_stride, rows, scales, sums, out):
+    """out [rows, PANEL] += x [rows, BLOCK] times a block of quantised weights; the first block is stored."""
+    count = min(BLOCK, depth - k)
+    while rows > 0:
+        n = min(rows, MOST_AT_ONCE)
+        for at in range(0, n * PANEL, LANES):
+            simd.store(sums + 4 * at, simd.splat(ZERO))
+        if n == 1:
+            multiply_one(segment, panel, depth, k, count, scales, x, x_stride, n, sums)
+        elif n <= FEWER_AT_ONCE:
+            multiply_fewer(segment, panel, depth, k, count, scales, x, x_stride, n, sums)
+        else:
+            multiply_most(segment, panel, depth, k, count, scales, x, x_stride, n, sums)
+        for at in range(0, n * PANEL, LANES):
+            total = simd.load(sums + 4 * at)
+            if k > 0:
+                total = simd.add(simd.load(out + 4 * at), total)
+            simd.store(out + 4 * at, total)
+        x, out, rows = x + n * x_stride, out + 4 * n * PANEL, rows - n
+
+
+@kernel(void, *[int64] * 11)
+def add_block(form, size, data, panel, depth, k, x, x_stride, rows, scales, out):
+    """out [rows, PANEL] += x [rows, BLOCK] times a block of weights; scales: scratch, and that of a block after it."""
+    block, count = scales + SCALE_BYTES, min(BLOCK, depth - k)
+    if form != QUANTIZED:
+        w = data + (panel * depth + k) * PANEL * size
+        product(form, x, x_stride, rows, w, count, out, k)
+    elif rows <= FEW:
+        add_codes(data, panel, depth, k, x, x_stride, rows, scales, block, out)
+    else:
+        unpack_block(data, panel, depth, k, count, scales, 0, 0, 0, block)
+        product(FORMAT_F32, x, x_stride, rows, block, count, out, k)
 
 
 @kernel(void, *[int64] * 13, float64, int64, int64, int64)
@@ -115,27 +148,26 @@ def linear_item(
     item, form, size, group, x, x_stride, rows, data, columns, depth, bias, residual, residual_stride, softcap, out,
     out_stride, scratch,
 ):  # fmt: skip
-    """out = residual + softcap(x @ weight.T + bias) for one item's rows and columns; addresses of 0: there is none."""
+    """out = residual + softcap(x @ weight.T + bias) for one item's rows and columns; addresses of 0: there is none.
+
+    Many rows are taken a block of k at a time, which they leave in a near cache; of few the weights lie in one piece.
+    """
     panels = (columns + PANEL - 1) // PANEL
     groups = (panels + group - 1) // group
     first_row, first = item // groups * ROWS, item % groups * group
     count = min(ROWS, rows - first_row)
     last = min(panels, first + group)
-    x = x + first_row * x_stride
-    scales = scratch + SCRATCH
-    block = scales + SCALE_BYTES
-    for k in range(0, depth, BLOCK):
-        columns_of_k = min(BLOCK, depth - k)
-        for panel in range(first, last):
-            into = scratch + (panel - first) * ROWS * PANEL * 4
-            if form == QUANTIZED and count == 1:
-                add_block(data, panel, depth, k, columns_of_k, x + 4 * k, scales, block, into)
-            elif form == QUANTIZED:
-                unpack_block(data, panel, depth, k, columns_of_k, scales, x, block)
-                product(FORMAT_F32, x + 4 * k, x_stride, count, block, columns_of_k, into, k)
-            else:
-                w = data + (panel * depth + k) * PANEL * size
-                product(form, x + 4 * k, x_stride, count, w, columns_of_k, into, k)
+    x, scales, width = x + first_row * x_stride, scratch + SCRATCH, ROWS * PANEL * 4
+    if count > MANY:
+        for k in range(0, depth, BLOCK):
+            for p in range(first, last):
+                into = scratch + (p - first) * width
+                add_block(form, size, data, p, depth, k, x + 4 * k, x_stride, count, scales, into)
+    else:
+        for p in range(first, last):
+            for k in range(0, depth, BLOCK):
+                into = scratch + (p - first) * width
+                add_block(form, size, data, p, depth, k, x + 4 * k, x_stride, count, scales, into)
     for panel in range(first, last):
         for row in range(count):
             at = first_row + row

@@ -200,7 +200,7 @@ def embed_quantized_row(segment, token, width, scratch, out):
     block = scratch + SCALE_BYTES
     for k in range(0, width, BLOCK):
         count = min(BLOCK, width - k)
-        unpack_block(segment, token // PANEL, width, k, count, scratch, 0, block)
+        unpack_block(segment, token // PANEL, width, k, count, scratch, 0, 0, 0, block)
         for i in range(count):
             simd.write_f32(out + 4 * (k + i), simd.read_f32(block + 4 * (i * PANEL + token % PANEL)))
 
