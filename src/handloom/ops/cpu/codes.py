@@ -41,7 +41,7 @@ from handloom.ops.quantized_panels import MINIMUM_KINDS, PLANES, SCALE_KINDS
 
 VECTORS = PANEL // LANES
 SUPER = 256
-PREFETCH = 2048  # bytes ahead: a block of 8-bit codes
+PREFETCH = 6144  # bytes ahead
 SCALE_BYTES = 2 * PANEL * 4  # scales and minima of one group
 ZERO = np.float32(0.0)
 
