@@ -167,8 +167,8 @@ def _multiplier(rows: int, bits: int, columns: int) -> Any:
             for row, start in enumerate(starts):
                 value = simd.splat_of(b, simd.load_at(b, simd.offset(b, start, 4 * k), F32, 4), VECTOR)
                 totals[row] = [simd.fused(b, value, *pair) for pair in zip(weights, totals[row], strict=True)]
-        for row, at in zip(totals, places, strict=True):
-            for total, place in zip(row, at, strict=True):
+        for own, at in zip(totals, places, strict=True):
+            for total, place in zip(own, at, strict=True):
                 simd.store_at(b, total, place)
 
     return multiply
