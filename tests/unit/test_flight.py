@@ -376,9 +376,10 @@ def test_smaller_steps_where_half_of_the_rows_have_ended() -> None:
     assert lm.graphs is not None and lm.graphs.num_captured == 2 and lm.graphs.warm_up_seconds > 0
 
 
-def test_a_step_never_asks_the_device_for_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_step_neither_asks_the_device_for_a_value_nor_sends_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the Triton backend: here its kernels run in Triton's interpreter, whose own looks at tensors do not count."""
-    lm = loaded("llama")
+    lm = loaded(family)
     transformer = Transformer(lm.spec, {**lm.transformer.weights}, choose_backend(lm.device, "triton"))
     pool = PagePool(lm.spec, 8, 4, dtype=lm.dtype, device=lm.device)
     step = DecodeStep(transformer, pool, 2, 2)
@@ -388,7 +389,9 @@ def test_a_step_never_asks_the_device_for_a_value(monkeypatch: pytest.MonkeyPatc
     step.pages[0] = 3
     asked: list[str] = []
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
-        _watch(monkeypatch, name, asked)
+        _watch(monkeypatch, torch.Tensor, name, asked)
+    for name in ("tensor", "as_tensor"):
+        _watch(monkeypatch, torch, name, asked)
     for drawn, cut in ((False, False), (True, False), (True, True)):
         step.run(drawn=drawn, cut=cut)
     assert not asked
@@ -398,13 +401,15 @@ def test_a_step_never_asks_the_device_for_a_value(monkeypatch: pytest.MonkeyPatc
     assert transformer.backend.capturable and not backend.capturable
 
 
-def _watch(monkeypatch: pytest.MonkeyPatch, name: str, asked: list[str]) -> None:
-    original = getattr(torch.Tensor, name)
+def _watch(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, asked: list[str]) -> None:
+    """Note calls from modules of handloom that make the host wait for the device: of `tensor` those that name one."""
+    original = getattr(owner, name)
 
-    def watched(self: torch.Tensor, *args: Any) -> Any:
+    def watched(*args: Any, **options: Any) -> Any:
         caller = sys._getframe(1).f_code.co_filename
-        if "handloom" in Path(caller).parts or "handloom_kernels" in Path(caller).parts:
+        ours = {"handloom", "handloom_kernels"} & set(Path(caller).parts)
+        if ours and (owner is torch.Tensor or "device" in options):
             asked.append(f"{name} in {caller}")
-        return original(self, *args)
+        return original(*args, **options)
 
-    monkeypatch.setattr(torch.Tensor, name, watched)
+    monkeypatch.setattr(owner, name, watched)
