@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from handloom.decoding.drafters import NOTHING, PromptLookup, SuffixAutomaton
+from handloom.decoding.drafters import NOTHING, PromptLookup, SuffixAutomaton, TextDrafter
 
 
 def texts(count: int) -> list[list[int]]:
@@ -66,3 +67,12 @@ def test_of_several_places_the_automaton_takes_the_one_it_used_last() -> None:
     assert drafter.draft(text, 1).token_ids == [3]
     text += [4, 8, 1, 2]
     assert drafter.draft(text, 1).token_ids == [4]
+
+
+@pytest.mark.parametrize("make", [SuffixAutomaton, lambda: PromptLookup(3)])
+def test_asked_again_after_the_same_text_a_drafter_says_the_same(make: Callable[[], TextDrafter]) -> None:
+    for text in texts(30):
+        drafter = make()
+        for end in range(1, len(text) + 1):
+            first, again = drafter.draft(text[:end], 4), drafter.draft(text[:end], 4)
+            assert first == again and drafter.draft(text[:end], 2).token_ids == first.token_ids[:2]

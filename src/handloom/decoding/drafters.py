@@ -70,20 +70,23 @@ class SuffixAutomaton:
         self._end = [0]  # where its substrings ended, seen last
         self._last = 0
         self._read = 0
+        self._found = self._start = 0  # how long that ending is, and where it ended
 
     def draft(self, token_ids: Sequence[int], most: int) -> Draft:
         """See `TextDrafter`."""
-        for token_id in token_ids[self._read :]:
-            self._read += 1
-            self._extend(token_id)
-        found = self._link[self._last]
-        if found <= 0:
+        if len(token_ids) > self._read:
+            for token_id in token_ids[self._read :]:
+                self._read += 1
+                self._extend(token_id)
+            found = self._link[self._last]
+            self._found, self._start = self._length[found], self._end[found]
+            self._end[found] = self._read
+        if not self._found:
             return NOTHING
-        start, self._end[found] = self._end[found], self._read
-        tokens = list(token_ids[start : start + most])
+        tokens = list(token_ids[self._start : self._start + most])
         while len(tokens) < most:
-            tokens.append(tokens[len(tokens) - (self._read - start)])
-        return Draft(tokens, self._length[found])
+            tokens.append(tokens[len(tokens) - (self._read - self._start)])
+        return Draft(tokens, self._found)
 
     def _extend(self, token_id: int) -> None:
         state = self._add({}, self._length[self._last] + 1, self._read)
