@@ -4,6 +4,7 @@
 # all but gguf; pytest. pytest-xdist, pytest-timeout and matplotlib are used where they are there.
 #   benchmarks/gpu.sh                                   on a GPU: tests, kernels, latency, decode, 560 s together
 #   STEPS="kernels latency" benchmarks/gpu.sh           some of the steps; the time is theirs
+#   STEPS=decode BATCH="1 16" benchmarks/gpu.sh         also against gpt-fast's recipe; DECODE_PEERS="static dynamic" …
 #   STEPS=kernels RESUME=1 benchmarks/gpu.sh            what the table lacks, or has as failed
 #   STEPS=tests TESTS=tests/kernels/test_norm.py benchmarks/gpu.sh
 #   RESULTS=/tmp/out benchmarks/gpu.sh                  tables, logs and pictures elsewhere than benchmarks/results
@@ -16,6 +17,7 @@ PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} SHAPES=${SHAPES:-135m 1b} SMALL
 DECODE_SHAPES=${DECODE_SHAPES:-$([ "$DEVICE" = cpu ] && echo tiny || echo 1b 0.6b 8b)} BATCH=${BATCH:-$([ -n "$SMALL" ] && echo 1 3 || echo 1 4 16 64 256)}
 STEPS=${STEPS:-tests kernels latency decode} RESULTS=${RESULTS:-benchmarks/results} SECONDS_IN_ALL=${SECONDS_IN_ALL:-560}
 JOBS=${JOBS:-$(nproc)}
+DECODE_PEERS=${DECODE_PEERS-$([ "$STEPS" = decode ] && echo plain)} # it compiles for a minute per batch size
 DTYPE=${DTYPE:-$([ "$DEVICE" = cpu ] && echo float32 || echo bfloat16)}
 export PYTHONPATH=src:kernels/torch-ext:tests${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 [ "$DEVICE" = cpu ] && export TRITON_INTERPRET=1
@@ -88,7 +90,7 @@ for step in $STEPS; do
     decode)
         # shellcheck disable=SC2086  # lists of words
         limited "$seconds" "$PYTHON" benchmarks/gpu_decode.py --device "$DEVICE" --dtype "$DTYPE" --shapes $DECODE_SHAPES \
-            ${SMALL:+--prompt 8 --new 6 --rounds 2 --backend reference} --batch $BATCH \
+            ${SMALL:+--prompt 8 --new 6 --rounds 2 --backend reference} --batch $BATCH --peers $DECODE_PEERS \
             --output "$RESULTS/gpu_decode.jsonl" 2>"$RESULTS/decode.log" >>"$summary"
         result=$?
         [ $result = 0 ] || tail -n 8 "$RESULTS/decode.log" | cut -c1-300 >>"$summary"
