@@ -14,7 +14,9 @@ from engines import all_free, lm_in_float64, lm_with
 from handloom.cache.sequence import Sequence
 from handloom.collect import Collector
 from handloom.decoding.beam import BeamDecoder
+from handloom.decoding.beams import chain
 from handloom.decoding.branches import Branches
+from handloom.decoding.decoder import TokenEvent
 from handloom.engine import Engine
 from handloom.lm import LM
 from handloom.output import Output
@@ -165,6 +167,21 @@ def test_a_stream_gives_only_what_no_longer_changes_and_in_the_end_everything(ki
     assert early > 0, "nothing came before the end"
 
 
+def test_what_ended_too_low_to_ever_be_an_output_holds_no_token_back() -> None:
+    lm, earlier = lm_with(), 0
+    for seed in range(8):
+        search = BeamDecoder(Sequence(lm.pool, random_ids(seed, 9)), _params(lm, num_beams=3), lm.tokenizer)
+        engine = Engine(lm)
+        engine.add(search)
+        told: list[int] = []
+        while engine.has_work:
+            told += [event.token_id for event in engine.step() if isinstance(event, TokenEvent)]
+            ended = [[link.token_id for link in chain(own.last)] for own in search._ended if own is not None]
+            earlier += engine.has_work and any(own[: len(told)] != told for own in ended)
+        assert told == lm.generate(random_ids(seed, 9), num_beams=3, **_ENDS).token_ids
+    assert earlier > 0
+
+
 def test_a_request_with_a_seed_gives_the_same_samples_each_time() -> None:
     options = {"num_beams": 3, "do_sample": True, "max_new_tokens": 12, "num_return_sequences": 3, "eos_token_id": EOS}
     first, again, other = (lm_with().generate(random_ids(1, 9), seed=seed, **options) for seed in (4, 4, 5))
@@ -242,5 +259,8 @@ def test_rows_that_came_in_different_steps_are_put_together_in_order() -> None:
     assert rows is not None and rows[:, 0].tolist() == [0.0, 1.0, 2.0]
 
 
-def _params(lm: LM) -> Any:
-    return Engine(lm).resolve(Sequence(lm.pool, [1, 2]), {"num_beams": 2})
+_ENDS: dict[str, Any] = {"eos_token_id": EOS, "length_penalty": 2.0, "early_stopping": "never", "max_new_tokens": 40}
+
+
+def _params(lm: LM, num_beams: int = 2) -> Any:
+    return Engine(lm).resolve(Sequence(lm.pool, [1, 2]), {"num_beams": num_beams, **_ENDS})
