@@ -90,6 +90,10 @@ def assert_in_range(params: GenerationParams, prompt_length: int, max_context: i
     assert all(-1e30 <= bias <= 1e30 or bias == -math.inf for _, bias in params.sequence_bias)
     assert params.prefix_allowed_tokens_fn is None or callable(params.prefix_allowed_tokens_fn)
     assert params.max_time is None or 0 < params.max_time < math.inf
+    assert -1e30 <= params.guidance_scale <= 1e30 and 0 <= params.penalty_alpha <= 1
+    assert all(type(id_) is int and 0 <= id_ < vocab_size for id_ in params.negative_prompt_ids)
+    assert params.penalty_alpha == 0 or (not params.do_sample and 1 <= params.top_k <= 1024)
+    assert params.dola_layers in ("low", "high") or all(layer >= 0 for layer in params.dola_layers)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
