@@ -145,9 +145,9 @@ def test_without_any_file_that_names_an_eos_there_is_none(model: Any, tmp_path: 
 
 def test_the_file_of_a_model_may_not_hold_what_we_do_not_do(model: Any, tmp_path: Path) -> None:
     """…unless the caller says otherwise: nothing in it is dropped in silence."""
-    with_file(model, tmp_path, {"num_beam_groups": 2, "no_repeat_ngram_size": 3})
+    with_file(model, tmp_path, {"use_mtp": True, "no_repeat_ngram_size": 3})
     lm = hl.LM.from_pretrained(tmp_path)
-    with pytest.raises(HandloomError, match=r"num_beam_groups|no_repeat_ngram_size"):
+    with pytest.raises(HandloomError, match=r"use_mtp"):
         lm.generate(random_ids(3, 12))
     prompt = random_ids(3, 12)
-    assert len(lm.generate(prompt, num_beam_groups=1, no_repeat_ngram_size=0, eos_token_id=None).token_ids) == 20
+    assert len(lm.generate(prompt, use_mtp=False, no_repeat_ngram_size=0, eos_token_id=None).token_ids) == 20
