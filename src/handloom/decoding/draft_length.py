@@ -18,6 +18,7 @@ _FIRST = 0.7  # weight of the first measurement, against what was expected
 _LARGEST_CHANGE = 2.0  # that one measurement may speak for: others use the machine too
 _MEMORY = 0.9  # weight of the drafts before the newest
 _FORGETTING = 0.97  # for each step in which it did not pay to draft
+_MODEL_FORGETTING = 0.995  # the same for a model's drafts, which cost time to find out about
 _PRIOR_WEIGHT = 1.0  # drafted tokens that the expectation counts for
 _PRIOR = (0.7, 0.2, 0.45, 0.7, 0.85, 0.9)  # right ones expected, by class of the draft
 
@@ -85,8 +86,9 @@ class Acceptance:
 
     def forget(self, kind: int) -> None:
         """Nothing was drafted, since it did not pay: what is known grows old, so that it is tried again some time."""
-        self._right[kind] *= _FORGETTING
-        self._tried[kind] *= _FORGETTING
+        kept = _FORGETTING if kind else _MODEL_FORGETTING
+        self._right[kind] *= kept
+        self._tried[kind] *= kept
 
 
 def draft_class(matched: int) -> int:

@@ -34,6 +34,7 @@ from handloom.text.tokenizer import Tokenizer
 
 BY_MODEL = 0  # the class of a model's drafts
 UNMEASURED_DRAFT = 0.2  # seconds to draft a token, in steps of one token, until it was measured
+FIRST_DRAFT = 2  # tokens that a model drafts before it is known how long that takes
 _SMOOTHING = 0.2
 
 
@@ -184,6 +185,8 @@ class Speculator:
                 most, kind = len(found), draft_class(matched)
             elif most and decoder.by_model is not None:
                 most = min(most, decoder.by_model.most(len(decoder.sequence)))
+                if decoder.by_model.assistant not in self._draft_seconds:
+                    most = min(most, FIRST_DRAFT)
                 seconds = self._seconds(decoder.by_model.assistant) / len(decoders)
             if not most:
                 continue
