@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -141,14 +140,13 @@ class LM:
         ops = choose_backend(where, backend, {layer.mixer.head_dim for layer in spec.layers})
         quantize = choose_quantization(scheme, checkpoint, ops, dtype, where)
         what = choose_dtype(dtype, torch.float32 if quantize else checkpoint.dtype)
-        with ThreadPoolExecutor(1) as other:
-            tokenizer = other.submit(checkpoint.tokenizer)  # transformers takes as long to import as weights to read
-            transformer = load_transformer(
-                checkpoint, family, spec, ops, dtype=what, device=where, quantize=quantize, progress=progress
-            )
+        tokenizer = checkpoint.tokenizer()
+        transformer = load_transformer(
+            checkpoint, family, spec, ops, dtype=what, device=where, quantize=quantize, progress=progress
+        )
         return cls(
             transformer,
-            tokenizer.result(),
+            tokenizer,
             make_pool(transformer.spec, context, *cache, dtype=what, device=where),
             name=checkpoint.name,
             origin=checkpoint.origin,

@@ -95,6 +95,22 @@ def test_reads_into_views_of_any_dtype_and_orientation(
         assert torch.equal(out, expected), name
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("family", TINY)
+def test_rows_a_few_at_a_time_are_those_of_the_whole(
+    tmp_path: Path, family: str, transpose: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_gguf(export(TINY[family](), tmp_path / "a.gguf"))
+    monkeypatch.setattr("handloom.checkpoint.gguf.CHUNK_ELEMENTS", 1000)
+    for name, info in checkpoint.tensors.items():
+        if len(info.shape) == 2:
+            expected = read(checkpoint, name).t() if transpose else read(checkpoint, name)
+            out = torch.full(expected.shape, 9.0)
+            for rows, values in checkpoint.read_rows(name, transpose=transpose):
+                out[rows] = values
+            assert torch.equal(out, expected), name
+
+
 def test_reads_into_a_parameter_that_requires_grad(tmp_path: Path) -> None:
     checkpoint = open_gguf(export(tiny_gemma3(), tmp_path / "a.gguf"))
     for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight"):

@@ -100,6 +100,25 @@ def test_transpose_and_views_of_a_bigger_tensor(saved: Any, name: str, target: t
     assert stacked[:rows].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("name", ["large", "torch.float16.(3, 5)", "torch.bfloat16.(3, 5)", "empty"])
+def test_rows_a_few_at_a_time_are_those_of_the_whole(saved: Any, name: str, transpose: bool) -> None:
+    file, expected = saved
+    whole = expected[name].t() if transpose else expected[name]
+    pieces = [(rows, values.clone()) for rows, values in file.read_rows(name, transpose=transpose)]
+    assert torch.equal(torch.cat([rows for rows, _ in pieces] or [torch.arange(0)]), torch.arange(len(whole)))
+    assert torch.equal(torch.cat([values for _, values in pieces] or [whole]), whole)
+    assert len(pieces) == 3 or name != "large" or transpose
+
+
+def test_rows_of_what_is_not_there_are_an_error(saved: Any) -> None:
+    file, _ = saved
+    with pytest.raises(CheckpointError, match="no tensor 'absent'"):
+        next(file.read_rows("absent"))
+    with pytest.raises(CheckpointError, match="only a matrix can be transposed"):
+        next(file.read_rows("cube", transpose=True))
+
+
 def test_reads_into_a_parameter_that_requires_grad(saved: Any) -> None:
     file, expected = saved
     out = torch.nn.Parameter(torch.empty(3, 4, 5))

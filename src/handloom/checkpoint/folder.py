@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -92,6 +92,12 @@ class FolderCheckpoint:
         if name not in self._files:
             raise CheckpointError(f"{self.path}: no tensor {quote(name)}")
         self._files[name].read_into(name, out, transpose=transpose)
+
+    def read_rows(self, name: str, *, transpose: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A matrix a few rows at a time; see `Checkpoint.read_rows`."""
+        if name not in self._files:
+            raise CheckpointError(f"{self.path}: no tensor {quote(name)}")
+        return self._files[name].read_rows(name, transpose=transpose)
 
     def read_quantized(self, name: str, out: QuantizedRows, *, transpose: bool = False) -> None:
         """Raises CheckpointError: no .safetensors file holds GGUF's formats."""

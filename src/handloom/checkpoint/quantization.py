@@ -26,6 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from handloom.checkpoint import memory
+
 SUPER = 256
 """Columns that share the half-precision scale of a K type."""
 CHUNK_WEIGHTS = 2**20
@@ -131,7 +133,7 @@ class QuantizedRows:
         """Memory for so many rows; columns must be a multiple of format.multiple."""
         planes = _planes(format, columns)
         return cls(
-            format, columns, **{name: torch.empty(rows, *plane[:1], dtype=plane[1]) for name, plane in planes.items()}
+            format, columns, **{name: memory.empty((rows, width), dtype) for name, (width, dtype) in planes.items()}
         )
 
     def __len__(self) -> int:

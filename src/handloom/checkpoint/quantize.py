@@ -16,10 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from handloom.checkpoint.quantization import CHUNK_WEIGHTS, Format, QuantizedRows
+from handloom.checkpoint import memory
+from handloom.checkpoint.quantization import Format, QuantizedRows
 from handloom.errors import CheckpointError, InvalidParam
 
 GROUPS = (32, 64, 128)
+CHUNK_WEIGHTS = 2**18
+"""Weights that are worked on at a time: what is made of them on the way stays in a core's cache."""
 SHRINK = (1.04, 0.97, 0.9, 0.83, 0.76)
 """The scales that are tried with 4 bits, as parts of the one that clips nothing; twelve bring 0.2% less error."""
 _SPELLING = re.compile(r"(int8|int4|int4-sym)(?::(\d{1,4}))?")
@@ -92,55 +95,55 @@ def quantize_rows(weights: Tensor, out: QuantizedRows) -> None:
 
 def _int8(values: Tensor, out: QuantizedRows) -> Tensor:
     """values [rows, groups, group] -> scales; codes are written to `out`."""
-    scale = out.scale.copy_(values.abs().amax(-1) / 127).float()
-    codes = (values * _inverse(scale)).round_().clamp_(-127, 127)
+    codes = torch.abs(values, out=memory.empty(values.shape, values.dtype))
+    scale = out.scale.copy_(codes.amax(-1) / 127).float()
+    torch.mul(values, _inverse(scale).unsqueeze(-1), out=codes).round_().clamp_(-127, 127)
     out.low.copy_(codes.view(out.low.shape))
     return scale
 
 
 def _int4(values: Tensor, out: QuantizedRows) -> Tensor:
-    """values [rows, groups, group] -> scales; codes are written to `out`."""
-    symmetric = out.format.minimum == "none"
-    largest = _largest_symmetric(values) if symmetric else _range(values) / 15
-    best = torch.full(largest.shape, torch.inf)
-    scale, zero = torch.empty_like(largest), torch.zeros_like(largest)
-    for shrink in SHRINK:
-        tried = (largest * shrink).half().float()
-        origin = torch.full_like(tried, 8.0) if symmetric else _zero_points(values, tried)
-        error = (_round(values, tried, origin) - origin.unsqueeze(-1)).mul_(tried.unsqueeze(-1))
-        error = error.sub_(values).square_().sum(-1)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero = torch.where(better, tried, scale), torch.where(better, origin, zero)
-    codes = _round(values, scale, zero).view(len(out), -1).to(torch.uint8)
-    out.low.copy_(codes[:, 0::2] | codes[:, 1::2] << 4)
+    """values [rows, groups, group] -> the errors of the chosen scales; codes are written to `out`."""
+    lowest, highest = values.amin(-1), values.amax(-1)
+    shrink = torch.tensor(SHRINK).view(-1, 1, 1)
+    if out.minimum is None:
+        tried = (_largest_symmetric(lowest, highest) * shrink).half().float()
+        inverse = _inverse(tried)
+        zeros = torch.full_like(tried, 8.0)
+    else:
+        lowest.clamp_(max=0)
+        highest.clamp_(min=0)
+        tried = ((highest - lowest) / 15 * shrink).half().float()
+        inverse = _inverse(tried)
+        zeros = (7.5 - (highest + lowest) / 2 * inverse).round_().clamp_(0, 15)  # both ends are clipped equally
+    errors = torch.empty_like(tried)
+    places, codes = memory.empty(values.shape, values.dtype), memory.empty(values.shape, values.dtype)
+    for i in range(len(SHRINK)):
+        _round(values, inverse[i], zeros[i], places, codes)
+        torch.sum(codes.sub_(places).square_(), -1, out=errors[i])
+    errors.mul_(tried.square())
+    best = torch.where(errors < torch.inf, errors, torch.inf).min(0, keepdim=True)  # of what is no number, none
+    scale, inverse, zero = (of.gather(0, best.indices).squeeze(0) for of in (tried, inverse, zeros))
+    _round(values, inverse, zero, places, codes)
+    packed = codes.view(len(out), -1).to(torch.uint8)
+    out.low.copy_(packed[:, 0::2] | packed[:, 1::2] << 4)
     out.scale.copy_(scale)
     if out.minimum is not None:
         out.minimum.copy_(zero)
-    return best
+    return best.values
 
 
-def _largest_symmetric(values: Tensor) -> Tensor:
+def _largest_symmetric(lowest: Tensor, highest: Tensor) -> Tensor:
     """The scale, with a sign, that takes the weight of largest magnitude to the code 0, which stands for -8."""
-    at = values.abs().argmax(-1, keepdim=True)
-    return values.gather(-1, at).squeeze(-1) / -8
+    return torch.where(-lowest >= highest, lowest, highest) / -8
 
 
-def _range(values: Tensor) -> Tensor:
-    return values.amax(-1).clamp(min=0) - values.amin(-1).clamp(max=0)
-
-
-def _zero_points(values: Tensor, scale: Tensor) -> Tensor:
-    """The code of 0 with which both ends of the range are clipped equally."""
-    middle = (values.amax(-1).clamp(min=0) + values.amin(-1).clamp(max=0)) / 2
-    return (7.5 - middle * _inverse(scale).squeeze(-1)).round_().clamp_(0, 15)
-
-
-def _round(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The nearest codes, as floats."""
-    return (values * _inverse(scale)).add_(zero.unsqueeze(-1)).round_().clamp_(0, 15)
+def _round(values: Tensor, inverse: Tensor, zero: Tensor, places: Tensor, codes: Tensor) -> None:
+    """Write where the values lie among the codes, and the nearest codes, as floats."""
+    torch.mul(values, inverse.unsqueeze(-1), out=places).add_(zero.unsqueeze(-1))
+    torch.round(places, out=codes).clamp_(0, 15)
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 for a group of zeros: [..., 1]."""
-    return torch.where(scale == 0, 0.0, 1 / scale).unsqueeze(-1)
+    """1 / scale, and 0 for a group of zeros."""
+    return torch.where(scale == 0, 0.0, 1 / scale)

@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from handloom.checkpoint import memory
 from handloom.checkpoint.json_object import parse_object, quote
 from handloom.checkpoint.types import TensorInfo
 from handloom.errors import CheckpointError
@@ -109,18 +110,34 @@ class SafetensorsFile:
             return
         if target.is_contiguous():
             target = target.reshape(-1)
-        rows, offset = len(target), entry.offset
-        row_bytes = math.prod(target.shape[1:]) * dtype.itemsize
+        for first, source in self._stages(entry, dtype, target.shape):
+            target[first : first + len(source)].copy_(source)
+
+    def read_rows(self, name: str, *, transpose: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A matrix a few rows at a time; see `Checkpoint.read_rows`. Raises as read_into does."""
+        shape = self.tensors[name].shape if name in self.tensors else ()
+        whole = torch.empty(shape[::-1] if transpose else shape, device="meta")
+        entry, dtype, _ = self._prepare(name, whole, transpose)
+        if transpose:
+            whole = torch.empty_like(whole, dtype=dtype, device="cpu")
+            self.read_into(name, whole, transpose=True)
+            yield torch.arange(len(whole)), whole
+            return
+        for first, source in self._stages(entry, dtype, whole.shape):
+            yield torch.arange(first, first + len(source)), source
+
+    def _stages(self, entry: _Entry, dtype: torch.dtype, shape: torch.Size) -> Iterator[tuple[int, torch.Tensor]]:
+        """A tensor seen in this shape, some rows at a time: the number of the first, and their values."""
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
         step = max(1, _STAGE_BYTES // max(1, row_bytes))
-        stage = torch.empty(min(step, rows) * row_bytes, dtype=torch.uint8)
+        stage = memory.empty((min(step, shape[0]) * row_bytes,), torch.uint8)
         view = stage.numpy().data
-        for first in range(0, rows, step):
-            part = target[first : first + step]
-            count = len(part) * row_bytes
-            self._fill(view[:count], offset, name)
-            source = stage[:count] != 0 if dtype is torch.bool else stage[:count].view(dtype)
-            part.copy_(source.view(part.shape))
-            offset += count
+        for first in range(0, shape[0], step):
+            count = min(step, shape[0] - first)
+            nbytes = count * row_bytes
+            self._fill(view[:nbytes], entry.offset + first * row_bytes, entry.info.name)
+            source = stage[:nbytes] != 0 if dtype is torch.bool else stage[:nbytes].view(dtype)
+            yield first, source.view(count, *shape[1:])
 
     def close(self) -> None:
         """Close the file. Reading afterwards is an error; closing twice is not."""

@@ -5,7 +5,7 @@ This module does not know any file format, where files come from, or what a weig
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -67,6 +67,13 @@ class Checkpoint(Protocol):
 
         Raises:
             CheckpointError: no such weight, another shape, or a storage that cannot be read.
+        """
+
+    def read_rows(self, name: str, *, transpose: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A matrix a few rows at a time: their numbers int64 [n], and values [n, columns], overwritten by the next.
+
+        In a floating dtype of the file's or float32. All rows at once where the file has them as columns; transpose: as
+        for read_into, and raises as it does. Safe in threads.
         """
 
     def read_quantized(self, name: str, out: QuantizedRows, *, transpose: bool = False) -> None:

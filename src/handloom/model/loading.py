@@ -4,7 +4,7 @@ Weights that the forward pass holds stacked (q, k, v; gate, up) are read part by
 tensor. Whatever the checkpoint lacks, has too much of, or has in another shape is an error that names it.
 
 Matrices may be held quantised (see `handloom.checkpoint.quantization`): as the checkpoint has them, or made from its
-floats one tensor at a time, the largest first, so that the floats on the way seldom exceed what is held in the end.
+floats a few rows at a time.
 
 This module does not know file formats or how config.json is written.
 """
@@ -23,6 +23,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from handloom.checkpoint import memory
 from handloom.checkpoint.quantization import FORMATS, Format, QuantizedMatrix, QuantizedRows
 from handloom.checkpoint.quantize import GROUPS, Scheme, quantize_rows
 from handloom.checkpoint.types import Checkpoint
@@ -64,6 +65,7 @@ def load_transformer(
     formats = {name: _formats(checkpoint, name, sources[name], p, quantize) for name, p in parameters.items()}
     _check_memory(checkpoint, parameters, formats, dtype, device)
     sizes = {name: _nbytes(p, formats[name], dtype) for name, p in parameters.items()}
+    memory.trim()
     weights: dict[str, Weight] = {}
     done = 0
 
@@ -76,7 +78,8 @@ def load_transformer(
         weights[name] = hold(spec, backend, name, weight, own=True)
         return weight.nbytes
 
-    with ThreadPoolExecutor(READERS) as pool:
+    readers = READERS if quantize in (None, "keep") else 1  # two would get into each other's way in torch's threads
+    with ThreadPoolExecutor(readers) as pool:
         for nbytes in pool.map(read, sorted(parameters, key=lambda n: -sizes[n])):
             done += nbytes
             if progress is not None:
@@ -252,6 +255,8 @@ def _empty(
     if not formats:
         rows, *columns = parameter.shape
         room = -(-rows // ROOM) * ROOM if columns else rows
+        if device.type == "cpu":
+            return memory.empty((room, *columns), dtype)[:rows]
         return torch.empty(room, *columns, dtype=dtype, device=device)[:rows]
     parts = zip(formats, _parts(parameter, len(formats)), strict=True)
     segments = [
@@ -269,9 +274,10 @@ def _read_quantized(
         if keep:
             checkpoint.read_quantized(name, part, transpose=source.transpose)
             continue
-        values = torch.empty(len(part), part.columns, dtype=checkpoint.dtype)
-        checkpoint.read_into(name, values, transpose=source.transpose)
-        try:
-            quantize_rows(values, part)
-        except CheckpointError as error:
-            raise CheckpointError(f"{checkpoint.name}: tensor {name} {error}") from None
+        for rows, values in checkpoint.read_rows(name, transpose=source.transpose):
+            made = QuantizedRows.empty(part.format, len(rows), part.columns)
+            try:
+                quantize_rows(values, made)
+            except CheckpointError as error:
+                raise CheckpointError(f"{checkpoint.name}: tensor {name} {error}") from None
+            part.put(rows, made)

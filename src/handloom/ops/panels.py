@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from handloom.checkpoint import memory
 from handloom.errors import UnsupportedOption
 
 PANEL = 32
-CHUNK_VALUES = 1 << 20
+CHUNK_VALUES = 1 << 18
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The number by which kernels know how a value lies in memory, for weights, tables and pages of these dtypes."""
 
@@ -48,7 +49,7 @@ class Panels:
         """Lay out a matrix anew. Raises UnsupportedOption for a dtype that the kernels do not read."""
         form, (columns, depth) = format_of(weight.dtype), weight.shape
         whole = columns // PANEL
-        data = torch.empty((-(-columns // PANEL), depth, PANEL), dtype=weight.dtype)
+        data = memory.empty((-(-columns // PANEL), depth, PANEL), weight.dtype)
         data[:whole] = weight[: whole * PANEL].view(whole, PANEL, depth).transpose(1, 2)
         if whole < len(data):
             data[whole] = 0
@@ -67,9 +68,11 @@ class Panels:
         rows[columns:] = 0
         data = rows.view(count, depth, PANEL)
         step = max(1, CHUNK_VALUES // (PANEL * depth))
+        scratch = memory.empty((min(step, count), depth, PANEL), weight.dtype)
         for first in range(0, count, step):
             part = data[first : first + step]
-            part.copy_(part.view(-1, PANEL, depth).transpose(1, 2).clone(memory_format=torch.contiguous_format))
+            turned = scratch[: len(part)].copy_(part.view(-1, PANEL, depth).transpose(1, 2))
+            part.copy_(turned)
         return cls(data, weight.shape, form)
 
     @property

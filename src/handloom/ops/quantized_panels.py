@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from handloom.checkpoint import memory
 from handloom.checkpoint.quantization import QuantizedMatrix, QuantizedRows
 from handloom.ops.panels import PANEL
 
@@ -126,7 +127,7 @@ def _words(name: str, plane: Tensor) -> Tensor:
 def _panels(plane: Tensor) -> Tensor:
     rows, width = plane.shape
     whole = rows // PANEL
-    out = torch.empty((-(-rows // PANEL), width, PANEL), dtype=plane.dtype)
+    out = memory.empty((-(-rows // PANEL), width, PANEL), plane.dtype)
     out[:whole] = plane[: whole * PANEL].view(whole, PANEL, width).transpose(1, 2)
     if whole < len(out):
         out[whole] = 0
