@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from transformers import WatermarkDetector
+from transformers import WatermarkDetector, __version__
 from transformers.generation import logits_process as hf
 
 # Options that, where scores are -inf already, end in older releases with nothing allowed, or with NaN.
@@ -19,3 +19,6 @@ WRONG_ON_INFINITIES = {
 
 # Older releases count each n-gram as often as it comes up, whatever ignore_repeated_ngrams says.
 COUNTS_REPEATED_NGRAMS = "tolist" not in inspect.getsource(WatermarkDetector._score_ngrams_in_passage)
+
+# Older releases raise in assisted generation with models that attend to a window: their caches cannot go back.
+ASSISTS_WITH_WINDOWS = tuple(map(int, __version__.split(".")[:2])) >= (5, 23)

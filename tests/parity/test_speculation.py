@@ -11,6 +11,7 @@ import torch
 
 import handloom as hl
 from drafting import draft_freely
+from known_wrong import ASSISTS_WITH_WINDOWS
 from parity_checks import Pair, assert_tokens_equal, load_pair
 from tiny_models import TINY, random_ids, save
 
@@ -70,8 +71,9 @@ def test_a_draft_model_gives_the_tokens_of_generate_with_it(
     assistant.hf.generation_config.update(**how)  # where transformers reads them
     options = {"max_new_tokens": NEW_TOKENS, **RULES[rules]}
     outputs = pair.lm().generate(PROMPTS, assistant_model=assistant.lm(), **options, **how)
+    assisted = {"assistant_model": assistant.hf} if ASSISTS_WITH_WINDOWS or family != "gemma3_text" else {}
     for prompt, output in zip(PROMPTS, outputs, strict=True):
-        assert_tokens_equal(pair.hf, prompt, output.token_ids, assistant_model=assistant.hf, **options)
+        assert_tokens_equal(pair.hf, prompt, output.token_ids, **assisted, **options)
     accepted, drafted = (sum(getattr(o.drafts, name) for o in outputs) for name in ("accepted", "drafted"))
     assert 0 < accepted < drafted, "right and wrong drafts"
 
