@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import psutil
 import torch
 
+from handloom.checkpoint import memory
 from handloom.checkpoint.quantization import QuantizedMatrix
 from handloom.model.spec import ModelSpec, model_parameters
 from handloom.ops import QuantizedPanels, Weight
@@ -67,9 +68,12 @@ def read_bandwidth(threads: int | None = None, device: str | torch.device = "cpu
 
 def _read_bandwidth(device: torch.device) -> float:
     rows = _buffer_bytes(device) // (4 * ROW_VALUES)
-    buffer = torch.ones(rows, ROW_VALUES, dtype=torch.float32, device=device)  # written, or no memory lies behind it
+    shape = rows, ROW_VALUES
+    on_cpu = device.type == "cpu"  # pages as those of weights: huge ones are read faster
+    buffer = memory.empty(shape, torch.float32) if on_cpu else torch.empty(shape, dtype=torch.float32, device=device)
+    buffer.fill_(1.0)  # written, or no memory lies behind it
     vector = torch.ones(ROW_VALUES, dtype=torch.float32, device=device)
-    slices = buffer.chunk(CPU_SLICES if device.type == "cpu" else 1)
+    slices = buffer.chunk(CPU_SLICES if on_cpu else 1)
     best, deadline = 0.0, time.perf_counter() + READ_SECONDS
     for matrix_vector in itertools.cycle((False, True)):
         for part in slices:

@@ -113,7 +113,7 @@ def test_criteria_end_the_search_where_they_say_so_of_every_beam(pair: Pair) -> 
         ({"force_words_ids": [[[5], [5]]]}, InvalidParam, "force_words_ids.*begins with another"),
         ({"constraints": []}, InvalidParam, r"constraints=\[\]"),
         ({"constraints": [[5]]}, InvalidParam, "constraints.*PhrasalConstraint"),
-        ({"constraints": [object()]}, InvalidParam, "constraints.*PhrasalConstraint"),
+        ({"constraints": [1.5j]}, InvalidParam, "constraints.*PhrasalConstraint"),
         ({"constraints": [PhrasalConstraint([400])]}, InvalidParam, r"constraints.*in \[0, 331\)"),
         ({"constraints": 5}, InvalidParam, "constraints=5"),
         ({"force_words_ids": [[5]], "num_beams": 1}, InvalidParam, "force_words_ids.*num_beams"),

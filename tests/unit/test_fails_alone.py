@@ -184,7 +184,7 @@ def test_choosing_that_raises_is_done_again_by_the_next_step(monkeypatch: pytest
     engine, results = Engine(lm), Results()
     requests = [engine.add_request(prompt, **OPTIONS) for prompt in PROMPTS]
     with monkeypatch.context() as patched:
-        patched.setattr("handloom.decoding.sample.choose", lambda *_: 1 // 0)
+        patched.setattr(engine.scheduler, "choose", lambda *_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     run(engine, results)
