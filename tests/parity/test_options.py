@@ -69,6 +69,7 @@ ELSEWHERE = {
     "assistant_confidence_threshold": "test_speculation.py",
     "penalty_alpha": "test_contrastive_and_dola.py",
     "dola_layers": "test_contrastive_and_dola.py",
+    "token_healing": "test_token_healing.py",
 }
 # Fields that change no token: what they ask for is given, or is how an Output always is.
 CHANGE_NO_TOKEN: dict[str, Any] = {
@@ -90,7 +91,6 @@ REFUSED: dict[str, Any] = {
     "cache_implementation": "static",
     "cache_config": {"backend": "quanto"},
     "max_cache_len": 64,
-    "token_healing": True,
     "decoder_start_token_id": 5,
     "is_assistant": True,
     "assistant_early_exit": 1,

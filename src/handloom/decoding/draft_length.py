@@ -62,10 +62,6 @@ class StepTimes:
         nearest = self._counts[0] if at == 0 else self._counts[-1]
         return self._known[nearest] * (1 + ROW_COST * (num_tokens - 1)) / (1 + ROW_COST * (nearest - 1))
 
-    @property
-    def is_empty(self) -> bool:
-        return not self._counts
-
 
 class Acceptance:
     """How likely one request's drafted tokens are right, by class: 0 for a model's drafts, else by `draft_class`."""
