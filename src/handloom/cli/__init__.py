@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from handloom.cli import bench, chat, env, generate, inspect, parity, score
-from handloom.cli.common import guarded
+from handloom.cli.arguments import guarded
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from handloom.cli import bench_table, common
+from handloom.cli.arguments import Loading, ModelArgument, Quiet, guarded
 from handloom.cli.bench_cpu import cpu
 from handloom.cli.bench_prefix import prefix
 from handloom.cli.bench_table import Row, row
@@ -37,7 +38,8 @@ NOTES = (
 
 
 def speed(
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
+    *,
     pp: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
     tg: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 128,
     repeat: bench_table.Repeat = 5,
@@ -45,13 +47,8 @@ def speed(
     threads: bench_table.Threads = None,
     format: bench_table.FormatOption = bench_table.Format.md,
     output: bench_table.Output = None,
-    quiet: common.Quiet = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    backend: common.BackendName = "auto",
-    quantize: common.Quantize = None,
-    max_context: common.MaxContext = None,
-    revision: common.Revision = None,
+    quiet: Quiet = False,
+    loading: Loading,
 ) -> None:
     """Measure prompt processing, generation, load time and memory, each beside what the machine would allow."""
     bench_table.check_output(output)
@@ -64,17 +61,8 @@ def speed(
     if threads is not None:
         torch.set_num_threads(threads)
     busy = machine.is_busy()
-    wanted = common.ModelOptions(
-        model=model,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        quantize=quantize,
-        max_context=max_context,
-        revision=revision,
-    )
     started = time.perf_counter()
-    lm = common.load_model(wanted, quiet=quiet)
+    lm = common.load_model(model, loading, quiet=quiet)
     load_seconds, load_peak = time.perf_counter() - started, peak_memory()
     runs = _run(lm, pp, tg, repeat, warmup, quiet)
     peaks = {"load": load_peak, "runs": peak_memory(), "device": peak_device_memory(lm.device)}
@@ -139,4 +127,4 @@ class _Group(TyperGroup):
 
 bench = typer.Typer(cls=_Group, help="Measure speed: `bench MODEL`, or one of the commands below.")
 for command in (speed, throughput, prefix, cpu):
-    bench.command()(common.guarded(command))
+    bench.command()(guarded(command))

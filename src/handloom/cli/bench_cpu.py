@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from handloom.cli import bench_table, common
+from handloom.cli.arguments import ModelArgument, Quiet, Revision
 from handloom.errors import InvalidParam, RequestFailed
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ Sizes = Annotated[str, typer.Option(help="Prompts at once, between commas.")]
 
 
 def cpu(
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     precisions: Annotated[
         str | None,
         typer.Option(
@@ -81,8 +82,8 @@ def cpu(
     output: Annotated[
         Path | None, typer.Option(help="Append the rows to this file, a JSON object per line.", show_default=False)
     ] = None,
-    quiet: common.Quiet = False,
-    revision: common.Revision = None,
+    quiet: Quiet = False,
+    revision: Revision = None,
 ) -> None:
     """Measure every precision and batch size on the CPU beside other engines: rates, memory, time to a first token."""
     bench_table.check_output(output)

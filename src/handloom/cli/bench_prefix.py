@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from handloom.cli import bench_table, common
+from handloom.cli.arguments import Loading, ModelArgument, Quiet
 from handloom.cli.bench_table import Row, row
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ NOTES = (
 
 
 def prefix(
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
+    *,
     requests: Annotated[int, typer.Option("--requests", "-n", help="Requests of a run.", min=2)] = 8,
     shared: Annotated[int, typer.Option(help="Tokens of the system prompt.", min=1)] = 256,
     own: Annotated[int, typer.Option(help="Tokens of a request's own question.", min=1)] = 32,
@@ -37,13 +39,8 @@ def prefix(
     threads: bench_table.Threads = None,
     format: bench_table.FormatOption = bench_table.Format.md,
     output: bench_table.Output = None,
-    quiet: common.Quiet = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    backend: common.BackendName = "auto",
-    quantize: common.Quantize = None,
-    max_context: common.MaxContext = None,
-    revision: common.Revision = None,
+    quiet: Quiet = False,
+    loading: Loading,
 ) -> None:
     """Measure the prefix cache: the time to the first token with and without it, and its cost where nothing hits."""
     bench_table.check_output(output)
@@ -55,16 +52,7 @@ def prefix(
     if threads is not None:
         torch.set_num_threads(threads)
     busy = machine.is_busy()
-    wanted = common.ModelOptions(
-        model=model,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        quantize=quantize,
-        max_context=max_context,
-        revision=revision,
-    )
-    lm = common.load_model(wanted, quiet=quiet)
+    lm = common.load_model(model, loading, quiet=quiet)
     with common.waiting(f"1 + {repeat} rounds of {requests} requests, four times each", quiet):
         found = prefixes.measure(
             lm, count=requests, shared=shared, own=own, new_tokens=new_tokens, rounds=repeat, seed=seed

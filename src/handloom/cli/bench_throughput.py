@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from contextlib import nullcontext, redirect_stderr
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from handloom.cli import bench_table, common
+from handloom.cli.arguments import Loading, ModelArgument, Quiet
 from handloom.cli.bench_table import Row, row
 from handloom.errors import InvalidParam
 
@@ -45,7 +47,8 @@ class Peer(StrEnum):
 
 
 def throughput(
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
+    *,
     requests: Annotated[int, typer.Option("--requests", "-n", help="How many are drawn.", min=1)] = 64,
     prompt_tokens: Annotated[str, typer.Option(help="Tokens of a prompt: a range, or a number.")] = "64-512",
     new_tokens: Annotated[str, typer.Option(help="Tokens to generate: a range, or a number.")] = "32-256",
@@ -66,20 +69,12 @@ def throughput(
     peers: Annotated[list[Peer] | None, typer.Option(help="Who else serves the same requests, in turn.")] = None,
     peer_batches: Annotated[str, typer.Option(help="Sizes of transformers' padded batches.")] = "4,8,16,32",
     max_running: Annotated[int, typer.Option(help="Most requests in flight.", min=1)] = 256,
-    kv_cache_tokens: Annotated[
-        int | None, typer.Option(help="Tokens the KV cache holds.", show_default=False, rich_help_panel="Model")
-    ] = None,
     repeat: bench_table.Repeat = 1,
     threads: bench_table.Threads = None,
     format: bench_table.FormatOption = bench_table.Format.md,
     output: bench_table.Output = None,
-    quiet: common.Quiet = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    backend: common.BackendName = "auto",
-    quantize: common.Quantize = None,
-    max_context: common.MaxContext = None,
-    revision: common.Revision = None,
+    quiet: Quiet = False,
+    loading: Loading,
 ) -> None:
     """Serve many requests of different lengths: rates, latencies, goodput, pages, memory, each beside its limit."""
     bench_table.check_output(output)
@@ -101,20 +96,10 @@ def throughput(
     busy = machine.is_busy()
     path = Path()
     if peers:  # both read the very same files
-        checkpoint = open_checkpoint(model, revision=revision)
+        checkpoint = open_checkpoint(model, revision=loading.revision)
         checkpoint.close()
-        path, model, revision = checkpoint.path, str(checkpoint.path), None
-    wanted = common.ModelOptions(
-        model=model,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        quantize=quantize,
-        max_context=max_context,
-        kv_cache_tokens=kv_cache_tokens,
-        revision=revision,
-    )
-    lm = common.load_model(wanted, quiet=quiet)
+        path, model, loading = checkpoint.path, str(checkpoint.path), replace(loading, revision=None)
+    lm = common.load_model(model, loading, quiet=quiet)
     if file is None:
         asked = workload.draw(lm.spec.vocab_size, requests, prompts, outputs, seed)
         what = f"{requests} requests drawn with seed {seed}: {prompts} prompt tokens, {outputs} new ones"

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from handloom.cli import common
-from handloom.errors import HandloomError
+from handloom.cli.arguments import Generation, Loading, ModelOption, Quiet
+from handloom.errors import HandloomError, InvalidParam
 
 if TYPE_CHECKING:
     from handloom.conversation import Conversation
@@ -32,48 +33,31 @@ Ctrl-C stops an answer. A line that ends with \\ goes on in the next one."""
 
 
 def chat(
-    model: common.ModelOption = None,
+    model: ModelOption = None,
+    *,
     system: Annotated[str | None, typer.Option(help="System message. Default: the chat template's own.")] = None,
     max_new_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--max-new-tokens", "-n", help="At most so many in an answer; fewer where the context ends.", min=1
+            "--max-new-tokens",
+            "-n",
+            help=f"At most so many in an answer; fewer where the context ends. Default: {NEW_TOKENS}.",
+            min=1,
+            show_default=False,
         ),
-    ] = NEW_TOKENS,
-    quiet: common.Quiet = False,
-    temperature: common.Temperature = None,
-    top_k: common.TopK = None,
-    top_p: common.TopP = None,
-    min_p: common.MinP = None,
-    repetition_penalty: common.RepetitionPenalty = None,
-    seed: common.Seed = None,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    backend: common.BackendName = "auto",
-    quantize: common.Quantize = None,
-    max_context: common.MaxContext = None,
-    revision: common.Revision = None,
+    ] = None,
+    quiet: Quiet = False,
+    asked: Generation,
+    loading: Loading,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands."""
-    options = common.given(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    wanted = common.ModelOptions(
-        model=model,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        quantize=quantize,
-        max_context=max_context,
-        revision=revision,
-    )
-    lm = common.load_model(wanted, quiet=quiet)
+    options = asked.options(max_new_tokens=max_new_tokens)
+    said = options.get("generation_config", {}) | options
+    options = {"num_return_sequences": 1} | options | {"max_new_tokens": said.get("max_new_tokens", NEW_TOKENS)}
+    if "max_length" in said:
+        raise InvalidParam("max_length counts the whole conversation; limit an answer with --max-new-tokens")
+    options |= common.load_draft(asked, loading, quiet=quiet)
+    lm = common.load_model(model, loading, quiet=quiet)
     from handloom.conversation import Conversation
 
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -81,7 +65,7 @@ def chat(
         common.say("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands.", quiet)
     failures = 0
     with Conversation(lm, system) as conversation:
-        lm.render_chat([*conversation.messages, {"role": "user", "content": "Hi"}])  # fails now, if ever
+        conversation.check(**options)  # fails now, if ever
         for line in _read_terminal() if terminal else _read_pipe():
             if line.startswith("/"):
                 if not _command(conversation, line):

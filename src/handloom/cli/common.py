@@ -1,4 +1,4 @@
-"""What the commands share: options, loading with a progress bar, and how text reaches a terminal.
+"""What the commands share: loading with a progress bar, and how text reaches a terminal.
 
 Standard output carries the result and nothing else; all the rest goes to standard error. On a terminal,
 control characters in generated text are shown as symbols, so that a model cannot drive the terminal;
@@ -9,8 +9,6 @@ This module does not know any command. torch and transformers are imported only 
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import logging
 import math
@@ -19,101 +17,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, TextIO
 
-import typer
-
-from handloom.errors import HandloomError, InvalidPrompt
+from handloom.errors import InvalidPrompt
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from handloom.cli.arguments import Generation, Loading
     from handloom.lm import LM
     from handloom.model.loading import Progress
     from handloom.output import Output
-
-MODEL_HELP = (
-    "A folder, a .gguf file, a model on the Hub ('org/name', 'org/name:file.gguf') or a shipped one. "
-    "Default: $HANDLOOM_MODEL, else SmolLM2-135M-Instruct."
-)
-
-ModelArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP, show_default=False)]
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP, rich_help_panel="Model")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel="Model")]
-Dtype = Annotated[
-    str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.", rich_help_panel="Model")
-]
-Quantize = Annotated[
-    str | None,
-    typer.Option(
-        help="Hold matrices as int8, int4, int8:64, int4-sym:32, … (bits, zero points or not, columns per scale). "
-        "Default: as the file has them.",
-        rich_help_panel="Model",
-        show_default=False,
-    ),
-]
-BackendName = Annotated[str, typer.Option("--backend", help="What computes the model.", rich_help_panel="Model")]
-MaxContext = Annotated[
-    int | None, typer.Option(help="Tokens a sequence may have; default: the model's own.", rich_help_panel="Model")
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel="Model")]
-
-Temperature = Annotated[
-    float | None,
-    typer.Option(help="0 is greedy; any other value samples. Default: as the model says.", rich_help_panel="Sampling"),
-]
-TopK = Annotated[int | None, typer.Option(help="Sample from the k most likely; 0: all.", rich_help_panel="Sampling")]
-TopP = Annotated[float | None, typer.Option(help="… from the most likely that make up p.", rich_help_panel="Sampling")]
-MinP = Annotated[
-    float | None, typer.Option(help="… from those above p times the most likely.", rich_help_panel="Sampling")
-]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option(help="Above 1: tokens seen before get less likely.", rich_help_panel="Sampling")
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(help="Same seed, same tokens. Implies sampling. Default: a fresh one.", rich_help_panel="Sampling"),
-]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="End at this text; may be given several times.", rich_help_panel="Sampling")
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on standard error but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with a --debug option: an error that says what is wrong is one line and exit status 1, Ctrl-C is 130.
-
-    A closed pipe is left to typer, which ends quietly.
-    """
-
-    @functools.wraps(command)
-    def run(*args: Any, debug: bool = False, **options: Any) -> None:
-        try:
-            command(*args, **options)
-        except (HandloomError, OSError) as error:
-            if debug or isinstance(error, BrokenPipeError):
-                raise
-            complain(error)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-
-    hints = {**get_type_hints(command, include_extras=True), "debug": Debug}
-    own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()]
-    debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
-    run.__annotations__ = hints
-    run.__signature__ = inspect.Signature([*own, debug])  # type: ignore[attr-defined]
-    return run
-
-
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were given: None and empty lists mean that the model, or the engine, decides."""
-    return {name: value for name, value in options.items() if value is not None and value != []}
-
 
 # Standard error --------------------------------------------------------------------------------
 
@@ -223,7 +139,9 @@ def summary(output: Output) -> str:
     why = f"{ended} {output.stop_string!r}" if ended == "stop_string" else ended
     first = f"first after {timing.time_to_first_token:.2f} s"
     seed = "" if output.seed is None else f" · seed {output.seed}"
-    return f"{timing.prompt_tokens} + {timing.new_tokens} tokens{rate}, {first} · ended by {why}{seed}"
+    drafts = output.drafts
+    right = f" · {drafts.accepted} of {drafts.drafted} drafted tokens were right" if drafts else ""
+    return f"{timing.prompt_tokens} + {timing.new_tokens} tokens{rate}, {first} · ended by {why}{seed}{right}"
 
 
 # Standard input --------------------------------------------------------------------------------
@@ -250,21 +168,7 @@ def decode_input(data: bytes, max_bytes: int, *, what: str = "standard input") -
 # Loading ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelOptions:
-    """What decides which model is loaded, and how; the fields are arguments of `LM.from_pretrained`."""
-
-    model: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    backend: str = "auto"
-    quantize: str | None = None
-    max_context: int | None = None
-    kv_cache_tokens: int | None = None
-    revision: str | None = None
-
-
-def load_model(options: ModelOptions, *, quiet: bool = False) -> LM:
+def load_model(model: str | None, loading: Loading, *, quiet: bool = False) -> LM:
     """Load a model, with a bar on a terminal; say which it is and why. Raises what LM.from_pretrained raises."""
     started = time.perf_counter()
     with waiting("starting", quiet):
@@ -274,21 +178,22 @@ def load_model(options: ModelOptions, *, quiet: bool = False) -> LM:
 
         disable_progress_bars()
     with notices(quiet), weights_bar(quiet) as progress:
-        lm = LM.from_pretrained(
-            options.model,
-            device=options.device,
-            dtype=options.dtype,
-            backend=options.backend,
-            quantize=options.quantize,
-            max_context=options.max_context,
-            kv_cache_tokens=options.kv_cache_tokens,
-            revision=options.revision,
-            progress=progress,
-        )
+        lm = LM.from_pretrained(model, **asdict(loading), progress=progress)
     held = ", ".join(f"{size(nbytes)} {name}" for name, nbytes in lm.held.items())
     say(f"model: {lm.origin}", quiet)
     say(f"{held} on {lm.device}, {lm.backend.name} backend, ready in {time.perf_counter() - started:.1f} s", quiet)
     return lm
+
+
+def load_draft(asked: Generation, loading: Loading, *, quiet: bool = False) -> dict[str, Any]:
+    """The draft model as an option of `LM.generate`, if one is asked for.
+
+    It is loaded first: on a GPU the other one's cache takes what is left.
+    """
+    if asked.draft_model is None:
+        return {}
+    own = replace(loading, quantize=asked.draft_quantize, gpu_memory_fraction=None, revision=None)
+    return {"assistant_model": load_model(asked.draft_model, own, quiet=quiet)}
 
 
 @contextmanager

@@ -9,9 +9,10 @@ import os
 from typing import Any
 
 from handloom.cli import common
+from handloom.cli.arguments import Json
 
 
-def env(json: common.Json = False) -> None:
+def env(json: Json = False) -> None:
     """Show versions, device, backend, memory, the Hub's state and the default model, and why each was chosen."""
     with common.waiting("looking around", quiet=json):
         found = _look()

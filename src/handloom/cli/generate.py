@@ -5,11 +5,13 @@ This module does not know how text is generated.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from handloom.cli import common
+from handloom.cli.arguments import Generation, Json, Loading, ModelOption, Quiet
 
 if TYPE_CHECKING:
     from handloom.lm import LM
@@ -22,7 +24,8 @@ def generate(
     prompt: Annotated[
         str, typer.Argument(help="Text to continue. - reads it from standard input (UTF-8, less one final newline).")
     ],
-    model: common.ModelOption = None,
+    model: ModelOption = None,
+    *,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -32,34 +35,21 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    min_new_tokens: Annotated[int | None, typer.Option(help="At least so many.")] = None,
+    num_return_sequences: Annotated[
+        int | None, typer.Option(help="So many outputs, one below the other; with --json each on a line. Default: 1.")
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a message to answer, in the chat format.")
     ] = False,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt first.")] = False,
-    json: common.Json = False,
+    json: Json = False,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: log-probabilities, also of the N most likely at each step.")
     ] = None,
-    quiet: common.Quiet = False,
-    temperature: common.Temperature = None,
-    top_k: common.TopK = None,
-    top_p: common.TopP = None,
-    min_p: common.MinP = None,
-    repetition_penalty: common.RepetitionPenalty = None,
-    num_beams: Annotated[
-        int | None,
-        typer.Option(help="Search with so many beams; text comes once it is certain.", rich_help_panel="Sampling"),
-    ] = None,
-    stop: common.Stop = None,
-    seed: common.Seed = None,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    backend: common.BackendName = "auto",
-    quantize: common.Quantize = None,
-    max_context: common.MaxContext = None,
-    revision: common.Revision = None,
+    quiet: Quiet = False,
+    asked: Generation,
+    loading: Loading,
 ) -> None:
     """Continue a text (or, with --chat, answer it), writing it as it comes.
 
@@ -71,43 +61,33 @@ def generate(
         raise typer.BadParameter("log-probabilities are written with --json only", param_hint="--logprobs")
     if echo and (json or chat):
         raise typer.BadParameter("the prompt can be written first only for plain text", param_hint="--echo")
+    options = asked.options(logprobs=logprobs, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences)
     if prompt == "-":
         with common.waiting("starting", quiet):
             from handloom.text.tokenizer import MAX_TEXT_BYTES
         prompt = common.read_stdin(MAX_TEXT_BYTES)
-    options = common.given(
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        num_beams=num_beams,
-        num_return_sequences=1,
-        stop_strings=stop,
-        seed=seed,
-        logprobs=logprobs,
-    )
-    wanted = common.ModelOptions(
-        model=model,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        quantize=quantize,
-        max_context=max_context,
-        revision=revision,
-    )
-    lm = common.load_model(wanted, quiet=quiet)
+    options |= common.load_draft(asked, loading, quiet=quiet)
+    lm = common.load_model(model, loading, quiet=quiet)
     ids = _chat_ids(lm, prompt, system) if chat else lm.encode(prompt).token_ids
-    room = lm.max_context - len(ids)
-    options["max_new_tokens"] = max(1, min(NEW_TOKENS, room)) if max_new_tokens is None else max_new_tokens
+    said = options | options.get("generation_config", {})
+    if "num_return_sequences" not in said:
+        options["num_return_sequences"] = 1
+    if "max_new_tokens" not in said and "max_length" not in said:
+        options["max_new_tokens"] = max(1, min(NEW_TOKENS, lm.max_context - len(ids)))
     if json:
-        common.emit_json(_as_json(lm, prompt, lm.generate(ids, **options)))
+        outputs = lm.generate(ids, **options)
+        for output in outputs if isinstance(outputs, list) else [outputs]:
+            common.emit_json(_as_json(lm, prompt, output))
         return
     writer = common.Writer()
     if echo:
         writer.write(prompt)
-    common.say(common.summary(_stream(lm, ids, options, writer)), quiet)
+    first, *others = _stream(lm, ids, options, writer)
+    common.say(common.summary(first), quiet)
+    for output in others:
+        writer.write(output.text)
+        writer.end_line()
+        common.say(common.summary(output), quiet)
 
 
 def _chat_ids(lm: LM, text: str, system: str | None) -> list[int]:
@@ -115,8 +95,8 @@ def _chat_ids(lm: LM, text: str, system: str | None) -> list[int]:
     return lm.render_chat([*messages, {"role": "user", "content": text}])
 
 
-def _stream(lm: LM, ids: list[int], options: dict[str, Any], writer: common.Writer) -> Output:
-    """Write the pieces as they come. Raises what `LM.stream` raises."""
+def _stream(lm: LM, ids: list[int], options: dict[str, Any], writer: common.Writer) -> list[Output]:
+    """All outputs; the first one's pieces are written as they come. Raises what `LM.stream` raises."""
     from handloom.collect import Collector
     from handloom.engine import Engine
 
@@ -124,13 +104,13 @@ def _stream(lm: LM, ids: list[int], options: dict[str, Any], writer: common.Writ
     collector.add(ids, **options)
     try:
         for piece in collector.pieces():
-            writer.write(piece.text)
+            writer.write(piece.text if piece.sample == 0 else "")
             if piece.error is not None:
                 raise piece.error
     finally:
         collector.engine.close()
         writer.end_line()
-    return collector.outputs[0]
+    return collector.outputs
 
 
 def _as_json(lm: LM, prompt: str, output: Output) -> dict[str, Any]:
@@ -149,6 +129,7 @@ def _as_json(lm: LM, prompt: str, output: Output) -> dict[str, Any]:
         "stop_string": output.stop_string,
         "seed": output.seed,
         "score": None if output.beams is None else output.beams.score,
+        "drafts": None if output.drafts is None else asdict(output.drafts),
         "logprobs": output.logprobs,
         "top_logprobs": output.top_logprobs,
         "timing": {

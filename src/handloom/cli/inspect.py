@@ -9,6 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from handloom.cli import common
+from handloom.cli.arguments import Dtype, Json, ModelArgument, Quantize, Quiet, Revision
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +23,12 @@ NORMS = {"rms": "RMSNorm", "rms_unit_offset": "RMSNorm, weight + 1", "layer": "L
 
 
 def inspect(
-    model: common.ModelArgument = None,
-    dtype: common.Dtype = "auto",
-    quantize: common.Quantize = None,
-    revision: common.Revision = None,
-    json: common.Json = False,
-    quiet: common.Quiet = False,
+    model: ModelArgument = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    revision: Revision = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show a model's architecture, its size in the file and in memory, and how fast this machine could decode it.
 

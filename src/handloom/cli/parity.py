@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from handloom.cli import common
+from handloom.cli.arguments import BackendName, Device, Dtype, Json, Loading, ModelArgument, Quiet, Revision
 from handloom.errors import InvalidParam, InvalidPrompt
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ MAX_PROMPTS, MAX_FILE_BYTES = 1000, 1 << 20
 
 
 def parity(
-    model: common.ModelArgument = None,
+    model: ModelArgument = None,
     prompts: Annotated[
         Path | None, typer.Option(help="UTF-8 file with a prompt on each line; default: six built-in ones.")
     ] = None,
@@ -48,12 +49,12 @@ def parity(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; default: as many as PyTorch takes.", min=1, show_default=False)
     ] = None,
-    json: common.Json = False,
-    quiet: common.Quiet = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "float32",
-    backend: common.BackendName = "auto",
-    revision: common.Revision = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    backend: BackendName = "auto",
+    revision: Revision = None,
 ) -> None:
     """Compare a checkpoint in handloom and in transformers: greedy tokens, logits, speed.
 
@@ -74,7 +75,7 @@ def parity(
     checkpoint = open_checkpoint(model, revision=revision)
     checkpoint.close()
     path = str(checkpoint.path)  # both read the very same files
-    lm = common.load_model(common.ModelOptions(model=path, device=device, dtype=dtype, backend=backend), quiet=quiet)
+    lm = common.load_model(path, Loading(device=device, dtype=dtype, backend=backend), quiet=quiet)
     ids = [lm.encode(prompt).token_ids for prompt in _prompts(lm, lines)]
     slow = ", which takes tens of seconds for a GGUF file" if checkpoint.path.suffix == ".gguf" else ""
     common.say(f"transformers loads the same{slow}", quiet)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from handloom.cli import common
+from handloom.cli.arguments import Json, Loading, ModelOption, Quiet
 
 
 def score(
@@ -22,7 +23,8 @@ def score(
             show_default=False,
         ),
     ] = None,
-    model: common.ModelOption = None,
+    model: ModelOption = None,
+    *,
     perplexity: Annotated[
         bool, typer.Option("--perplexity", help="Score a text of any length, in windows that overlap by half.")
     ] = False,
@@ -31,14 +33,9 @@ def score(
         bool,
         typer.Option("--against-floats", help="Also score with the weights in float32: what quantisation costs."),
     ] = False,
-    json: common.Json = False,
-    quiet: common.Quiet = False,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    backend: common.BackendName = "auto",
-    quantize: common.Quantize = None,
-    max_context: common.MaxContext = None,
-    revision: common.Revision = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    loading: Loading,
 ) -> None:
     """Score a text: its log-likelihood as one sequence, or with --perplexity the model's perplexity on it."""
     if against and not perplexity:
@@ -49,18 +46,11 @@ def score(
         from handloom.measure.perplexity import BUNDLED
         from handloom.text.tokenizer import MAX_TEXT_BYTES
     content = common.read_stdin(MAX_TEXT_BYTES) if text == "-" else _read(Path(text or BUNDLED), MAX_TEXT_BYTES)
-    options = common.ModelOptions(
-        model=model,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        quantize=quantize,
-        max_context=max_context,
-        revision=revision,
-    )
     name = str(text) if text else "bundled: A. N. Whitehead, An Introduction to Mathematics (1911)"
     found = {"text": name} | (
-        _perplexity(options, content, window, against, quiet) if perplexity else _score(options, content, quiet)
+        _perplexity(model, loading, content, window, against, quiet)
+        if perplexity
+        else _score(model, loading, content, quiet)
     )
     if json:
         common.emit_json(found)
@@ -73,8 +63,8 @@ def _read(path: Path, max_bytes: int) -> str:
         return common.decode_input(file.read(max_bytes + 1), max_bytes, what=str(path))
 
 
-def _score(options: common.ModelOptions, text: str, quiet: bool) -> dict[str, Any]:
-    lm = common.load_model(options, quiet=quiet)
+def _score(model: str | None, loading: Loading, text: str, quiet: bool) -> dict[str, Any]:
+    lm = common.load_model(model, loading, quiet=quiet)
     score = lm.score(text)
     return {
         "held": _held(lm),
@@ -84,12 +74,14 @@ def _score(options: common.ModelOptions, text: str, quiet: bool) -> dict[str, An
     }
 
 
-def _perplexity(options: common.ModelOptions, text: str, window: int, against: bool, quiet: bool) -> dict[str, Any]:
+def _perplexity(
+    model: str | None, loading: Loading, text: str, window: int, against: bool, quiet: bool
+) -> dict[str, Any]:
     from dataclasses import replace
 
     from handloom.measure.perplexity import agreement, perplexity
 
-    lm = common.load_model(options, quiet=quiet)
+    lm = common.load_model(model, loading, quiet=quiet)
     window = min(window, lm.max_context)
     with common.waiting("scoring", quiet):
         own = perplexity(lm, text, window=window)
@@ -97,7 +89,7 @@ def _perplexity(options: common.ModelOptions, text: str, window: int, against: b
     if not against:
         return found
     del lm
-    floats = common.load_model(replace(options, dtype="float32", quantize=None), quiet=quiet)
+    floats = common.load_model(model, replace(loading, dtype="float32", quantize=None), quiet=quiet)
     with common.waiting("scoring with float32", quiet):
         other = perplexity(floats, text, window=window)
     return found | {
