@@ -141,7 +141,10 @@ def use(path: Path) -> None:
             if info.storage in FORMATS:
                 checkpoint.read_quantized(name, QuantizedRows.empty(FORMATS[info.storage], *info.shape))
         if (tokenizer := checkpoint.tokenizer()) is not None:
-            tokenizer.hf.decode(tokenizer.hf.encode("ab  12 \u00e9\U0001f600 <s>"))
+            ids = tokenizer.encode("ab  12 \u00e9\U0001f600 <s>")
+            text = tokenizer.decode(ids)
+            assert tokenizer.hf.encode("ab  12 \u00e9\U0001f600 <s>") == ids
+            assert tokenizer.hf.decode(ids, skip_special_tokens=True) == text
     finally:
         checkpoint.close()
 

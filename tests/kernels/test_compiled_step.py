@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from handloom.kept import read, write
 from handloom.ops import cpu
 from handloom.ops.cpu import compiled, object_code
 from handloom.ops.cpu.threads import Team
@@ -44,7 +45,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def code(kept: Path) -> bytes:
     """The object file itself."""
-    data = compiled._read(kept)
+    data = read(kept, "")
     assert data is not None
     return data
 
@@ -102,7 +103,7 @@ def test_what_is_not_what_was_kept_is_compiled_anew(
         assert callable(compiled._compiled_step.__wrapped__())
     assert made == ([] if damage == "nothing" else [compiled.NAME])
     assert ("is damaged; the CPU kernels are compiled anew" in caplog.text) == bool(made)
-    assert compiled._read(kept) == code
+    assert read(kept, "") == code
     assert [path.name for path in kept.parent.glob("*.o")].count(kept.name) == 1
 
 
@@ -111,7 +112,7 @@ def test_a_folder_that_cannot_be_written_is_said(
 ) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING, "handloom"):
-        compiled._keep(tmp_path / "file" / "cpu-1.o", code)
+        write(tmp_path / "file" / "cpu-1.o", code, "the code")
     assert "could not be kept in" in caplog.text
 
 

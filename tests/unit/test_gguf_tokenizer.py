@@ -44,7 +44,7 @@ def smollm2(**changes: Any) -> dict[str, Any]:
 
 
 def build(values: dict[str, Any]) -> PreTrainedTokenizerFast:
-    return gguf_tokenizer.build(values, "the file")
+    return gguf_tokenizer.build(values, "the file").to_transformers()
 
 
 def disagreements(hf: PreTrainedTokenizerFast, content: dict[str, Any], vocabulary: str, kind: str) -> Iterator[str]:

@@ -28,7 +28,7 @@ FLOORS = [
     "ops",
     "checkpoint",
     "text",
-    "errors",
+    "errors kept",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 

@@ -129,7 +129,7 @@ class GGUFCheckpoint:
         """
         if self.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
             return None
-        from handloom.text import gguf_tokenizer  # transformers, which takes a third of a second
+        from handloom.text import gguf_tokenizer  # the package tokenizers
 
         return Tokenizer(gguf_tokenizer.build(self.metadata, str(self.path)))
 

@@ -13,12 +13,15 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from handloom.errors import TokenizerError
+from handloom.text.plain_tokenizer import PlainTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+Fast: TypeAlias = "PreTrainedTokenizerFast | PlainTokenizer"
 
 REPLACEMENT = "\ufffd"
 MAX_PATTERN_CHARS = 64
@@ -48,39 +51,46 @@ class Stage(Protocol):
         ...
 
 
-def build_stages(hf: PreTrainedTokenizerFast) -> list[Stage]:
-    """Fresh stages that together do what `hf.decode` does to the tokens it keeps. Raises TokenizerError."""
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-    if (
-        type(hf)._decode is not PreTrainedTokenizerFast._decode
-        or type(hf).clean_up_tokenization is not PreTrainedTokenizerBase.clean_up_tokenization
-    ):
-        raise TokenizerError(f"{type(hf).__name__} decodes in a way of its own, which cannot be streamed")
+def build_stages(fast: Fast) -> list[Stage]:
+    """Fresh stages that together do what `fast.decode` does to the tokens it keeps. Raises TokenizerError."""
+    _check_class(fast)
     stages: list[Stage] = []
     known = TOKEN_STAGES
-    for spec in decoder_steps(hf):
+    for spec in decoder_steps(fast):
         kind = spec["type"]
         if kind not in known:
             raise TokenizerError(f"the tokenizer's decoder has a {kind!r} in a place where it cannot be streamed")
         stages.append(known[kind](spec))
         known = STAGES_AFTER.get(kind, known)
-    if cleans_up(hf):
+    if cleans_up(fast):
         stages += [ReplaceText(old, new) for old, new in CLEAN_UP]
     return stages
 
 
-def cleans_up(hf: PreTrainedTokenizerFast) -> bool:
-    """Whether `hf.decode` takes spaces out before punctuation. Later transformers leave BPE alone unless forced to."""
-    if not hf.clean_up_tokenization_spaces:
+def _check_class(fast: Fast) -> None:
+    """Raises TokenizerError where a class decodes otherwise than the base class."""
+    if isinstance(fast, PlainTokenizer):
+        return
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    if (
+        type(fast)._decode is not PreTrainedTokenizerFast._decode
+        or type(fast).clean_up_tokenization is not PreTrainedTokenizerBase.clean_up_tokenization
+    ):
+        raise TokenizerError(f"{type(fast).__name__} decodes in a way of its own, which cannot be streamed")
+
+
+def cleans_up(fast: Fast) -> bool:
+    """Whether `fast.decode` takes spaces out before punctuation. Later transformers leave BPE alone if not forced."""
+    if not fast.clean_up_tokenization_spaces:
         return False
-    forced = getattr(hf, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True)
-    return bool(forced) or type(hf.backend_tokenizer.model).__name__ != "BPE"
+    forced = getattr(fast, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True)
+    return bool(forced) or type(fast.backend_tokenizer.model).__name__ != "BPE"
 
 
-def decoder_steps(hf: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
+def decoder_steps(fast: Fast) -> list[dict[str, Any]]:
     """The specifications of the decoder's steps, nested sequences laid flat."""
-    decoder = hf.backend_tokenizer.decoder
+    decoder = fast.backend_tokenizer.decoder
     if decoder is None:
         return [{"type": "None"}]
     flat: list[dict[str, Any]] = []

@@ -29,9 +29,9 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._id_to_token: Callable[[int], str | None] = tokenizer.hf.backend_tokenizer.id_to_token
+        self._id_to_token: Callable[[int], str | None] = tokenizer.fast.backend_tokenizer.id_to_token
         self._skipped = tokenizer.special_tokens if skip_special_tokens else frozenset[str]()
-        self._stages = build_stages(tokenizer.hf)
+        self._stages = build_stages(tokenizer.fast)
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now certain: often the token's own, sometimes none."""

@@ -18,16 +18,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
 
 from handloom.errors import TokenizerError
+from handloom.text.plain_tokenizer import PlainTokenizer
 from handloom.text.typed_errors import typed_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 MAX_CHAT_TEMPLATE_CHARS = 2**20
 MAX_PIECE_CHARS = 2**8
@@ -77,7 +81,7 @@ _PRES = {
 }
 
 
-def build(metadata: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast:
+def build(metadata: Mapping[str, Any], where: str) -> PlainTokenizer:
     """The tokenizer that GGUF metadata describes, with its special tokens and its chat template.
 
     Args:
@@ -93,21 +97,32 @@ def build(metadata: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast:
         raise vocabulary.error("model", f"is {kind!r:.80}; known are gpt2 and llama")
     with typed_errors(TokenizerError, f"{where}: the metadata make no tokenizer"):
         backend, add_bos = (_byte_level if kind == "gpt2" else _sentencepiece)(vocabulary)
+        add_bos, add_eos = vocabulary.flag("add_bos_token", add_bos), vocabulary.flag("add_eos_token", False)
+        named = {
+            "bos_token": vocabulary.special("bos_token_id", needed=add_bos),
+            "eos_token": vocabulary.special("eos_token_id", needed=add_eos),
+            "unk_token": vocabulary.special("unknown_token_id"),
+            "pad_token": vocabulary.special("padding_token_id"),
+        }
+        special = {name: token for name, token in named.items() if token is not None}
         backend.add_special_tokens(vocabulary.added(_CONTROL, _UNKNOWN, special=True))
         backend.add_tokens(vocabulary.added(_USER_DEFINED, special=False))
-        add_bos = vocabulary.flag("add_bos_token", add_bos)
-        add_eos = vocabulary.flag("add_eos_token", False)
-        return _wrap(
-            backend,
-            bos_token=vocabulary.special("bos_token_id", needed=add_bos),
-            eos_token=vocabulary.special("eos_token_id", needed=add_eos),
-            unk_token=vocabulary.special("unknown_token_id"),
-            pad_token=vocabulary.special("padding_token_id"),
-            add_bos_token=add_bos,
-            add_eos_token=add_eos,
-            clean_up_tokenization_spaces=False,
-            chat_template=_chat_template(metadata, where),
-        )
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        backend.add_tokens([AddedToken(token, special=True) for token in special.values() if token not in known])
+        backend.post_processor = _around(backend, add_bos and special["bos_token"], add_eos and special["eos_token"])
+    template = _chat_template(metadata, where)
+
+    def in_transformers() -> PreTrainedTokenizerFast:
+        return _wrap(backend, add_bos_token=add_bos, add_eos_token=add_eos, **special)
+
+    return PlainTokenizer(backend, special, template, in_transformers)
+
+
+def _around(backend: Tokenizer, bos: str | Literal[False], eos: str | Literal[False]) -> TemplateProcessing:
+    """What puts bos and eos around a text."""
+    tokens = [token for token in (bos, eos) if token]
+    template = " ".join([*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])])
+    return TemplateProcessing(single=template, special_tokens=[(token, backend.token_to_id(token)) for token in tokens])
 
 
 def _wrap(backend: Tokenizer, **kwargs: Any) -> PreTrainedTokenizerFast:
@@ -115,9 +130,11 @@ def _wrap(backend: Tokenizer, **kwargs: Any) -> PreTrainedTokenizerFast:
 
     Like transformers' own tokenizer classes, this sets the backend before the constructor looks for it.
     """
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer: Any = PreTrainedTokenizerFast.__new__(PreTrainedTokenizerFast)
     tokenizer._tokenizer = backend
-    tokenizer.__init__(**kwargs)
+    tokenizer.__init__(clean_up_tokenization_spaces=False, **kwargs)
     return tokenizer
 
 

@@ -32,18 +32,18 @@ class TokenBytes:
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> TokenBytes:
     """Of ids 0..vocab_size - 1. Raises TokenizerError for a decoder that joins tokens by what stands beside them."""
-    hf = tokenizer.hf
-    if cleans_up(hf):
+    fast = tokenizer.fast
+    if cleans_up(fast):
         raise TokenizerError(
             "this tokenizer takes spaces out before punctuation when it decodes (clean_up_tokenization_spaces), so "
             "tokens have no bytes of their own; set lm.tokenizer.hf.clean_up_tokenization_spaces = False"
         )
-    read = _reader([step["type"] for step in decoder_steps(hf)], decoder_steps(hf))
+    read = _reader([step["type"] for step in decoder_steps(fast)], decoder_steps(fast))
     values = [b""] * vocab_size
-    for token, token_id in hf.get_vocab().items():
+    for token, token_id in fast.get_vocab().items():
         if token_id < vocab_size:
             values[token_id] = read(token)
-    added = hf.added_tokens_decoder
+    added = fast.added_tokens_decoder
     return TokenBytes(values, frozenset(id_ for id_, token in added.items() if token.special and id_ < vocab_size))
 
 

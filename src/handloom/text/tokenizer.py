@@ -21,6 +21,8 @@ from handloom.text.typed_errors import typed_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from handloom.text.plain_tokenizer import PlainTokenizer
+
 MAX_TEXT_BYTES = 8 * 2**20
 
 
@@ -47,11 +49,12 @@ def check_text(text: object, *, what: str = "the prompt", max_bytes: int = MAX_T
 class Tokenizer:
     """One fast tokenizer (`tokenizers` library) with its special tokens and chat templates.
 
-    `hf` is the transformers tokenizer underneath. `max_text_bytes` bounds what is tokenised at once, in UTF-8 bytes.
+    `fast` is what encodes and decodes: transformers' tokenizer, or one with its names that does without transformers.
+    `max_text_bytes` bounds what is tokenised at once, in UTF-8 bytes.
     """
 
-    def __init__(self, hf: PreTrainedTokenizerFast, *, max_text_bytes: int = MAX_TEXT_BYTES) -> None:
-        self.hf = hf
+    def __init__(self, fast: PreTrainedTokenizerFast | PlainTokenizer, *, max_text_bytes: int = MAX_TEXT_BYTES) -> None:
+        self.fast = fast
         self.max_text_bytes = max_text_bytes
         self._chat = ChatRenderer()
 
@@ -63,24 +66,36 @@ class Tokenizer:
         added_tokens.json, the chat template files, and from config.json what decides the tokenizer's class. No code
         of the folder is imported. Raises TokenizerError.
         """
-        from handloom.text.tokenizer_folder import load_fast_tokenizer  # transformers, which takes most of a second
+        from handloom.text import kept_tokenizers
 
-        return cls(load_fast_tokenizer(Path(path)))
+        return cls(kept_tokenizers.load(Path(path)))
+
+    @property
+    def hf(self) -> PreTrainedTokenizerFast:
+        """The transformers tokenizer underneath, made when first asked for; it encodes and decodes from then on.
+
+        Raises TokenizerError where that is made of a folder which is no longer there.
+        """
+        from handloom.text.plain_tokenizer import PlainTokenizer
+
+        if isinstance(self.fast, PlainTokenizer):
+            self.fast = self.fast.to_transformers()
+        return self.fast
 
     @cached_property
     def vocab_size(self) -> int:
         """Highest id + 1, added tokens included. Ids below it may be without a token."""
-        return max(self.hf.get_vocab().values(), default=-1) + 1
+        return max(self.fast.get_vocab().values(), default=-1) + 1
 
     @cached_property
     def fingerprint(self) -> bytes:
         """The same for two tokenizers whose tokens have the same ids."""
-        return hashlib.sha256(repr(sorted(self.hf.get_vocab().items())).encode("utf-8", "surrogatepass")).digest()
+        return hashlib.sha256(repr(sorted(self.fast.get_vocab().items())).encode("utf-8", "surrogatepass")).digest()
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
         """Every token that decoding skips when it skips special tokens."""
-        return frozenset(token.content for token in self.hf.added_tokens_decoder.values() if token.special)
+        return frozenset(token.content for token in self.fast.added_tokens_decoder.values() if token.special)
 
     @cached_property
     def extensions(self) -> Extensions:
@@ -90,17 +105,17 @@ class Tokenizer:
     @property
     def bos_token_id(self) -> int | None:
         """Id of the token that starts a text, if there is one."""
-        return self._id(self.hf.bos_token_id)
+        return self._id(self.fast.bos_token_id)
 
     @property
     def eos_token_id(self) -> int | None:
         """Id of the token that ends a text, if there is one."""
-        return self._id(self.hf.eos_token_id)
+        return self._id(self.fast.eos_token_id)
 
     @property
     def pad_token_id(self) -> int | None:
         """Id of the padding token, if there is one."""
-        return self._id(self.hf.pad_token_id)
+        return self._id(self.fast.pad_token_id)
 
     @staticmethod
     def _id(value: Any) -> int | None:
@@ -113,7 +128,7 @@ class Tokenizer:
         """
         check_text(text, max_bytes=self.max_text_bytes)
         with typed_errors(TokenizerError, "the tokenizer failed on this text"):
-            ids: list[int] = self.hf.encode(
+            ids: list[int] = self.fast.encode(
                 text,
                 add_special_tokens=add_special_tokens,
                 return_attention_mask=False,
@@ -133,17 +148,17 @@ class Tokenizer:
         if wrong is not None:
             raise InvalidPrompt(f"token id {wrong} is outside this tokenizer's 0..{size - 1}")
         with typed_errors(TokenizerError, "the tokenizer failed on these ids"):
-            text: str = self.hf.decode(checked, skip_special_tokens=skip_special_tokens)
+            text: str = self.fast.decode(checked, skip_special_tokens=skip_special_tokens)
         return text
 
     @property
     def chat_template(self) -> Any:
         """Jinja source of the chat template, or a dict of several by name, or None. Assign source to replace it."""
-        return self.hf.chat_template
+        return self.fast.chat_template
 
     @chat_template.setter
     def chat_template(self, template: str | None) -> None:
-        self.hf.chat_template = template
+        self.fast.chat_template = template
 
     def render_chat(
         self,
@@ -163,7 +178,7 @@ class Tokenizer:
             if add_generation_prompt is None
             else add_generation_prompt,
             continue_final_message=continue_final_message,
-            special_tokens=self.hf.special_tokens_map,
+            special_tokens=self.fast.special_tokens_map,
             variables=kwargs,
         )
 

@@ -1,8 +1,8 @@
 """The compiled step, from the disk or made now.
 
-Its machine code is kept under NUMBA_CACHE_DIR, else under XDG_CACHE_HOME or ~/.cache: a file named by a hash of the
-sources, numba's version and the processor, which begins with a checksum. numba is imported where there is something to
-compile, and not otherwise. Where that folder cannot be written, the step is compiled in each process.
+Its machine code is kept (see `handloom.kept`; in NUMBA_CACHE_DIR where that is set) in a file named by a hash of the
+sources, numba's version and the processor. numba is imported where there is something to compile, and not otherwise.
+Where that folder cannot be written, the step is compiled in each process.
 
 This module does not know what the step computes.
 """
@@ -21,12 +21,12 @@ from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
+from handloom import kept
 from handloom.errors import UnsupportedOption
 from handloom.ops.cpu import object_code
 from handloom.ops.cpu.object_code import Function
 
 NAME = "handloom_step"
-CHECKSUM_BYTES = 32
 VARIABLES = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")
 """numba's, which name another processor to compile for."""
 FIELDS = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
@@ -50,14 +50,14 @@ def compiled_step() -> Function:
 @cache
 def _compiled_step() -> Function:
     path = kept_in()
-    data = _read(path)
+    data = kept.read(path, "the CPU kernels are compiled")
     if data is None:
         compiler = _compiler()
         started = time.perf_counter()
         logger.info("compiling the CPU kernels, once on this machine, which takes 5 to 15 seconds")
         data = compiler.compile_step(NAME)
         logger.info("compiled in %.1f s", time.perf_counter() - started)
-        _keep(path, data)
+        kept.write(path, data, "the compiled CPU kernels")
     return object_code.load(data, NAME)
 
 
@@ -90,8 +90,7 @@ def kept_in() -> Path:
     for source in (*sorted(here.glob("*.py")), *(here.parent / name for name in OUTSIDE)):
         digest.update(source.read_bytes())
     base = os.environ.get("NUMBA_CACHE_DIR")
-    root = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handloom"
-    return root / f"cpu-{digest.hexdigest()[:32]}.o"
+    return (Path(base) if base else kept.folder()) / f"cpu-{digest.hexdigest()[:32]}.o"
 
 
 def _version() -> str:
@@ -111,34 +110,3 @@ def _processor() -> str:
     import llvmlite.binding as llvm
 
     return f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
-
-
-def _read(path: Path) -> bytes | None:
-    """The object file, unless there is none, or another one, or a damaged one."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    data = content[CHECKSUM_BYTES:]
-    if content[:CHECKSUM_BYTES] != _checksum(path, data):
-        logger.warning("%s is damaged; the CPU kernels are compiled anew", path)
-        return None
-    return data
-
-
-def _keep(path: Path, data: bytes) -> None:
-    """Write it whole or not at all, whoever else writes or reads it now."""
-    part = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(_checksum(path, data) + data)
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        logger.warning("the compiled CPU kernels could not be kept in %s: %s", path, error)
-
-
-def _checksum(path: Path, data: bytes) -> bytes:
-    """Of the code and of the name of its file, which says what it is for."""
-    return hashlib.sha256(path.name.encode() + data).digest()
