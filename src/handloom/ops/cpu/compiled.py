@@ -1,7 +1,7 @@
 """The compiled step, from the disk or made now.
 
-Its machine code is kept (see `handloom.kept`; in NUMBA_CACHE_DIR where that is set) in a file named by a hash of the
-sources, numba's version and the processor. numba is imported where there is something to compile, and not otherwise.
+Its machine code is kept (see `handloom.kept`) in a file named by a hash of the sources, numba's version and the
+processor. numba is imported where there is something to compile, and not otherwise.
 Where that folder cannot be written, the step is compiled in each process.
 
 This module does not know what the step computes.
@@ -27,8 +27,8 @@ from handloom.ops.cpu import object_code
 from handloom.ops.cpu.object_code import Function
 
 NAME = "handloom_step"
-VARIABLES = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")
-"""numba's, which name another processor to compile for."""
+VARIABLES = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX")
+"""numba's, which name another processor to compile for (NUMBA_CPU_NAME alone keeps the features of this one)."""
 FIELDS = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
 """How lines of /proc/cpuinfo begin that tell processors apart, on x86-64 and ARM."""
 OUTSIDE = ("panels.py", "quantized_panels.py")
@@ -41,7 +41,7 @@ _lock = threading.Lock()
 def compiled_step() -> Function:
     """`step.run` as machine code that lets go of the interpreter's lock; says so in the log when it has to be made.
 
-    Raises UnsupportedOption where it has to be made and numba is missing.
+    Raises UnsupportedOption where it has to be made and numba or the processor cannot, or the system lets none be run.
     """
     with _lock:
         return _compiled_step()
@@ -58,23 +58,41 @@ def _compiled_step() -> Function:
         data = compiler.compile_step(NAME)
         logger.info("compiled in %.1f s", time.perf_counter() - started)
         kept.write(path, data, "the compiled CPU kernels")
-    return object_code.load(data, NAME)
+    try:
+        return object_code.load(data, NAME)
+    except OSError as error:
+        raise _not_let(error) from error
 
 
 def require() -> None:
-    """Raises UnsupportedOption where the step is yet to be compiled and numba is missing."""
-    if not kept_in().exists():
-        _compiler()
+    """Raises UnsupportedOption where the step cannot be had, as far as can be told without compiling it."""
+    if os.path.exists(kept_in()):  # noqa: PTH110 - a folder that may not be looked into is no error
+        compiled_step()
+    else:
+        _compiler().require_processor()
 
 
 def _compiler() -> ModuleType:
     try:
         from handloom.ops.cpu import compiling
     except ImportError as error:
-        raise UnsupportedOption(
-            f"backend 'cpu', the default on a CPU, needs the package numba: {error}; install it, or choose 'torch'"
-        ) from error
+        raise _without(error) from error
+    except OSError as error:
+        raise _not_let(error) from error
     return compiling
+
+
+def _without(error: ImportError) -> UnsupportedOption:
+    return UnsupportedOption(
+        f"backend 'cpu', the default on a CPU, needs the package numba: {error}; install it, or choose 'torch'"
+    )
+
+
+def _not_let(error: OSError) -> UnsupportedOption:
+    return UnsupportedOption(
+        f"backend 'cpu', the default on a CPU, makes code, which this system does not let be run: {error}; "
+        "choose 'torch'"
+    )
 
 
 # Keeping it --------------------------------------------------------------------------------------
@@ -89,8 +107,7 @@ def kept_in() -> Path:
     here = Path(__file__).parent
     for source in (*sorted(here.glob("*.py")), *(here.parent / name for name in OUTSIDE)):
         digest.update(source.read_bytes())
-    base = os.environ.get("NUMBA_CACHE_DIR")
-    return (Path(base) if base else kept.folder()) / f"cpu-{digest.hexdigest()[:32]}.o"
+    return kept.folder() / f"cpu-{digest.hexdigest()[:32]}.o"
 
 
 def _version() -> str:
@@ -107,6 +124,8 @@ def _processor() -> str:
         known = "".join(line for line in first if line.startswith(FIELDS))
         if "flags" in known or "Features" in known:
             return known
-    import llvmlite.binding as llvm
-
+    try:
+        import llvmlite.binding as llvm
+    except ImportError as error:
+        raise _without(error) from error
     return f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"

@@ -14,12 +14,24 @@ from numba.core.compiler import Flags, compile_internal
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
+from handloom.errors import UnsupportedOption
 from handloom.ops.cpu import step
 from handloom.ops.cpu.simd import I64
+from handloom.ops.cpu.tiles import assembly
+
+
+def require_processor() -> None:
+    """Raises UnsupportedOption for a processor that lacks what kernels are made of: each number would take a call."""
+    if any(function in assembly() for function in ("fmaf", "hfsf2", "h2f")):
+        raise UnsupportedOption(
+            "backend 'cpu', the default on a CPU, needs a processor that multiplies and adds with one rounding and "
+            "reads float16 (on x86-64: FMA and F16C, as with AVX2), and this one does not; choose 'torch'"
+        )
 
 
 def compile_step(name: str) -> bytes:
-    """An object file with void name(int64, int64), `step.run` for this processor."""
+    """An object file with void name(int64, int64), `step.run` for this processor. Raises as require_processor does."""
+    require_processor()
     context, typing = cpu_target.target_context, cpu_target.typing_context
     typing.refresh()
     context.refresh()

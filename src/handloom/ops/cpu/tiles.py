@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import binding, ir
+from numba.core.registry import cpu_target
 
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.simd import F32, I16, I32, I64, INTS, LANES, VECTOR, Builder, Value, int64, operation, void
@@ -51,17 +52,26 @@ FORMAT_F32, FORMAT_BF16, FORMAT_F16 = range(3)
 FORMATS = (Format(4, _load_f32), Format(2, _load_bf16), Format(2, _load_f16))
 
 
-def wide_registers() -> bool:
-    """Whether numba compiles for 32 registers of 16 floats (AVX-512), and not for 16 registers of 8 or 4."""
-    from numba.core import config
+PROBE = """
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+define <16 x float> @probe(<16 x float> %x, <16 x half> %y) {
+  %z = fpext <16 x half> %y to <16 x float>
+  %sum = call <16 x float> @llvm.fma.v16f32(<16 x float> %x, <16 x float> %z, <16 x float> %x)
+  ret <16 x float> %sum
+}
+"""
 
-    features = config.CPU_FEATURES
-    if features is None:
-        features = "" if config.CPU_NAME else binding.get_host_cpu_features().flatten()
-    return "+avx512f" in features
+
+def assembly() -> str:
+    """Of the probe, for the processor that numba compiles for, which its environment variables may name."""
+    triple, processor, features = cpu_target.target_context.codegen().magic_tuple()
+    machine = binding.Target.from_triple(triple).create_target_machine(cpu=processor, features=features)
+    text: str = machine.emit_assembly(binding.parse_assembly(PROBE))
+    return text
 
 
-WIDE = wide_registers()
+WIDE = "zmm" in assembly()
+"""Whether there are 32 registers of 16 floats (AVX-512), and not 16 of 8, or 32 of 4."""
 # rows of the tiles from large to small, each with as many vectors of the panel as the registers hold
 TILE_ROWS = (14, 8, 4, 2, 1) if WIDE else (6, 4, 2, 1)
 
