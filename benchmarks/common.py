@@ -5,9 +5,12 @@ A result is a line of JSON in results/*.jsonl; tables and pictures are drawn fro
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 import handloom as hl
 from handloom import machine
@@ -41,19 +44,89 @@ class Sizes:
 SMALL = Sizes(prefill=32, decode_prompt=8, decode=4, batch=(4, 9, 16), batch_new=4, rounds=2)
 
 
+NOMINAL = {  # bytes per second; operations in 16 bits per second, without sparsity
+    "H100 PCIe": (2.0e12, 756e12),
+    "H100": (3.35e12, 989e12),
+    "H200": (4.8e12, 989e12),
+    "B200": (8e12, 2250e12),
+    "A100-SXM4-80GB": (2.04e12, 312e12),
+}
+
+
 @dataclass
 class Rates:
-    """The machine's two roofs: bytes read and operations done per second."""
+    """The machine's roofs in bytes and operations per second: measured in this run, and nominal where they are known.
+
+    read: of a large buffer; copy: bytes read and written by a large copy.
+    """
 
     read: float
+    copy: float
     matmul: float
+    nominal_bandwidth: float | None = None
+    nominal_matmul: float | None = None
+
+    @classmethod
+    def measure(cls, dtype: torch.dtype, device: torch.device) -> Rates:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        bandwidth, matmul = next((rates for card, rates in NOMINAL.items() if card in name), (None, None))
+        return cls(
+            machine.read_bandwidth(device=device),
+            copy_bandwidth(device),
+            limits.matmul_rate(dtype, device),
+            bandwidth,
+            matmul if dtype.itemsize == 2 else None,
+        )
+
+    @property
+    def bandwidth(self) -> float:
+        """The faster of reading and copying."""
+        return max(self.read, self.copy)
+
+    def tell(self, results: Results) -> None:
+        found = {"read bandwidth": self.read, "copy bandwidth": self.copy, "nominal bandwidth": self.nominal_bandwidth}
+        for metric, rate in found.items():
+            if rate is not None:
+                results.add("limit", "machine", metric, "GB/s", [rate / 1e9])
+        for metric, rate in {"matrix product": self.matmul, "nominal matrix product": self.nominal_matmul}.items():
+            if rate is not None:
+                results.add("limit", "machine", metric, "GFLOP/s", [rate / 1e9])
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy, the best of some."""
+    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 26) // 4, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(12):
+        started = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * source.nbytes / best
+
+
+def add_use(
+    results: Results, who: str, case: str, seconds: Sequence[float], moved: int, flops: int, rates: Rates
+) -> None:
+    """What was made of the machine in these times: GB/s and TFLOP/s that the work needs, MBU and MFU (Williams,
+    Waterman and Patterson's two roofs) of what was measured and of what is nominal. moved, flops: 0 is not said."""
+    roofs = {
+        ("MBU", "GB/s", 1e9): (moved, {"measured": rates.bandwidth, "nominal": rates.nominal_bandwidth}),
+        ("MFU", "TFLOP/s", 1e12): (flops, {"measured": rates.matmul, "nominal": rates.nominal_matmul}),
+    }
+    for (name, unit, scale), (work, against) in roofs.items():
+        if work:
+            results.add(who, case, unit, unit, [work / s / scale for s in seconds])
+            for which, rate in against.items():
+                if rate is not None:
+                    results.add(who, case, f"{name}, {which}", "%", [100 * work / s / rate for s in seconds])
 
 
 def generation_cases(lm: hl.LM, peer: Transformers, sizes: Sizes, results: Results) -> None:
     """Prefill, decode and a batch of prompts of different lengths, both engines in turn, limits beside them."""
-    rates = Rates(machine.read_bandwidth(device=lm.device), limits.matmul_rate(lm.dtype, lm.device))
-    results.add("limit", "machine", "read bandwidth", "GB/s", [rates.read / 1e9])
-    results.add("limit", "machine", "matrix product", "GFLOP/s", [rates.matmul / 1e9])
+    rates = Rates.measure(lm.dtype, lm.device)
+    rates.tell(results)
     ids = speed.random_ids(lm.spec.vocab_size, max(sizes.prefill, sizes.decode_prompt, max(sizes.batch)))
     check_same_tokens(lm, peer, ids[: sizes.decode_prompt], min(sizes.decode, 32))
 
@@ -95,11 +168,12 @@ def add_runs(
         results.add(name, case, metric, "tok/s", [rate(run) for run in taken])
 
 
-def check_same_tokens(lm: hl.LM, peer: Transformers, prompt: list[int], new_tokens: int) -> None:
+def check_same_tokens(lm: hl.LM, peer: Transformers, prompt: list[int], new_tokens: int) -> parity.PromptParity:
     """Stop the benchmark unless both engines compute the same: a fast wrong answer is not worth timing."""
     found = parity.compare(lm, peer, [prompt], new_tokens)[0]
     if not found.ok:
         raise SystemExit(f"not in parity, so not worth timing: {found}")
+    return found
 
 
 def batch_limit(lm: hl.LM, lengths: Sequence[int], new_tokens: int, rates: Rates) -> float:

@@ -12,17 +12,11 @@ transformers'; tokenising is inside neither. The parity of both on the timed pro
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 THREADS = 2
-PEERS = ("handloom", "transformers")
-PROMPT = list(range(100, 108))
 
 
 def prepare(cache: Path) -> Path:
@@ -52,71 +46,6 @@ def prepare(cache: Path) -> Path:
     return folder
 
 
-# Loading, in a process of its own --------------------------------------------------------------
-
-
-def load_once(who: str, folder: Path, threads: int) -> dict[str, float]:
-    """Load model and tokenizer and generate one token: seconds, MiB. What from_pretrained imports is in its time."""
-    import psutil
-
-    from handloom.measure.speed import peak_memory
-
-    if who == "handloom":
-        import handloom as hl
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    import torch
-
-    torch.set_num_threads(threads)
-    imported, started = peak_memory(), time.perf_counter()
-    if who == "handloom":
-        lm = hl.LM.from_pretrained(folder, dtype="float32")
-        loaded, peak = time.perf_counter(), peak_memory()
-        lm.generate(PROMPT, max_new_tokens=1, do_sample=False)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        AutoTokenizer.from_pretrained(folder)
-        loaded, peak = time.perf_counter(), peak_memory()
-        model.generate(torch.tensor([PROMPT]), max_new_tokens=1, do_sample=False)
-    first = time.perf_counter()
-    return {
-        "load": loaded - started,
-        "process start to loaded": time.time() - (time.perf_counter() - loaded) - psutil.Process().create_time(),
-        "load to first token": first - started,
-        "peak memory of loading": (peak - imported) / 2**20,
-        "peak memory to first token": peak_memory() / 2**20,
-    }
-
-
-def load_case(folder: Path, threads: int, rounds: int, results: Any) -> None:
-    """Fresh processes in turn; the first round warms the system's file cache."""
-    from handloom.measure.stats import interleave
-
-    def child(who: str) -> dict[str, float]:
-        command = [sys.executable, __file__, "--load-once", who, "--model", str(folder), "--threads", str(threads)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
-        measured: dict[str, float] = json.loads(done.stdout)
-        return measured
-
-    taken = interleave({who: lambda who=who: child(who) for who in PEERS}, rounds=rounds)  # type: ignore[misc]
-    for metric in taken[PEERS[0]][0]:
-        for who in PEERS:
-            unit = "MiB" if "memory" in metric else "s"
-            results.add(who, "load", metric, unit, [values[metric] for values in taken[who]])
-    results.add("limit", "load", "peak memory of loading", "MiB", [weights_bytes(folder) / 2**20])
-
-
-def weights_bytes(folder: Path) -> int:
-    """Bytes of the weights as held in float32."""
-    from handloom.checkpoint import open_checkpoint
-    from handloom.model.families import read_config
-    from handloom.model.spec import num_parameters
-
-    checkpoint = open_checkpoint(folder)
-    checkpoint.close()
-    return 4 * num_parameters(read_config(checkpoint.config, checkpoint.name)[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/handloom-bench").expanduser())
@@ -126,11 +55,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--no-load", action="store_true", help="leave the loading case out")
     parser.add_argument("--output", type=Path, help="default: results/cpu_vs_transformers.jsonl")
-    parser.add_argument("--load-once", choices=PEERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.load_once:
-        print(json.dumps(load_once(arguments.load_once, arguments.model, arguments.threads)))
-        return
 
     from dataclasses import replace
 
@@ -139,6 +64,7 @@ def main() -> None:
 
     import common
     import handloom as hl
+    import loading
     import report
     from handloom.measure.peer import Transformers
 
@@ -151,7 +77,7 @@ def main() -> None:
     file = arguments.output or common.RESULTS / "cpu_vs_transformers.jsonl"
     results = common.open_results("cpu_vs_transformers", file, cpu, dtype, model=folder.name)
     if not arguments.no_load:
-        load_case(folder, arguments.threads, sizes.rounds, results)
+        loading.load_case(folder, loading.How("cpu", "float32", threads=arguments.threads), sizes.rounds, results)
     lm = hl.LM.from_pretrained(folder, dtype=dtype, device=cpu)
     common.generation_cases(lm, Transformers.load(folder, dtype, cpu), sizes, results)
     print(report.markdown(results.rows), end="")

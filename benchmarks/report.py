@@ -1,14 +1,17 @@
 """Tables, and a picture where matplotlib is installed, from the lines of results/*.jsonl.
 
-    python benchmarks/report.py results/cpu_vs_transformers.jsonl [--picture out.svg]
+    python -m benchmarks.report benchmarks/results/cpu_vs_transformers.jsonl [--picture out.svg]
+    python -m benchmarks.report benchmarks/results/gpu.jsonl [--pictures FOLDER]
 
-Of each case the newest row counts. Rows of `handloom bench cpu` have tables and a picture of their own (report_cpu.py).
+Of each case the newest row counts. Rows of `handloom bench cpu` and of gpu.py have tables and pictures of their own
+(report_cpu.py, report_gpu.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -107,21 +110,28 @@ def picture(rows: Iterable[Row], file: Path) -> None:
 
 
 def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))  # run as a module it would not find its neighbours
+    import report_cpu
+    import report_gpu
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--picture", type=Path, help="of the suites of a CPU")
+    parser.add_argument("--pictures", type=Path, help="a folder, for those of the suites of a GPU")
     arguments = parser.parse_args()
-    import report_cpu
-
     rows = [row for file in arguments.files for row in read(file)]
-    ours, cpu = ([row for row in rows if (row["suite"] == "cpu") is wanted] for wanted in (False, True))
+    gpu = [row for row in rows if row["suite"].startswith(report_gpu.SUITE)]
+    cpu = [row for row in rows if row["suite"] == "cpu"]
+    ours = [row for row in rows if row not in gpu and row not in cpu]
     if arguments.picture and ours and cpu:
         parser.error("--picture: the suite cpu has a picture of its own; name its files apart")
-    for report, some in ((markdown, ours), (report_cpu.markdown, cpu)):
+    for report, some in ((markdown, ours), (report_cpu.markdown, cpu), (report_gpu.markdown, gpu)):
         if some:
             print(report(some), end="")
     if arguments.picture:
-        (report_cpu.picture if cpu else picture)(rows, arguments.picture)
+        (report_cpu.picture if cpu else picture)(cpu or ours, arguments.picture)
+    if arguments.pictures:
+        report_gpu.pictures(gpu, arguments.pictures)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def throughput_case(lm: Any, folder: Path, arguments: argparse.Namespace, result
 
     import common
     from handloom import machine
-    from handloom.measure import limits, peer_serving, stats, workload
+    from handloom.measure import limits, peer_serving, workload
     from handloom.measure.peer import Transformers
 
     prompts, outputs = (workload.Lengths.parse(text) for text in (arguments.prompt_tokens, arguments.new_tokens))
@@ -60,11 +60,23 @@ def throughput_case(lm: Any, folder: Path, arguments: argparse.Namespace, result
         lm, requests, watch, repeat=arguments.rounds, load_peer=load_peer, batch_sizes=arguments.batches
     )
     read, rate = machine.read_bandwidth(device=lm.device), limits.matmul_rate(lm.dtype, lm.device)
+    print(f"failed: {found.failed or 'none'}", file=sys.stderr)
+    add_comparison(found, lm, requests, case, read, rate, results)
+
+
+def add_comparison(
+    found: Any, lm: Any, requests: Sequence[Any], case: str, bandwidth: float, rate: float, results: Any
+) -> None:
+    """Rows of a `peer_serving.Comparison`; "transformers" is the fastest of its ways."""
+    from handloom.measure import limits, stats
+
     sizes = [(len(request.prompt), request.new_tokens) for request in requests]
-    fastest = limits.serving_seconds(lm, lm.dtype, sizes, read, rate)
-    best = max(found.theirs, key=lambda name: stats.summarize([run.output_rate for run in found.theirs[name]]).p50)
-    print(f"best of transformers: {best}; failed: {found.failed or 'none'}", file=sys.stderr)
-    everybody = {"handloom": found.ours, "transformers": found.theirs[best], **found.theirs}
+    fastest = limits.serving_seconds(lm, lm.dtype, sizes, bandwidth, rate)
+    everybody = {"handloom": found.ours}
+    if found.theirs:
+        best = max(found.theirs, key=lambda name: stats.summarize([run.output_rate for run in found.theirs[name]]).p50)
+        print(f"best of transformers: {best}", file=sys.stderr)
+        everybody |= {"transformers": found.theirs[best], **found.theirs}
     tokens = {"new tokens": sum(new for _, new in sizes), "all tokens": sum(map(sum, sizes)), "requests": len(sizes)}
     for metric, count in tokens.items():
         unit = "req/s" if metric == "requests" else "tok/s"

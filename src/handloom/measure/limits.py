@@ -56,24 +56,36 @@ def prefill_flops(spec: ModelSpec, num_tokens: int) -> int:
     return flops
 
 
+def decode_flops(spec: ModelSpec, context: int) -> int:
+    """Floating-point operations of one decode step of one sequence, which has `context` tokens then."""
+    head = 2 * spec.vocab_size * spec.hidden_size
+    return prefill_flops(spec, context) - prefill_flops(spec, context - 1) + head
+
+
 def prefill_limit(spec: ModelSpec, num_tokens: int, rate: float) -> float:
     """Tokens per second that prefill of `num_tokens` cannot exceed at `rate` operations per second."""
     return num_tokens * rate / prefill_flops(spec, num_tokens)
 
 
-def serving_seconds(
-    model: machine.Loaded, dtype: torch.dtype, requests: Iterable[tuple[int, int]], bandwidth: float, rate: float
-) -> float:
-    """Seconds in which no schedule serves these requests of (prompt, new) tokens, none sharing a prefix.
+def serving_work(model: machine.Loaded, dtype: torch.dtype, requests: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """(floating-point operations, bytes) that these requests of (prompt, new) tokens need, none sharing a prefix.
 
-    The larger of all operations at `rate`, and at `bandwidth` bytes per second all K and V that new tokens read and the
-    weights, as the model holds them, as often as the longest output has tokens. Both can only be reached together where
-    they overlap.
+    Bytes: all K and V that new tokens read, and the weights, as the model holds them, as often as the longest output
+    has tokens.
     """
     flops, moved, steps, spec = 0, 0, 0, model.spec
     for prompt, new in requests:
         flops += prefill_flops(spec, prompt + new - 1) + (new - 1) * 2 * spec.vocab_size * spec.hidden_size
         moved += sum(machine.kv_bytes_read(spec, dtype, prompt + at) for at in range(1, new))
         steps = max(steps, new)
-    moved += steps * machine.weight_bytes_per_token(model, dtype)
+    return flops, moved + steps * machine.weight_bytes_per_token(model, dtype)
+
+
+def serving_seconds(
+    model: machine.Loaded, dtype: torch.dtype, requests: Iterable[tuple[int, int]], bandwidth: float, rate: float
+) -> float:
+    """Seconds in which no schedule does `serving_work`: the larger of all operations at `rate` and all bytes at
+    `bandwidth`. Both can only be reached together where they overlap.
+    """
+    flops, moved = serving_work(model, dtype, requests)
     return max(flops / rate, moved / bandwidth)

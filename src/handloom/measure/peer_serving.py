@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from handloom.engine.engine import MAX_STEP_TOKENS
 from handloom.errors import MissingDependency, RequestFailed
 from handloom.lm import LM
 from handloom.measure.peer import Transformers
@@ -81,7 +82,8 @@ def padded(peer: Transformers, requests: Sequence[Asked], batch_size: int, progr
 
 @torch.no_grad()
 def continuous(peer: Transformers, requests: Sequence[Asked], progress: Progress | None = None) -> PeerRun:
-    """transformers' continuous batching, with a cache that holds all requests at once; making it is not in the time.
+    """transformers' continuous batching; making its cache is not in the time. On a CPU that holds all requests at once,
+    on a GPU it is what transformers finds room for.
 
     Raises MissingDependency where this transformers has none, RequestFailed where it does not start, a request fails,
     none ends for five minutes, or one yields another number of tokens.
@@ -94,7 +96,9 @@ def continuous(peer: Transformers, requests: Sequence[Asked], progress: Progress
     blocks = sum(-(-(len(request.prompt) + request.new_tokens) // BLOCK) for request in requests)
     longest = max(request.new_tokens for request in requests)
     generation = GenerationConfig(do_sample=False, max_new_tokens=longest, eos_token_id=-1, pad_token_id=0)
-    settings = ContinuousBatchingConfig(num_blocks=blocks + 1, max_batch_tokens=STEP_TOKENS)
+    on_cpu = peer.model.device.type == "cpu"
+    sizes = {"num_blocks": blocks + 1, "max_batch_tokens": STEP_TOKENS} if on_cpu else {}
+    settings = ContinuousBatchingConfig(**sizes)
     counts: dict[str, int] = {}
     before = peer.model.config._attn_implementation
     try:
@@ -158,6 +162,7 @@ def in_turn(
     *,
     repeat: int = 1,
     max_running: int = 256,
+    max_step_tokens: int = MAX_STEP_TOKENS,
     load_peer: Callable[[], Transformers] | None = None,
     batch_sizes: Iterable[int] = (),
     with_continuous: bool = True,
@@ -174,7 +179,9 @@ def in_turn(
     serve(lm, short)
     for _ in range(repeat):
         with watch("handloom", total) as progress:
-            found.ours.append(serve(lm, requests, max_running=max_running, progress=progress))
+            found.ours.append(
+                serve(lm, requests, max_running=max_running, max_step_tokens=max_step_tokens, progress=progress)
+            )
         found.peak_memory = found.peak_memory or peak_memory()
         if load_peer is not None and not peers:
             peers = _peers(load_peer(), batch_sizes, with_continuous)

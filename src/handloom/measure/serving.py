@@ -15,6 +15,7 @@ from itertools import pairwise
 
 from handloom.decoding.decoder import FinishedEvent, TokenEvent
 from handloom.engine import Engine
+from handloom.engine.engine import MAX_STEP_TOKENS
 from handloom.errors import RequestFailed
 from handloom.lm import LM
 from handloom.measure.speed import check_room
@@ -26,11 +27,13 @@ Progress = Callable[[int], None]
 
 @dataclass(slots=True)
 class Served:
-    """One request. Seconds on the clock of its run: when it arrived, when the first text came, when each token did."""
+    """One request. Seconds on the clock of its run: when it arrived, when the first text came, when each token did;
+    token_ids: which these were."""
 
     arrived: float
     first_text: float | None = None
     tokens: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
 
     @property
     def ttft(self) -> float:
@@ -104,6 +107,7 @@ def serve(
     requests: Sequence[Asked],
     *,
     max_running: int = 256,
+    max_step_tokens: int = MAX_STEP_TOKENS,
     prefix_cache: bool = True,
     keep_cached: bool = False,
     progress: Progress | None = None,
@@ -117,7 +121,7 @@ def serve(
         check_room(lm, len(request.prompt), request.new_tokens)
     if not keep_cached:
         lm.pool.forget_cached()
-    engine = Engine(lm, max_running=max_running, prefix_cache=prefix_cache)
+    engine = Engine(lm, max_running=max_running, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache)
     try:
         return _serve(engine, requests, progress)
     finally:
@@ -145,6 +149,7 @@ def _serve(engine: Engine, requests: Sequence[Asked], progress: Progress | None)
             request = served[whose[event.request_id]]
             if isinstance(event, TokenEvent):
                 request.tokens.append(now)
+                request.token_ids.append(event.token_id)
                 chosen += 1
             elif isinstance(event, FinishedEvent) and event.error is not None:
                 raise event.error
