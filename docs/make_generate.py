@@ -20,11 +20,11 @@ PAGE = Path(__file__).with_name("generate.md")
 STRUCTURE = "`json_schema`, `regex`, `grammar` or `choices` (see [structured.md](structured.md))"
 ARGUMENTS = (
     "generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn negative_prompt_ids assistant_model "
-    "streamer"
+    "streamer inputs input_ids inputs_embeds attention_mask"
 ).split()
 REFUSED_ARGUMENTS = (
-    "inputs synced_gpus negative_prompt_attention_mask custom_generate "
-    "tokenizer assistant_tokenizer trust_remote_code input_ids inputs_embeds attention_mask position_ids "
+    "synced_gpus negative_prompt_attention_mask custom_generate "
+    "tokenizer assistant_tokenizer trust_remote_code position_ids "
     "past_key_values logits_to_keep"
 ).split()
 PROOFS = {
@@ -33,6 +33,7 @@ PROOFS = {
     "stopping_criteria": "test_stopping.py",
     "prefix_allowed_tokens_fn": "test_rules_in_generate.py",
     "streamer": "test_streamers.py",
+    **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask"), "test_batches_of_transformers.py"),
     "forced_bos_token_id": "test_rules_in_generate.py",
     "renormalize_logits": "test_rules_in_generate.py",
     "remove_invalid_values": "test_rules_in_generate.py",

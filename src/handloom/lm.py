@@ -9,7 +9,7 @@ import os
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 import torch
 from torch import Tensor
@@ -26,7 +26,15 @@ from handloom.engine.graphs import DecodeGraphs
 from handloom.engine.runner import Runner
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt
 from handloom.live import LiveSequence, logit_lens, restore, step
-from handloom.loading import choose_context, choose_device, choose_dtype, choose_quantization, make_graphs, make_pool
+from handloom.loading import (
+    choose_context,
+    choose_device,
+    choose_dtype,
+    choose_quantization,
+    make_graphs,
+    make_pool,
+    refuse_others,
+)
 from handloom.model.families import read_config
 from handloom.model.hooks import Activations, Function, Hooks, Points
 from handloom.model.loading import Progress, load_transformer
@@ -35,7 +43,7 @@ from handloom.model.transformer import Transformer
 from handloom.ops import Backend, choose_backend
 from handloom.output import Output, Piece
 from handloom.progress import requests_bar
-from handloom.prompts import Prompt, as_list, options_of_each, to_sequence
+from handloom.prompts import Prompt, as_list, read_call, to_sequence
 from handloom.sampling.grammar import Grammars
 from handloom.text.tokenizer import Tokenizer
 
@@ -84,6 +92,7 @@ class LM:
         local_files_only: bool = False,
         ignore_config_keys: Iterable[str] = (),
         progress: Progress | None = None,
+        **others: Never,
     ) -> LM:
         """Load a model.
 
@@ -108,6 +117,7 @@ class LM:
             ModelNotFound, HubError and its kinds, CheckpointError, UnsafeCheckpoint, ConfigError, UnsupportedModel,
             TokenizerError, OutOfMemory, InvalidParam, UnsupportedOption.
         """
+        refuse_others(others)
         scheme = None if quantize is None else Scheme.parse(quantize)
         checkpoint = open_checkpoint(
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -219,7 +229,7 @@ class LM:
 
     def generate(
         self,
-        prompts: Prompt | LiveSequence | Seq[Prompt | LiveSequence],
+        prompts: Prompt | LiveSequence | Seq[Prompt | LiveSequence] | None = None,
         *,
         params: Seq[Mapping[str, Any]] | None = None,
         progress: bool | None = None,
@@ -230,19 +240,21 @@ class LM:
         With num_return_sequences > 1 it is a list in any case, in transformers' order: all outputs of the first prompt,
         then those of the next.
 
-        A prompt is text, token ids, embeddings [n, hidden_size], or a LiveSequence, which is continued in
-        place. Options are those of transformers' GenerationConfig (see handloom.sampling.params);
-        params: further options of each prompt; streamer: one of transformers', or a list with one for each prompt.
+        A prompt is text, token ids, embeddings [n, hidden_size], or a LiveSequence, which is continued in place. A
+        padded batch is taken as transformers' `generate` takes it: `generate(**tokenizer(texts, padding=True))`, with
+        input_ids (or inputs, or inputs_embeds) and attention_mask; padding is taken off. Options are those of
+        transformers' GenerationConfig (see handloom.sampling.params); params: further options of each prompt;
+        streamer: one of transformers', or a list with one for each prompt.
         Everything is checked before anything runs. progress: whether a bar on standard error tells how many prompts
         are done; None: for a list, on a terminal.
 
         Raises: InvalidPrompt, ContextOverflow, InvalidParam, UnsupportedOption. A single prompt that fails
         while running raises its error; in a list the others live, and its Output carries the error.
         """
-        items, single = as_list(prompts)
+        asked, single = read_call(prompts, params, options)
         collector = Collector(Engine(self))
         try:
-            for prompt, own in zip(items, options_of_each(params, options, items), strict=True):
+            for prompt, own in asked:
                 collector.add(prompt, **own)
             with requests_bar(len(collector.outputs), progress) as tell:
                 for piece in collector.pieces():
@@ -258,7 +270,7 @@ class LM:
 
     def stream(
         self,
-        prompts: Prompt | LiveSequence | Seq[Prompt | LiveSequence],
+        prompts: Prompt | LiveSequence | Seq[Prompt | LiveSequence] | None = None,
         *,
         params: Seq[Mapping[str, Any]] | None = None,
         **options: Any,
@@ -269,15 +281,15 @@ class LM:
         outputs. A failed prompt's last piece carries its error; with a single prompt it is raised. Of beam search come
         the tokens that cannot change any more: those that all beams have in common, the rest at its end.
         """
-        items, single = as_list(prompts)
+        asked, single = read_call(prompts, params, options)
         collector = Collector(Engine(self))
-        for prompt, own in zip(items, options_of_each(params, options, items), strict=True):
+        for prompt, own in asked:
             collector.add(prompt, **own)
         return collector.stream(single=single)
 
     def astream(
         self,
-        prompts: Prompt | LiveSequence | Seq[Prompt | LiveSequence],
+        prompts: Prompt | LiveSequence | Seq[Prompt | LiveSequence] | None = None,
         *,
         params: Seq[Mapping[str, Any]] | None = None,
         engine: AsyncEngine | None = None,
@@ -287,8 +299,7 @@ class LM:
 
         engine: one of this model's, whose other requests these join; else one of its own, gone afterwards.
         """
-        items, single = as_list(prompts)
-        asked = zip(items, options_of_each(params, options, items), strict=True)
+        asked, single = read_call(prompts, params, options)
         return pieces_of_all(engine or AsyncEngine(self), asked, single=single, close=engine is None)
 
     def chat(

@@ -6,6 +6,7 @@ This module does not know how weights are read or what is done with the model.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Literal
 
 import psutil
@@ -36,6 +37,27 @@ STEP_BYTES = 1 << 30
 """Of a GPU's memory, left for the activations of a step and for captured ones."""
 
 logger = logging.getLogger("handloom")
+
+
+# What other libraries call it when they load a model, and what it is here.
+ELSEWHERE: dict[str, str] = {
+    "torch_dtype": "dtype",
+    **dict.fromkeys(("device_map", "n_gpu_layers"), "device"),
+    **dict.fromkeys(("load_in_8bit", "quantization_config", "quantization"), "quantize='int8'"),
+    "load_in_4bit": "quantize='int4'",
+    **dict.fromkeys(("max_model_len", "n_ctx"), "max_context"),
+    "gpu_memory_utilization": "gpu_memory_fraction",
+    "attn_implementation": "backend",
+}
+
+
+def refuse_others(names: Iterable[str]) -> None:
+    """Raises InvalidParam for keywords that `LM.from_pretrained` does not have."""
+    for name in names:
+        if name == "trust_remote_code":
+            raise InvalidParam("trust_remote_code: no code that came with a model ever runs; leave it out")
+        hint = f"did you mean {ELSEWHERE[name]}" if name in ELSEWHERE else "see its arguments"
+        raise InvalidParam(f"LM.from_pretrained has no argument {name!r}; {hint}")
 
 
 def choose_device(device: str | torch.device) -> torch.device:

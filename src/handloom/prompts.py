@@ -5,8 +5,9 @@ This module does not know how a prompt is run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from handloom.model.families.config import shown
 from handloom.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 65536
+PROMPT_OPTIONS = ("inputs", "input_ids", "inputs_embeds")
+"""What transformers' `generate` calls its prompts."""
 
 Prompt = str | Seq[int] | Tensor | np.ndarray[Any, Any]
 
@@ -64,16 +67,24 @@ def check_token_ids(prompt: Any, vocab_size: int) -> list[int]:
             )
         prompt = prompt.tolist()
     if not isinstance(prompt, Seq) or isinstance(prompt, bytes | bytearray):
-        raise InvalidPrompt(
-            f"a prompt is text, token ids or embeddings, not {type(prompt).__name__} (a list that is not all token ids "
-            "is taken as a list of prompts)"
-        )
+        raise InvalidPrompt(f"a prompt is text, token ids or embeddings, not {type(prompt).__name__}{_way_out(prompt)}")
     for at, token_id in enumerate(prompt):
         if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
-            raise InvalidPrompt(f"token {at} of the prompt is {type(token_id).__name__}, not an integer id")
+            way_out = _way_out(token_id) if isinstance(token_id, Mapping) else ""
+            raise InvalidPrompt(f"token {at} of the prompt is {type(token_id).__name__}, not an integer id{way_out}")
         if not 0 <= token_id < vocab_size:
             raise InvalidPrompt(f"token {at} of the prompt is {shown(token_id)}; ids go from 0 to {vocab_size - 1}")
     return [int(token_id) for token_id in prompt]
+
+
+def _way_out(value: Any) -> str:
+    if isinstance(value, Mapping) and "role" in value:
+        return ": messages go to lm.chat(messages), or to generate as lm.render_chat(messages)"
+    if isinstance(value, Mapping):
+        return ": pass its text or its token ids, or what a tokenizer returns, with input_ids"
+    if isinstance(value, Iterator | set | frozenset):
+        return ": make a list of prompts of it"
+    return " (a list that is not all token ids is taken as a list of prompts)"
 
 
 def check_embeddings(values: Tensor, hidden_size: int) -> Tensor:
@@ -96,16 +107,94 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
 # Calls with one prompt or several --------------------------------------------------------------
 
 
+def read_call(
+    prompts: Any, params: Seq[Mapping[str, Any]] | None, options: Mapping[str, Any]
+) -> tuple[list[tuple[Any, dict[str, Any]]], bool]:
+    """(each prompt with its options, was it a single one). Raises InvalidPrompt, InvalidParam."""
+    prompts, options = _take_prompts(prompts, options)
+    items, single = as_list(prompts)
+    return list(zip(items, _options_of_each(params, options, items), strict=True)), single
+
+
 def as_list(prompts: Any) -> tuple[list[Any], bool]:
     """(prompts, was it a single one): text, token ids, tensors, arrays and sequences are single prompts."""
-    if not isinstance(prompts, list | tuple) or (prompts and all(isinstance(p, int) for p in prompts)):
+    if not isinstance(prompts, list | tuple) or (prompts and all(isinstance(p, Integral) for p in prompts)):
         return [prompts], True
     if len(prompts) > MAX_PROMPTS:
         raise InvalidParam(f"{len(prompts)} prompts in one call; the limit is {MAX_PROMPTS}: use several calls")
     return list(prompts), False
 
 
-def options_of_each(
+def _take_prompts(prompts: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The prompts of a call, and its other options.
+
+    They are its first argument, or as transformers' `generate` has them: `inputs`, `input_ids` or `inputs_embeds`, with
+    an `attention_mask`; or what a tokenizer returns, with these.
+    """
+    options = dict(options)
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        if twice := sorted(prompts.keys() & options.keys()):
+            raise InvalidPrompt(f"{twice[0]} stands in the prompt and beside it; give one of them")
+        prompts, options = None, {**options, **prompts}
+    named = {name: options.pop(name) for name in PROMPT_OPTIONS if name in options}
+    given = {"the first argument": prompts, **named}
+    first, *others = [name for name, value in given.items() if value is not None] or [""]
+    if others:
+        raise InvalidPrompt(f"{first} and {others[0]} both are prompts; give one of them")
+    if not first:
+        raise InvalidPrompt(
+            "the first argument is the prompt: text, token ids, embeddings, or a list of these, not NoneType; messages "
+            "go to lm.chat"
+        )
+    if prompts is not None:
+        return prompts, options
+    return _unpadded(first, named[first], options.pop("attention_mask", None)), options
+
+
+def _unpadded(name: str, values: Any, mask: Any) -> Any:
+    """One prompt, or the list of a batch's, without what the mask hides. Raises InvalidPrompt."""
+    values = _from_numpy(values) if isinstance(values, np.ndarray) else values
+    if isinstance(values, Tensor):
+        own = 2 if values.is_floating_point() else 1  # dimensions of one prompt
+        if values.dim() not in (own, own + 1):
+            raise InvalidPrompt(
+                f"{name} has the shape {list(values.shape)}; expected [batch, n], or with embeddings 3-D"
+            )
+        is_batch = values.dim() > own
+        if is_batch and mask is None and own == 1 and len(values) > 1:
+            raise InvalidPrompt(
+                f"{name} is a batch of {len(values)}: give its attention_mask too, or padding could not be told from "
+                "the prompts (or give these as a list of lists)"
+            )
+    elif isinstance(values, list | tuple):
+        is_batch = not all(isinstance(value, Integral) for value in values)
+    else:
+        raise InvalidPrompt(
+            f"{name} is {type(values).__name__}; expected token ids or embeddings of a batch of prompts"
+        )
+    if mask is None:
+        return list(values) if is_batch else values
+    rows, flags = (values, mask) if is_batch else ([values], [mask])
+    if not isinstance(flags, list | tuple | Tensor | np.ndarray) or len(flags) != len(rows):
+        raise InvalidPrompt(f"attention_mask does not have a row for each of the {len(rows)} prompts of {name}")
+    kept = [_seen(row, flag, at) for at, (row, flag) in enumerate(zip(rows, flags, strict=True))]
+    return kept if is_batch else kept[0]
+
+
+def _seen(row: Any, mask: Any, at: int) -> Any:
+    """The part of a prompt that its mask [n] of ones and zeros shows."""
+    flags = mask.tolist() if isinstance(mask, Tensor | np.ndarray) else mask
+    if not isinstance(flags, list | tuple) or not isinstance(row, list | tuple | Tensor) or len(flags) != len(row):
+        raise InvalidPrompt(f"row {at} of attention_mask is not as long as the prompt")
+    if any(flag not in (0, 1) for flag in flags):
+        raise InvalidPrompt(f"row {at} of attention_mask holds something other than 0 and 1")
+    places = [i for i, flag in enumerate(flags) if flag]
+    if not places:
+        raise InvalidPrompt(f"row {at} of attention_mask hides the whole prompt")
+    return row[places] if isinstance(row, Tensor) else [row[i] for i in places]
+
+
+def _options_of_each(
     params: Seq[Mapping[str, Any]] | None, options: Mapping[str, Any], items: Seq[Any]
 ) -> list[dict[str, Any]]:
     """The options of each prompt: those of all, of which `streamer` may be a list with one for each; then its own.

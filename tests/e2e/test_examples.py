@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 from types import ModuleType
 
@@ -61,11 +60,3 @@ def test_streaming_llm_draws_a_curve_for_a_text(tmp_path: Path, capsys: pytest.C
 
 def test_perplexity_is_the_exponential_of_the_mean_loss() -> None:
     assert example("streaming_llm").perplexities([0.0, 2.0, 3.0], 2) == pytest.approx([2.718281828, 20.085536923])
-
-
-def test_the_examples_of_structured_output_run() -> None:
-    text = (EXAMPLES.parent / "docs" / "structured.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(compile(block, "structured.md", "exec"), {"lm": lm_with(400)})

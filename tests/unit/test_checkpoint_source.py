@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from importlib import metadata
@@ -13,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from handloom import LM
 from handloom.checkpoint import hub, open_checkpoint, source
 from handloom.errors import HubUnreachable, InvalidParam, ModelNotFound, UnsafeCheckpoint
+from handloom.loading import ELSEWHERE
 
 
 @pytest.fixture(autouse=True)
@@ -191,3 +194,14 @@ def test_a_hub_that_never_answers_is_given_up_in_time(monkeypatch: pytest.Monkey
     assert hub.why_unreachable(hub.HubSource("org/name"), 0.2) == "no answer within 0.2 s"
     assert time.monotonic() - start < 2
     assert source.PROBE_SECONDS < 3
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("torch_dtype", "did you mean dtype"), ("load_in_8bit", "quantize='int8'"), ("trust_remote_code", "ever runs"),
+     ("progres", "see its arguments")],
+)  # fmt: skip
+def test_an_argument_of_another_library_is_refused_with_what_it_is_here(name: str, says: str) -> None:
+    with pytest.raises(InvalidParam, match=rf"{name}.*{says}"):
+        LM.from_pretrained("/no/such/folder", **{name: True})  # type: ignore[arg-type]
+    assert {here.split("=")[0] for here in ELSEWHERE.values()} <= set(inspect.signature(LM.from_pretrained).parameters)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers.generation.utils import GenerationMixin
 from handloom.errors import HandloomError, InvalidParam, UnsupportedOption
 from handloom.sampling import options as names
 from handloom.sampling.params import GenerationParams
+from handloom.sampling.surface import ELSEWHERE
 from option_checks import resolve
 
 FIELDS = sorted(vars(GenerationConfig()))
@@ -85,6 +88,17 @@ def test_an_unknown_name_is_refused_with_the_closest_known_one(typo, meant):
         resolve({typo: 3})
     with pytest.raises(InvalidParam, match=r"generation_config\.json"):
         resolve({}, {typo: 3})
+
+
+@pytest.mark.parametrize(("name", "here"), ELSEWHERE.items())
+def test_a_name_of_another_library_is_refused_with_what_it_is_here(name, here):
+    with pytest.raises(
+        InvalidParam, match=re.escape(f"'{name}' (from the caller) is no generation option; did you mean {here}?")
+    ):
+        resolve({name: 1})
+    first = re.match(r"\w+", here)[0]
+    field_names = {field.name for field in fields(GenerationParams)} | names.OURS
+    assert first in field_names or here.startswith(("lm.", "the first argument", "an argument", "prompt + output.text"))
 
 
 @pytest.mark.parametrize("name", sorted(names.OURS))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from handloom.errors import InvalidParam, UnsupportedOption
-from handloom.sampling.surface import NO_EFFECT, OF_LM, WHY_NOT
+from handloom.sampling.surface import ELSEWHERE, NO_EFFECT, OF_LM, WHY_NOT
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -125,7 +125,8 @@ class Options:
         if source != CALLER and name in OURS:
             return f"{name} ({source}) is an option of handloom and not a field of GenerationConfig; pass it yourself"
         known = sorted({*self._names, *OURS, "stop", "generation_config"} | names_of_transformers())
-        closest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+        elsewhere = [ELSEWHERE[name]] if name in ELSEWHERE else []
+        closest = elsewhere or difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
         hint = f"did you mean {closest[0]}?" if closest else "see GenerationParams for those there are"
         return f"{show(name)} ({source}) is no generation option; {hint}"
 

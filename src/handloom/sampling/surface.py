@@ -10,7 +10,7 @@ from __future__ import annotations
 _SAME_TOKENIZER = "a draft model must have the same tokenizer as the model"
 _CACHE = "there is one paged KV cache, whose size is `kv_cache_tokens` of `LM.from_pretrained`"
 _COMPILE = "nothing here is compiled by torch.compile"
-_PROMPT = "the prompt (text, token ids or embeddings) is the first argument"
+_PROMPT = "give it to `lm.generate`; an engine takes one prompt, its first argument"
 _RAGGED = "nothing is padded, so nothing has to be masked"
 
 # Options of transformers that are refused by name unless their value asks for nothing.
@@ -33,7 +33,6 @@ WHY_NOT: dict[str, str] = {
     "target_lookbehind": _SAME_TOKENIZER,
     "decoder_start_token_id": "there are no encoder-decoder models here",
     # arguments of generate
-    "inputs": _PROMPT,
     "synced_gpus": "it keeps processes of a training run in step; one process runs a model here",
     "negative_prompt_attention_mask": _RAGGED,
     "custom_generate": "no code that came with a model ever runs",
@@ -41,9 +40,6 @@ WHY_NOT: dict[str, str] = {
     "tokenizer": "an LM has its own",
     "assistant_tokenizer": _SAME_TOKENIZER,
     "trust_remote_code": "no code that came with a model ever runs",
-    "input_ids": _PROMPT,
-    "inputs_embeds": _PROMPT,
-    "attention_mask": _RAGGED,
     "position_ids": "positions are counted from 0, whatever the batch",
     "past_key_values": "`lm.sequence` keeps its cache; `lm.generate(sequence)` goes on from it",
     "logits_to_keep": "only the last position's logits are computed; `prompt_logprobs` asks for the others",
@@ -51,7 +47,40 @@ WHY_NOT: dict[str, str] = {
 
 # Arguments that `lm.generate` itself takes, and that no engine has a use for.
 OF_LM: dict[str, str] = {
+    "inputs": _PROMPT,
+    "input_ids": _PROMPT,
+    "inputs_embeds": _PROMPT,
+    "attention_mask": "it is about `input_ids` of `lm.generate`; any other prompt has no padding to hide",
     "streamer": "give it to `lm.generate` or `lm.stream`; an engine hands out events as they come",
+}
+
+# What other libraries call it, and what it is here.
+ELSEWHERE: dict[str, str] = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "n_predict", "num_predict"), "max_new_tokens"),
+    **dict.fromkeys(("n", "best_of", "num_samples"), "num_return_sequences"),
+    "min_tokens": "min_new_tokens",
+    "ignore_eos": "eos_token_id=None",
+    "stop_token_ids": "eos_token_id, with the model's own among them",
+    "beam_width": "num_beams",
+    "logit_bias": "sequence_bias, as [[[token_id], bias], ...]",
+    "bad_words": "bad_words_ids",
+    "allowed_token_ids": "prefix_allowed_tokens_fn",
+    "repeat_penalty": "repetition_penalty",
+    **dict.fromkeys(
+        ("presence_penalty", "frequency_penalty"), "repetition_penalty, or a logits_processor that does just that"
+    ),
+    "top_logprobs": "logprobs",
+    **dict.fromkeys(("guided_json", "response_format"), "json_schema"),
+    "guided_regex": "regex",
+    "guided_choice": "choices",
+    "guided_grammar": "grammar",
+    "structured_outputs": "json_schema, regex, grammar or choices",
+    "draft_model": "assistant_model",
+    "sampling_params": "an argument for each option: generate(prompt, temperature=0.8)",
+    **dict.fromkeys(("prompt", "text"), "the first argument"),
+    "messages": "lm.chat(messages)",
+    "stream": "lm.stream(prompt)",
+    **dict.fromkeys(("echo", "return_full_text"), "prompt + output.text: an output has the new text alone"),
 }
 
 # Fields that are accepted and change nothing.
@@ -122,6 +151,12 @@ NOTES: dict[str, str] = {
     "remove_invalid_values": "without it, a request with NaN logits ends with an error, the others go on",
     "watermarking_config": "a `Watermark` or `SynthID`, transformers' configs, or a dict of their fields",
     "generation_config": "a GenerationConfig or a mapping",
+    "inputs": "another name of `input_ids`",
+    "input_ids": "instead of the first argument: tensors or lists [batch, n], which give a list of outputs, or one "
+    "prompt [n]; also what a tokenizer returns, as keywords or as the first argument",
+    "inputs_embeds": "instead of the first argument: [batch, n, hidden_size], or of one prompt [n, hidden_size]",
+    "attention_mask": "of `input_ids` or `inputs_embeds`: what it hides is taken off, on either side, and no rule or "
+    "limit counts it; a tensor of several rows of ids needs one",
     "logits_processor": "transformers' or any callable; one of a built-in class takes that one's place",
     "stopping_criteria": "transformers' or any callable",
     "streamer": "transformers' own, or anything with put and end; for several prompts a list with one each; with beams "

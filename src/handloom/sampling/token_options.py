@@ -26,7 +26,9 @@ def read_token_ids(
     if len(ids) > MAX_LISTED_IDS:
         raise InvalidParam(f"{name} ({source}) has {len(ids)} token ids; the limit is {MAX_LISTED_IDS}")
     if source != MODEL and any(not 0 <= id_ < vocab_size for id_ in ids):
-        raise InvalidParam(f"{name}={show(value)} ({source}): ids must be in [0, {vocab_size}), the vocabulary")
+        raise InvalidParam(
+            f"{name}={show(value)} ({source}): ids must be in [0, {vocab_size}), the vocabulary; None: no id"
+        )
     return tuple(dict.fromkeys(int(id_) for id_ in ids if 0 <= id_ < vocab_size))
 
 
