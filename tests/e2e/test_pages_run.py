@@ -6,13 +6,16 @@ import ast
 import asyncio
 import inspect
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import handloom as hl
 from engines import lm_with
+from handloom.cli import app
 from tiny_models import save, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,3 +66,12 @@ def test_the_examples_of_the_readme_run_with_the_shipped_model(
     for block in blocks("README.md"):
         run(block, names, "README.md")
     assert len(capsys.readouterr().out) > 100
+
+
+def test_the_commands_of_the_readme_run_with_the_shipped_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HANDLOOM_MODEL", raising=False)
+    commands = re.findall(r'handloom (generate ".*)$', (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        result = CliRunner().invoke(app, shlex.split(command, comments=True))
+        assert result.exit_code == 0 and len(result.stdout) > 5, result.stderr
