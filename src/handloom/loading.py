@@ -22,6 +22,7 @@ from handloom.errors import InvalidParam, OutOfMemory, UnsupportedOption
 from handloom.model.spec import ModelSpec, kv_values_per_token
 from handloom.model.transformer import Transformer
 from handloom.ops import QUANTIZED, Backend
+from handloom.ops.cores import usable_memory
 
 DTYPES = {
     "float32": torch.float32,
@@ -153,8 +154,7 @@ def _memory(device: torch.device) -> tuple[int, int]:
     """Bytes of the device's memory: free, and in all."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
-    memory = psutil.virtual_memory()
-    return memory.available, memory.total
+    return usable_memory(), psutil.virtual_memory().total
 
 
 def _tokens_below(

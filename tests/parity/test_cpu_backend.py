@@ -16,6 +16,7 @@ from handloom.cache.batch import Work
 from handloom.lm import LM
 from handloom.ops.cpu import compiled_step
 from handloom.ops.cpu.threads import Team
+from handloom_kernels.reference import Rotary
 from parity_checks import hf_logits, load_pair, run
 from tiny_models import TINY, random_ids, save
 
@@ -143,4 +144,34 @@ def test_another_pool_of_pages_is_another_recording(folder: Path) -> None:
     expected = all_logits(lm, ids)
     other.transformer = lm.transformer
     assert torch.equal(all_logits(other, ids), expected)
+    assert torch.equal(all_logits(lm, ids), expected)
+
+
+def test_a_recording_that_fails_leaves_nothing_half_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("handloom.ops.cpu.program.MIN_POSITIONS", 8)
+    lm, ids = load(folder), random_ids(1, 30)
+    expected = all_logits(load(folder), ids)
+    all_logits(lm, ids[:4])
+
+    def no_memory(positions: Tensor) -> list[Rotary]:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(lm.transformer, "_rotaries", no_memory)
+        all_logits(lm, ids)
+    assert torch.equal(all_logits(lm, ids), expected)
+
+
+def test_pages_of_another_dtype_in_the_same_place_are_another_recording(folder: Path) -> None:
+    lm, ids = load(folder), random_ids(1, 30)
+    pool = lm.pool
+    all_logits(lm, ids)
+    halves = [
+        tuple(pages.view(torch.bfloat16).view(-1)[: pages.numel()].view(pages.shape) for pages in pair)
+        for pair in pool.layers
+    ]
+    other = load(folder)
+    other.pool.layers[:] = [(k.bfloat16(), v.bfloat16()) for k, v in other.pool.layers]
+    expected = all_logits(other, ids)
+    pool.layers[:] = halves
     assert torch.equal(all_logits(lm, ids), expected)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from handloom.checkpoint import memory
+from handloom.errors import OutOfMemory
+from handloom.ops import cores
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.float16])
@@ -37,3 +42,30 @@ def test_it_goes_back_when_nobody_uses_it_and_not_before() -> None:
     assert bool((part == 1).all())
     del part
     assert resident() - before < 0.1 * size
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torch's own memory there")
+def test_what_the_system_refuses_is_said() -> None:
+    with pytest.raises(OutOfMemory, match=r"4503599627370496 bytes.*smaller dtype or quantize"):
+        memory.empty((1 << 50,), torch.float32)
+
+
+FILES = {
+    "memory.max": "3000\n",
+    "memory.current": "2500\n",
+    "memory.stat": "anon 700\nactive_file 300\ninactive_file 1500\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [({}, 5000), ({**FILES, "memory.max": "max\n"}, 5000), (FILES, 2300), ({**FILES, "memory.max": "9000\n"}, 5000),
+     ({**FILES, "memory.max": "500\n"}, 0)],
+    ids=["no cgroup", "no limit", "its limit", "the machine's", "more is used"],
+)  # fmt: skip
+def test_a_containers_limit_counts_and_its_file_cache_does_not(
+    files: dict[str, str], free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
+    monkeypatch.setattr(cores, "cgroup", lambda name: files.get(name, ""))
+    assert cores.usable_memory() == free

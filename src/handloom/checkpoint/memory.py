@@ -19,6 +19,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from handloom.errors import OutOfMemory
+
 MIN_BYTES = 1 << 18
 """Less is left to the allocator."""
 HUGE_PAGE_BYTES = 1 << 21
@@ -31,12 +33,18 @@ def trim() -> None:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU with any values. Raises OSError, or RuntimeError for a small one, if there is no memory."""
+    """A tensor on the CPU with any values. Raises OutOfMemory, or torch's RuntimeError for a small one."""
     count = math.prod(shape)
     nbytes = count * dtype.itemsize
     if nbytes < MIN_BYTES or sys.platform == "win32":
         return torch.empty(*shape, dtype=dtype)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise OutOfMemory(
+            f"weights take {nbytes} bytes more, which the system refuses: {error}; use a smaller dtype or quantize, or "
+            "raise this process's limits"
+        ) from error
     if nbytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)

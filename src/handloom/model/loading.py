@@ -19,7 +19,6 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Literal
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from handloom.model.families.family import Family, Source
 from handloom.model.spec import ModelSpec, Parameter, model_parameters
 from handloom.model.transformer import Transformer, hold
 from handloom.ops import Backend, Weight
+from handloom.ops.cores import usable_memory
 
 READERS = 2
 ROOM = 32  # rows of a matrix are rounded up to it, so that it can be laid out in its own memory; see Backend.take
@@ -176,7 +176,7 @@ def _check_memory(
     device: torch.device,
 ) -> None:
     needed = sum(_nbytes(p, formats[name], dtype) for name, p in parameters.items())
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else usable_memory()
     if needed > free:
         kept = "quantised, the rest " if any(formats.values()) else ""
         raise OutOfMemory(

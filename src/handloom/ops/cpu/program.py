@@ -207,7 +207,7 @@ class Program:
         compiled_step()  # now, rather than in the first step
         self._machine, self._lock = Machine(), threading.Lock()
         self._recorded: Recorder | None = None
-        self._pages: list[int] = []
+        self._pages: tuple[torch.dtype, list[int]] | None = None
         self._positions, self._rotaries = 0, list[Rotary]()
 
     def run(self, compute: Compute, batch: Batch, rotaries: RotariesAt, kv: KVPages) -> Tensor:
@@ -221,19 +221,21 @@ class Program:
 
     def _record(self, compute: Compute, rows: int, positions: int, rotaries: RotariesAt, kv: KVPages) -> None:
         """Record the step, unless what was recorded serves: it has room, and these are the pages."""
-        pages = [tensor.data_ptr() for pair in kv for tensor in pair]
+        pages = kv[0][0].dtype, [tensor.data_ptr() for pair in kv for tensor in pair]
         recorded = self._recorded
-        if positions > self._positions:
-            self._positions = max(MIN_POSITIONS, 1 << (positions - 1).bit_length())
-            self._rotaries, self._recorded = rotaries(torch.arange(self._positions)), None
-        elif recorded is not None and recorded.capacity >= rows and pages == self._pages:
+        enough = recorded is not None and recorded.capacity >= rows and positions <= self._positions
+        if enough and pages == self._pages:
             return
+        self._recorded = None  # what fails below leaves nothing half made
+        if positions > self._positions:
+            most = max(MIN_POSITIONS, 1 << (positions - 1).bit_length())
+            self._rotaries, self._positions = rotaries(torch.arange(most)), most
         capacity = max(MIN_CAPACITY, 1 << (rows - 1).bit_length(), recorded.capacity if recorded else 0)
-        recorded = Recorder(capacity)
-        self._width = compute(recorded, self._rotaries, kv).shape[1]
-        self._table = np.array([ins.row_of(row) for row in recorded.rows], dtype=np.int64)
-        self._scratch = blocks.scratch_bytes(recorded.rows)
-        self._recorded, self._pages = recorded, pages
+        recorder = Recorder(capacity)
+        self._width = compute(recorder, self._rotaries, kv).shape[1]
+        self._table = np.array([ins.row_of(row) for row in recorder.rows], dtype=np.int64)
+        self._scratch = blocks.scratch_bytes(recorder.rows)
+        self._recorded, self._pages = recorder, pages
 
 
 def entries(batch: Batch, logits: Tensor, page_size: int) -> dict[Frame, int]:
