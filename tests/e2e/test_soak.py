@@ -18,7 +18,6 @@ from handloom.live import LiveSequence
 from handloom.lm import LM
 from tiny_models import random_ids
 
-BEGINNINGS = [random_ids(i, 12) for i in range(3)]
 POOLS = ((9, 4), (30, 4), (40, 1), (7, 16))  # pages, tokens of each
 MAX_STEPS = 200
 
@@ -40,7 +39,9 @@ class Day:
     def ask(self) -> None:
         """One more request: mostly plain, some with a sequence of the caller's, some that will fail."""
         chance = self.chance
-        prompt: Any = chance.choice(BEGINNINGS)[: chance.randint(1, 12)] + random_ids(chance.randrange(99), 5)
+        length = max(12, self.lm.pool.page_size + 4)  # of beginnings that several have: at least a page
+        beginning = random_ids(chance.randrange(3), length)[: chance.randint(1, length)]
+        prompt: Any = beginning + random_ids(chance.randrange(99), 5)
         new_tokens = chance.choice((1, 2, 7, 7, 19))
         options: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_token_id": [], "priority": chance.randint(-1, 1)}
         if chance.random() < 0.4:
