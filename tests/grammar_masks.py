@@ -32,23 +32,31 @@ def lark_of(option: str, value: Any) -> str:
 class OwnMask(LogitsProcessor):
     """Tokens that the grammar does not allow get -inf; all of them after what it does not allow, as dead beams have.
 
-    eos: tokens that end the output, and are allowed where it may end.
+    eos: tokens that end the output, and are allowed where it may end. tokens: the vocabulary; the tiny one if not said.
     """
 
-    def __init__(self, prompt_length: int, option: str, value: Any, eos: Sequence[int] = (EOS,)) -> None:
-        self.tokens = from_tokenizer(tiny_tokenizer(), n_vocab=VOCAB_SIZE, eos_token=EOS)
+    def __init__(
+        self,
+        prompt_length: int,
+        option: str,
+        value: Any,
+        eos: Sequence[int] = (EOS,),
+        tokens: llguidance.LLTokenizer | None = None,
+    ) -> None:
+        self.tokens = tokens or from_tokenizer(tiny_tokenizer(), n_vocab=VOCAB_SIZE, eos_token=EOS)
         self.grammar = llguidance.LLMatcher.grammar_from_lark(lark_of(option, value))
         self.prompt_length, self.eos = prompt_length, list(eos)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
+        vocab_size, end = self.tokens.vocab_size, self.tokens.eos_token
         for row, ids in enumerate(input_ids.tolist()):
             matcher = llguidance.LLMatcher(self.tokens, self.grammar, log_level=0)
-            allowed = np.zeros(VOCAB_SIZE, dtype=bool)
+            allowed = np.zeros(vocab_size, dtype=bool)
             if matcher.consume_tokens(ids[self.prompt_length :]):
                 mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-                allowed = np.unpackbits(mask, bitorder="little", count=VOCAB_SIZE) != 0
-                may_end, allowed[EOS] = allowed[EOS], False
+                allowed = np.unpackbits(mask, bitorder="little", count=vocab_size) != 0
+                may_end, allowed[end] = allowed[end], False
                 allowed[self.eos] = may_end
             scores[row, torch.from_numpy(~allowed)] = -torch.inf
         return scores

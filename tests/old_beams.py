@@ -6,6 +6,7 @@ Nothing here knows how a search goes.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,24 @@ def recorded(kind: str) -> list[dict[str, Any]]:
 
 def differing(lm: hl.LM, case: dict[str, Any]) -> list[int]:
     """The outputs whose tokens or score are not the recorded ones; of those that are not there, each is an error."""
-    outputs = lm.generate([random_ids(*case["prompt"])], **case["options"])
+    return [at for at, verdict in enumerate(_verdicts(lm, case, random_ids(*case["prompt"]))) if verdict != "equal"]
+
+
+def count_differing(lm: hl.LM, case: dict[str, Any], prompt: list[int]) -> Counter[str]:
+    """How many outputs are "equal", "tied" (other tokens of the recorded score) and "different"."""
+    return Counter(_verdicts(lm, case, prompt))
+
+
+def _verdicts(lm: hl.LM, case: dict[str, Any], prompt: list[int]) -> list[str]:
+    outputs = lm.generate([prompt], **case["options"])
     assert len(outputs) == len(case["tokens"])
-    pairs = zip(outputs, case["tokens"], case["scores"], strict=True)
-    return [at for at, (output, tokens, score) in enumerate(pairs) if not _same(output, tokens, score, case)]
+    rows = zip(outputs, case["tokens"], case["scores"], strict=True)
+    return [_verdict(output, tokens, score, case) for output, tokens, score in rows]
 
 
-def _same(output: Output, tokens: list[int], score: float, case: dict[str, Any]) -> bool:
+def _verdict(output: Output, tokens: list[int], score: float, case: dict[str, Any]) -> str:
     if score < NOT_THERE:
-        return output.finish_reason == "error"
+        return "equal" if output.finish_reason == "error" else "different"
     assert output.beams is not None, output.error
     ours, eos = list(output.token_ids), case["options"]["eos_token_id"]
     if output.finish_reason == "eos":
@@ -43,4 +53,4 @@ def _same(output: Output, tokens: list[int], score: float, case: dict[str, Any])
         assert ours[-1] in ends
         ours[-1] = ends[0]  # as it is written there, whichever came
     close = abs(output.beams.score - score) <= SCORES_TOLERANCE * max(1.0, abs(score)) + 1e-6  # rounded to 1e-6
-    return ours == tokens and close
+    return "different" if not close else "equal" if ours == tokens else "tied"

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from llguidance import LLTokenizer
+from llguidance.hf import from_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import handloom as hl
 from handloom import ops
@@ -27,7 +30,7 @@ SCORES_TOLERANCE = 1e-5  # where two scores are this close, either token is righ
 
 @dataclass
 class Pair:
-    """A checkpoint folder, its transformers model, and the LMs made of it, one per way of loading."""
+    """A checkpoint folder or GGUF file, its transformers model, and the LMs made of it, one per way of loading."""
 
     folder: Path
     hf: PreTrainedModel
@@ -39,6 +42,19 @@ class Pair:
         if key not in self._lms:
             self._lms[key] = hl.LM.from_pretrained(self.folder, **how)
         return self._lms[key]
+
+    @cached_property
+    def tokens(self) -> LLTokenizer:
+        """The vocabulary, as llguidance reads it out of transformers' tokenizer."""
+        where = {"gguf_file": self.folder.name} if self.folder.is_file() else {}
+        tokenizer = AutoTokenizer.from_pretrained(self.folder.parent if where else self.folder, **where)
+        return from_tokenizer(tokenizer, n_vocab=self.hf.config.vocab_size)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """Of each token id, by llguidance; b"" of one that is no text."""
+        ids = range(self.tokens.vocab_size)
+        return [b"" if self.tokens.is_special_token(id_) else self.tokens.decode_bytes([id_]) for id_ in ids]
 
 
 def load_pair(folder: Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Pair:

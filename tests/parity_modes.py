@@ -9,12 +9,16 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
+from grammar_masks import OwnMask
 from handloom.output import Output
-from parity_checks import SCORES_TOLERANCE, Pair
+from healing_oracle import healed
+from parity_checks import SCORES_TOLERANCE, Pair, hf_logits
 
 PROPERTY = "parity"
 Options = dict[str, Any]
@@ -57,26 +61,69 @@ def _beams(draw: random.Random) -> Options:
     }
 
 
-# What a mode adds, given a source of randomness; and what only handloom is told.
-MODES: dict[str, tuple[Callable[[random.Random], Options], Options]] = {
-    "greedy": (lambda draw: {}, {}),
-    "sampling": (_knobs, {"rng": "torch"}),
-    "several samples": (lambda draw: {**_knobs(draw), "num_return_sequences": draw.randint(2, 4)}, {"rng": "torch"}),
-    "beam search": (_beams, {}),
-    "beam sampling": (lambda draw: {**_knobs(draw), **_beams(draw)}, {"rng": "torch"}),
-    "guidance": (lambda draw: {"guidance_scale": draw.choice((0.5, 1.7, 3.0))}, {}),
-    "prompt lookup": (lambda draw: {}, {"prompt_lookup_num_tokens": 5}),
-    "suffix automaton": (lambda draw: {}, {"speculation": "suffix"}),
+def _structure(draw: random.Random) -> Options:
+    (name, value) = draw.choice(list(STRUCTURES.items()))
+    return {name: value}
+
+
+STRUCTURES: Options = {
+    "regex": r"[a-zA-Z ,']{4,40}\.",
+    "choices": ["yes", "no", "not at all", " it was", "It is", "ja, 日本語 🙂"],
+    "json_schema": {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer", "maximum": 150}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    },
+    "grammar": 'start: sum\nsum: NUMBER | sum "+" NUMBER\nNUMBER: /[0-9]{1,3}/\n',
+}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """added: options of both, given a source of randomness; own: what only handloom is told; rules: whether penalties
+    and bans come beside; heals: whether the prompt's end is healed first."""
+
+    added: Callable[[random.Random], Options] = lambda draw: {}
+    own: Callable[[Pair], Options] = lambda pair: {}
+    rules: bool = True
+    heals: bool = False
+
+
+def _torch_draws(pair: Pair) -> Options:
+    return {"rng": "torch"}
+
+
+MODES: dict[str, Mode] = {
+    "greedy": Mode(),
+    "sampling": Mode(_knobs, _torch_draws),
+    "several samples": Mode(lambda draw: {**_knobs(draw), "num_return_sequences": draw.randint(2, 4)}, _torch_draws),
+    "beam search": Mode(_beams),
+    "beam sampling": Mode(lambda draw: {**_knobs(draw), **_beams(draw)}, _torch_draws),
+    "guidance": Mode(lambda draw: {"guidance_scale": draw.choice((0.5, 1.7, 3.0))}),
+    "prompt lookup": Mode(own=lambda pair: {"prompt_lookup_num_tokens": 5}),
+    "suffix automaton": Mode(own=lambda pair: {"speculation": "suffix"}),
+    "draft model": Mode(own=lambda pair: {"assistant_model": pair.lm(dtype="bfloat16"), "num_assistant_tokens": 5}),
+    "structure": Mode(_structure, rules=False),
+    "sampled structure": Mode(lambda draw: {**_knobs(draw), **_structure(draw)}, _torch_draws, rules=False),
+    "token healing": Mode(own=lambda pair: {"token_healing": True}, heals=True),
 }
 
 
 def compare(pair: Pair, mode: str, prompt: list[int], seed: int, *, new_tokens: int = 16) -> Counter[str]:
     """How many outputs of one prompt are "equal", "tied" and "different"."""
     draw, vocab_size = random.Random(f"{mode} {seed}"), pair.hf.config.vocab_size
-    added, own = MODES[mode]
-    options = {**_lengths(draw, vocab_size, new_tokens), **_rules(draw, vocab_size), **added(draw)}
+    how = MODES[mode]
+    options = _lengths(draw, vocab_size, new_tokens)
+    options |= (_rules(draw, vocab_size) if how.rules else {}) | how.added(draw)
+    if STRUCTURES.keys() & options.keys():
+        options["eos_token_id"] = options["eos_token_id"] or [pair.tokens.eos_token]
     torch.manual_seed(seed)
-    ours = pair.lm().generate([prompt], **options, **own)
+    ours = pair.lm().generate([prompt], **options, **how.own(pair))
+    if how.heals:
+        prompt = healed(prompt, pair.token_bytes, lambda kept: hf_logits(pair.hf, kept)[-1])
+        if any(output.prompt_token_ids != prompt for output in ours):
+            return Counter(different=len(ours))
     torch.manual_seed(seed)
     result = pair.hf.generate(
         torch.tensor([prompt]),
@@ -84,12 +131,22 @@ def compare(pair: Pair, mode: str, prompt: list[int], seed: int, *, new_tokens: 
         pad_token_id=vocab_size - 1,
         output_scores=True,
         return_dict_in_generate=True,
-        **{"do_sample": False, **options},
+        **{"do_sample": False, **_theirs(pair, prompt, options)},
     )
     assert len(ours) == len(result.sequences), (mode, options)
     rows = enumerate(zip(ours, result.sequences[:, len(prompt) :].tolist(), strict=True))
     ends = set(options["eos_token_id"] or ())
     return Counter(_verdict(output, tokens, ends, row, result) for row, (output, tokens) in rows)
+
+
+def _theirs(pair: Pair, prompt: list[int], options: Options) -> Options:
+    """The options for transformers, which has no grammars: a processor with llguidance's own mask is one."""
+    rest = {name: value for name, value in options.items() if name not in STRUCTURES}
+    masks = [
+        OwnMask(len(prompt), name, options[name], options["eos_token_id"], pair.tokens)
+        for name in options.keys() - rest.keys()
+    ]
+    return {**rest, "logits_processor": LogitsProcessorList(masks)} if masks else rest
 
 
 def _verdict(output: Output, theirs: list[int], ends: set[int], row: int, result: Any) -> str:

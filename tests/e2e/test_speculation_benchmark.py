@@ -12,7 +12,11 @@ import pytest
 from tiny_models import save, tiny_llama
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "speculation.py"
-ROWS_OF_32 = {"hidden_size": 96, "intermediate_size": 96, "head_dim": 16}  # int4, which the draft model is in, wants them
+ROWS_OF_32 = {
+    "hidden_size": 96,
+    "intermediate_size": 96,
+    "head_dim": 16,
+}  # int4, which the draft model is in, wants them
 
 
 @pytest.mark.slow

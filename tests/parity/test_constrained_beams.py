@@ -13,6 +13,7 @@ from transformers import StoppingCriteriaList
 from handloom.errors import InvalidParam, UnsupportedOption
 from old_beams import differing, recorded
 from parity_checks import Pair
+from parity_modes import PROPERTY
 from tiny_models import random_ids
 
 CASES = recorded("words")
@@ -20,10 +21,11 @@ CASES = recorded("words")
 
 @pytest.mark.parametrize("start", range(0, len(CASES), 30))
 def test_forced_words_give_the_recorded_outputs_of_the_last_transformers_that_had_them(
-    tiny_pair: Callable[..., Pair], start: int
+    tiny_pair: Callable[..., Pair], start: int, record_property: Any
 ) -> None:
     for case in CASES[start : start + 30]:
         assert not differing(tiny_pair(case["family"]).lm(), case), case
+    record_property(PROPERTY, {"equal": sum(len(case["tokens"]) for case in CASES[start : start + 30])})
 
 
 def test_the_record_has_what_it_should_prove() -> None:

@@ -17,6 +17,7 @@ from engines import all_free, lm_in_float64, lm_with
 from handloom.engine import Engine
 from handloom.errors import InvalidParam, UnsupportedOption
 from parity_checks import Pair
+from parity_modes import PROPERTY
 from tiny_models import TINY, random_ids, save
 
 RECORD = json.loads((Path(__file__).parents[1] / "data" / "contrast.json").read_text())
@@ -43,7 +44,9 @@ def lm_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(("name", "mode"), RECORDED)
-def test_tokens_and_scores_are_those_that_transformers_recorded(lm_of: Any, name: str, mode: str) -> None:
+def test_tokens_and_scores_are_those_that_transformers_recorded(
+    lm_of: Any, name: str, mode: str, record_property: Any
+) -> None:
     lm, seen = lm_of(name), 0
     for case in MODELS[name]["cases"]:
         options = case["options"]
@@ -60,6 +63,7 @@ def test_tokens_and_scores_are_those_that_transformers_recorded(lm_of: Any, name
         assert scores == pytest.approx(case["scores"], rel=1e-4, abs=2e-4), options
         seen += 1
     assert seen >= 12
+    record_property(PROPERTY, {"equal": seen})
 
 
 @pytest.mark.parametrize("name", MODELS)

