@@ -16,7 +16,7 @@ ROWS_OF_32 = {
     "hidden_size": 96,
     "intermediate_size": 96,
     "head_dim": 16,
-}  # int4, which the draft model is in, wants them
+}  # for int4
 
 
 @pytest.mark.slow
