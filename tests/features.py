@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,7 +22,13 @@ from transformers import (
 )
 from transformers import SynthIDTextWatermarkingConfig as SynthIDConfig
 
+from engines import lm_with
+from handloom.cache.sequence import Sequence
+from handloom.decoding.decoder import Event, TokenEvent
+from handloom.decoding.sample import SampleDecoder
 from handloom.output import Output
+from handloom.sampling.params import GenerationParams
+from handloom.text.tokenizer import Tokenizer
 from tiny_models import random_ids, tiny_tokenizer
 
 PROMPT, BESIDE = random_ids(6, 10), random_ids(7, 13)
@@ -202,6 +208,25 @@ def check_drafts(output: Output, options: dict[str, Any]) -> None:
     assert output.drafts is not None and output.drafts.accepted <= output.drafts.drafted
 
 
+class Own(SampleDecoder):
+    """A decoder of the caller's that stands on ours for one sequence; it leaves out what takes more than that."""
+
+    tokens: ClassVar[list[int]] = []
+
+    def __init__(self, sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None) -> None:
+        super().__init__(sequence, replace(params, guidance_scale=1.0, penalty_alpha=0.0, dola_layers=()), tokenizer)
+        Own.tokens = []
+
+    def advance(self, logits: torch.Tensor) -> list[Event]:
+        events = super().advance(logits)
+        Own.tokens += [event.token_id for event in events if isinstance(event, TokenEvent)]
+        return events
+
+
+def check_own(output: Output, options: dict[str, Any]) -> None:
+    assert Own.tokens == output.token_ids
+
+
 def check_criteria(output: Output, options: dict[str, Any]) -> None:
     assert len(output.token_ids) <= 5
 
@@ -268,8 +293,22 @@ FEATURES: dict[str, Feature] = {
     "contrastive": Feature({"penalty_alpha": 0.6, "top_k": 4}),
     "DoLa": Feature({"dola_layers": "high"}),
     "guidance": Feature({"guidance_scale": 1.7, "negative_prompt_ids": random_ids(8, 4)}),
-    "prompt_lookup_num_tokens": Feature({}, check_drafts, {"prompt_lookup_num_tokens": 3}),
-    "speculation": Feature({}, check_drafts, {"speculation": "suffix"}),
+    "prompt_lookup_num_tokens": Feature(
+        {}, check_drafts, {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 3}
+    ),
+    "speculation": Feature({}, check_drafts, {"speculation": "suffix", "num_assistant_tokens": 5}),
+    "assistant_model": Feature(
+        {},
+        check_drafts,
+        {
+            "assistant_model": lm_with(2000),
+            "num_assistant_tokens_schedule": "heuristic",
+            "assistant_confidence_threshold": 0.1,
+        },
+    ),
+    "custom_decoder": Feature({}, check_own, {"custom_decoder": Own}),
+    "forced_bos_token_id": Feature({"forced_bos_token_id": 8}),
+    "pad_token_id": Feature({"pad_token_id": 2}),
     "token_healing": Feature({}, check_healed, {"token_healing": True}),
     "structure": Feature({}, check_structure, {"regex": WORDS.pattern}),
     "skip_special_tokens": Feature({}, promises_nothing_alone, {"skip_special_tokens": False}),

@@ -22,8 +22,8 @@ from tiny_models import tiny_tokenizer
 
 WORDS = [[83, 81], [[91], [93, 95]]]
 MODES: dict[str, dict[str, Any]] = {
-    "num_beams": {"num_beams": 3, "num_return_sequences": 2},
-    "beam sampling": {"num_beams": 3, "num_return_sequences": 2, "do_sample": True},
+    "num_beams": {"num_beams": 3, "num_return_sequences": 2, "early_stopping": "never"},
+    "beam sampling": {"num_beams": 3, "num_return_sequences": 2, "do_sample": True, "length_penalty": 0.5},
     "num_beam_groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.6, "num_return_sequences": 3},
     "force_words_ids": {"num_beams": 4, "num_return_sequences": 2, "force_words_ids": WORDS},
 }
@@ -34,6 +34,7 @@ REFUSED = {
     "encoder_repetition_penalty": "encoder_repetition_penalty=1.4 beside",
     "prompt_lookup_num_tokens": "prompt_lookup_num_tokens beside num_beams",
     "speculation": "speculation beside num_beams",
+    "assistant_model": "assistant_model beside num_beams",
     "contrastive": "penalty_alpha",
     "DoLa": "dola_layers='high' beside num_beams",
     "streamer": "one streamer for . outputs",
@@ -45,8 +46,8 @@ REFUSED_BY_OLD = {
 }
 # Where a phrase is proposed that a rule has banned, a beam goes on that can be no output: there may be one too few.
 TOO_FEW = {"prefix_allowed_tokens_fn", "forced_eos_token_id"}
-# transformers mixes the second passes of beams up, and has no grammars
-OTHER_TOKENS = {"guidance", "structure", *WRONG_ON_INFINITIES}
+# transformers mixes the second passes of beams up, and has no grammars; a decoder of the caller's has no beams
+OTHER_TOKENS = {"guidance", "structure", "custom_decoder", *WRONG_ON_INFINITIES}
 
 
 def options_of(mode: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -77,7 +78,7 @@ def check_scores(trace: BeamTrace, output: Output, options: dict[str, Any]) -> N
     assert trace.scores is not None
     chosen = zip(trace.scores, trace.beam_indices, output.token_ids, strict=False)
     total = sum(float(scores[beam, token]) for scores, beam, token in chosen)
-    assert total / len(output.token_ids) == pytest.approx(trace.score, abs=1e-4)
+    assert total / len(output.token_ids) ** options.get("length_penalty", 1.0) == pytest.approx(trace.score, abs=1e-4)
 
 
 def check_logits(trace: BeamTrace, output: Output, options: dict[str, Any]) -> None:
@@ -85,7 +86,9 @@ def check_logits(trace: BeamTrace, output: Output, options: dict[str, Any]) -> N
     chosen = zip(trace.logits, trace.beam_indices, output.token_ids, strict=False)
     total = sum(float(logits[beam].log_softmax(0)[token]) for logits, beam, token in chosen)
     if not options.get("diversity_penalty"):
-        assert total / len(output.token_ids) == pytest.approx(trace.score, abs=1e-4)
+        assert total / len(output.token_ids) ** options.get("length_penalty", 1.0) == pytest.approx(
+            trace.score, abs=1e-4
+        )
 
 
 def check_internals(trace: BeamTrace, output: Output, options: dict[str, Any]) -> None:
@@ -104,7 +107,7 @@ def theirs(pair: Pair, options: dict[str, Any], own: dict[str, Any]) -> list[lis
         options |= {"stop_strings": own.get("stop", options.get("stop_strings")), "tokenizer": tiny_tokenizer()}
     torch.manual_seed(9)
     ids = torch.tensor([HEALED if "token_healing" in own else PROMPT])
-    out = pair.hf.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=2, **options)
+    out = pair.hf.generate(ids, attention_mask=torch.ones_like(ids), **{"pad_token_id": 2, **options})
     rows: list[list[int]] = (out if isinstance(out, torch.Tensor) else out.sequences)[:, len(PROMPT) :].tolist()
     return rows
 
@@ -127,8 +130,14 @@ def test_safety_20_beams_beside_every_option_work_or_are_refused_by_name(pair: P
     outputs = lm.generate([prompt_of(own)], **options, **own, rng="torch" if options.get("do_sample") else "counter")
     found = [output for output in outputs if output.error is None]
     assert len(found) == len(outputs) or (mode == "force_words_ids" and name in TOO_FEW and found)
+    if name == "custom_decoder":
+        (alone,) = found
+        without = {option: value for option, value in options.items() if option not in MODES[mode]}
+        assert alone.beams is None
+        assert options.get("do_sample") or alone.token_ids == lm.generate(prompt_of(own), **without).token_ids
     for output in found:
-        check_search(output, mode, name)
+        if name != "custom_decoder":
+            check_search(output, mode, name)
         if name in OF_THE_SEARCH:
             OF_THE_SEARCH[name](output.beams, output, options)
         else:

@@ -7,6 +7,7 @@ beside another request, and streamed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import combinations
 from typing import Any
 
@@ -20,21 +21,29 @@ from grammar_masks import OwnMask
 from handloom.errors import InvalidParam, UnsupportedOption
 from handloom.lm import LM
 from handloom.output import Output
+from handloom.sampling.params import GenerationParams
 from handloom.sampling.surface import WHY_NOT
 from known_wrong import WRONG_ON_INFINITIES
 from parity_checks import Pair, hf_generate
 from tiny_models import tiny_tokenizer
 
+SPECULATION = {"prompt_lookup_num_tokens", "speculation", "assistant_model"}
+NOT_BESIDE_DRAFTS = {
+    "guidance": "guidance_scale",
+    "contrastive": "penalty_alpha",
+    "DoLa": "dola_layers",
+    "custom_decoder": "custom_decoder",
+}
 # Pairs that contradict each other or are not there, and the words of the refusal.
 CONTRADICT = {
     frozenset({"stop_strings", "include_stop_text"}): "stop and stop_strings",
-    frozenset({"prompt_lookup_num_tokens", "speculation"}): "one is enough",
-    frozenset({"prompt_lookup_num_tokens", "guidance"}): "prompt_lookup_num_tokens beside guidance_scale",
-    frozenset({"speculation", "guidance"}): "speculation beside guidance_scale",
-    frozenset({"prompt_lookup_num_tokens", "contrastive"}): "prompt_lookup_num_tokens beside penalty_alpha",
-    frozenset({"speculation", "contrastive"}): "speculation beside penalty_alpha",
-    frozenset({"prompt_lookup_num_tokens", "DoLa"}): "prompt_lookup_num_tokens beside dola_layers",
-    frozenset({"speculation", "DoLa"}): "speculation beside dola_layers",
+    **{frozenset(pair): "one is enough" for pair in combinations(SPECULATION, 2)},
+    **{
+        frozenset({drafter, name}): f"{drafter} beside {option}"
+        for drafter in SPECULATION
+        for name, option in NOT_BESIDE_DRAFTS.items()
+    },
+    frozenset({"token_healing", "custom_decoder"}): "token_healing beside custom_decoder",
     frozenset({"watermark", "SynthID"}): None,  # two values of one option
     frozenset({"structure", "token_healing"}): "token_healing beside regex",
     frozenset({"guidance", "prompt_logprobs"}): "prompt_logprobs beside guidance_scale",
@@ -48,9 +57,30 @@ CONTRADICT = {
 }
 # Modes that transformers no longer has; test_contrastive_and_dola.py compares them with what it recorded.
 NO_LONGER_THERE = {"contrastive", "DoLa"}
+# What takes more than one sequence, which a decoder of the caller's that has one leaves out.
+LEFT_OUT = {"contrastive", "DoLa", "guidance"}
+# Fields of GenerationParams that are no feature here, and where each is put beside every feature.
+ELSEWHERE = {
+    **dict.fromkeys(("do_sample", "seed", "rng"), "test_feature_pairs.py, with every rule of sampling"),
+    **dict.fromkeys(("json_schema", "grammar", "choices"), "test_structure_pairs.py"),
+    **dict.fromkeys(
+        (
+            "num_beams", "num_return_sequences", "length_penalty", "early_stopping", "num_beam_groups",
+            "diversity_penalty", "force_words_ids",
+        ),
+        "test_beam_pairs.py",
+    ),
+}  # fmt: skip
 # Features of more than the sequence to go on, which is therefore not continued in place.
-NOT_IN_PLACE = {"token_healing": "token_healing", "guidance": "guidance_scale", "contrastive": "penalty_alpha"}
-SPECULATION = {"prompt_lookup_num_tokens", "speculation"}
+NOT_IN_PLACE = {
+    "token_healing": "token_healing",
+    "guidance": "guidance_scale",
+    "contrastive": "penalty_alpha",
+    "custom_decoder": "custom_decoder",
+}
+REFUSED_OVER_EMBEDDINGS = {
+    "token_healing", "prompt_logprobs", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "assistant_model",
+}  # fmt: skip
 PAIRS = [frozenset(pair) for pair in combinations(FEATURES, 2)]
 
 
@@ -85,6 +115,12 @@ def pair(tiny_pair: Callable[..., Pair]) -> Pair:
     return tiny_pair("llama")
 
 
+def test_safety_20_no_option_is_forgotten() -> None:
+    here = {name for feature in FEATURES.values() for name in (*feature.options, *feature.ours)}
+    assert {field.name for field in fields(GenerationParams)} <= here | ELSEWHERE.keys()
+    assert not here & ELSEWHERE.keys()
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_safety_20_every_pair_works_as_in_generate_and_each_keeps_its_promise(pair: Pair, name: str) -> None:
     lm = pair.lm()
@@ -104,7 +140,9 @@ def test_safety_20_every_pair_works_as_in_generate_and_each_keeps_its_promise(pa
             continue
         torch.manual_seed(9)
         output = lm.generate(prompt_of(own), **shared, **own, rng="torch" if sampled else "counter")
-        if not names & NO_LONGER_THERE and (len(names) == 1 or not names & WRONG_ON_INFINITIES):
+        if "custom_decoder" in names and names & LEFT_OUT:
+            assert output.token_ids == lm.generate(PROMPT, **merged(frozenset())[0]).token_ids
+        elif not names & NO_LONGER_THERE and (len(names) == 1 or not names & WRONG_ON_INFINITIES):
             assert output.token_ids == theirs(pair, shared, own), names
         for each in names:
             FEATURES[each].holds(output, shared)
@@ -114,7 +152,8 @@ def sampled_with_drafts(lm: LM, shared: dict[str, Any], own: dict[str, Any]) -> 
     """Its tokens are those without drafts; torch's generator, whose state drafts would change, is refused."""
     with pytest.raises(UnsupportedOption, match="rng='torch'"):
         lm.generate(prompt_of(own), **shared, **own, rng="torch")
-    without = {name: value for name, value in own.items() if name not in SPECULATION}
+    drafting = {option for drafter in SPECULATION for option in FEATURES[drafter].ours}
+    without = {name: value for name, value in own.items() if name not in drafting}
     output: Output = lm.generate(prompt_of(own), **shared, **own, seed=9)
     assert output.token_ids == lm.generate(prompt_of(own), **shared, **without, seed=9).token_ids
     return output
@@ -189,7 +228,7 @@ def test_every_option_over_embeddings_works_as_in_generate_or_is_refused_by_name
     embeddings = pair.hf.get_input_embeddings()(torch.tensor(PROMPT)).detach()
     torch.manual_seed(9)
     options = {**shared, **own, "rng": "torch" if shared.get("do_sample") else "counter"}
-    if name in ("token_healing", "prompt_logprobs", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
+    if name in REFUSED_OVER_EMBEDDINGS:
         with pytest.raises(UnsupportedOption, match=name):
             lm.generate(embeddings, **options)
         return
