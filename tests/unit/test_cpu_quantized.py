@@ -18,6 +18,7 @@ from gguf_files import MIXED, QUANTIZABLE, WIDE, export, random_matrix
 from handloom.checkpoint.gguf_dequant import take_apart
 from handloom.checkpoint.quantization import FORMATS, QuantizedMatrix, QuantizedRows
 from handloom.checkpoint.quantize import Scheme, quantize_rows
+from handloom.errors import CheckpointError
 from handloom.ops import cpu
 from tiny_models import ragged_prompts, save, tiny_gemma3, tiny_gpt2, tiny_llama
 
@@ -43,6 +44,52 @@ def stacked(*formats: str, rows: int, columns: int) -> QuantizedMatrix:
 def product(x: Tensor, weight: Any) -> Tensor:
     out: Tensor = cpu.linear_residual(x, weight, None, None, torch.zeros(len(x), weight.shape[0]))
     return out
+
+
+SPECIAL = (0.0, -0.0, 1e-45, 6e-8, -6e-8, 1e-7, 65504.0, -3.5, 0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", [*SCHEMES, "int4-sym:64", "int4-sym:128"])
+def test_compiled_codes_are_those_of_the_formulas_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    source, format = torch.Generator().manual_seed(len(name)), Scheme.parse(name).format
+    for rows, columns in ((1, 128), (301, 384), (7, 640)):
+        weights = torch.randn(rows, columns, generator=source) * 10 ** torch.randn(rows, 1, generator=source)
+        weights[:, ::7] = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), (rows, 1), generator=source)]
+        weights[rows // 3, : columns // 2] = 0.0
+        wanted = QuantizedRows.empty(format, rows, columns)
+        guarded = {name: torch.full((plane.nbytes + 128,), 0xA5, dtype=torch.uint8) for name, plane in wanted.planes()}
+        got = wanted.with_planes(
+            {name: guarded[name][64:-64].view(plane.dtype).view(plane.shape) for name, plane in wanted.planes()}
+        )
+        quantize_rows(weights.to(dtype), wanted)
+        cpu.quantize_rows(weights.to(dtype), got)
+        for (plane, one), (_, other) in zip(wanted.planes(), got.planes(), strict=True):
+            assert torch.equal(one, other), plane
+            assert (torch.cat((guarded[plane][:64], guarded[plane][-64:])) == 0xA5).all(), plane
+
+
+@pytest.mark.parametrize("columns", [1, 15, 37, 576])
+def test_compiled_codes_of_rows_of_any_length(columns: int) -> None:
+    weights = torch.randn(9, columns, generator=torch.Generator().manual_seed(columns))
+    wanted, got = (QuantizedRows.empty(Scheme.parse("int8").format, 9, columns) for _ in range(2))
+    quantize_rows(weights, wanted)
+    cpu.quantize_rows(weights.T.contiguous().T, got)  # however they lie
+    assert torch.equal(wanted.low, got.low)
+    assert torch.equal(wanted.scale, got.scale)
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, "int4-sym:64"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e8])
+def test_weights_that_cannot_be_quantised_are_an_error_of_compiled_code_too(name: str, bad: float) -> None:
+    weights = torch.ones(40, 256)
+    weights[37, 255] = bad
+    out = QuantizedRows.empty(Scheme.parse(name).format, 40, 256)
+    if name == "int8" and bad == 1e8:
+        cpu.quantize_rows(weights, out)  # its scale is a float32
+        return
+    with pytest.raises(CheckpointError, match="NaN, infinite or too large"):
+        cpu.quantize_rows(weights, out)
 
 
 def shapes() -> Iterator[Any]:

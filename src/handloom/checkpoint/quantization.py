@@ -136,6 +136,10 @@ class QuantizedRows:
             format, columns, **{name: memory.empty((rows, width), dtype) for name, (width, dtype) in planes.items()}
         )
 
+    def like(self, rows: int) -> QuantizedRows:
+        """Memory for so many rows of this format and width."""
+        return QuantizedRows.empty(self.format, rows, self.columns)
+
     def __len__(self) -> int:
         return len(self.low)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from handloom.checkpoint import memory
 from handloom.checkpoint.quantization import FORMATS, Format, QuantizedMatrix, QuantizedRows
-from handloom.checkpoint.quantize import GROUPS, Scheme, quantize_rows
+from handloom.checkpoint.quantize import GROUPS, Scheme
 from handloom.checkpoint.types import Checkpoint
 from handloom.errors import CheckpointError, InvalidParam, OutOfMemory
 from handloom.model.families.family import Family, Source
@@ -72,7 +72,7 @@ def load_transformer(
     def read(name: str) -> int:
         weight = _empty(parameters[name], formats[name], dtype, device)
         if isinstance(weight, QuantizedMatrix):
-            _read_quantized(checkpoint, sources[name], parameters[name], weight, keep=quantize == "keep")
+            _read_quantized(checkpoint, sources[name], parameters[name], weight, backend, keep=quantize == "keep")
         else:
             _read(checkpoint, sources[name], parameters[name], weight)
         weights[name] = hold(spec, backend, name, weight, own=True)
@@ -267,7 +267,13 @@ def _empty(
 
 
 def _read_quantized(
-    checkpoint: Checkpoint, source: Source, parameter: Parameter, weight: QuantizedMatrix, *, keep: bool
+    checkpoint: Checkpoint,
+    source: Source,
+    parameter: Parameter,
+    weight: QuantizedMatrix,
+    backend: Backend,
+    *,
+    keep: bool,
 ) -> None:
     """Fill one quantised weight from its one or several tensors."""
     for name, part in zip(source.names, weight.split(_rows(source, parameter)), strict=True):
@@ -275,9 +281,12 @@ def _read_quantized(
             checkpoint.read_quantized(name, part, transpose=source.transpose)
             continue
         for rows, values in checkpoint.read_rows(name, transpose=source.transpose):
-            made = QuantizedRows.empty(part.format, len(rows), part.columns)
+            first = int(rows[0])
+            in_order = torch.equal(rows, torch.arange(first, first + len(rows)))
+            made = part.narrow(first, len(rows)) if in_order else part.like(len(rows))
             try:
-                quantize_rows(values, made)
+                backend.quantize(values, made)
             except CheckpointError as error:
                 raise CheckpointError(f"{checkpoint.name}: tensor {name} {error}") from None
-            part.put(rows, made)
+            if not in_order:
+                part.put(rows, made)

@@ -16,7 +16,8 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from handloom.checkpoint.quantization import QuantizedMatrix
+from handloom.checkpoint.quantization import QuantizedMatrix, QuantizedRows
+from handloom.checkpoint.quantize import quantize_rows
 from handloom.errors import UnsupportedOption
 from handloom.ops import torch_ops
 from handloom.ops.panels import Panels
@@ -149,9 +150,10 @@ class Backend:
     """What computes the model, and why it was chosen; `str(backend)` is what a user is told.
 
     hold: a linear's weight in the form that this backend's ops read, which takes its place; take: the
-    same in the weight's own memory where that goes. program: makes an
-    empty Program for a model; None where steps run op by op. chooser: of tokens, where the device chooses by itself;
-    capturable: whether neither the ops nor it ever ask the device for a value.
+    same in the weight's own memory where that goes. quantize: float rows to codes, see
+    `handloom.checkpoint.quantize.quantize_rows`. program: makes an empty Program for a model; None where steps run op
+    by op. chooser: of tokens, where the device chooses by itself; capturable: whether neither the ops nor it ever ask
+    the device for a value.
     """
 
     name: str
@@ -159,6 +161,7 @@ class Backend:
     reason: str
     hold: Callable[[Any], Weight] = _as_it_is
     take: Callable[[Any], Weight] = _as_it_is
+    quantize: Callable[[Tensor, QuantizedRows], None] = quantize_rows
     program: Callable[[], Program] | None = None
     chooser: Chooser = cast(Chooser, reference)  # noqa: RUF009
     capturable: bool = False
@@ -213,7 +216,7 @@ def _cpu(device: torch.device, why: str) -> Backend:
 
     cpu.require()
     program = cast(Callable[[], Program], cpu.Program)
-    return Backend("cpu", cast(Ops, cpu), f"{BACKENDS['cpu']}; {why}", cpu.hold, cpu.take, program)
+    return Backend("cpu", cast(Ops, cpu), f"{BACKENDS['cpu']}; {why}", cpu.hold, cpu.take, cpu.quantize_rows, program)
 
 
 def _triton_ops(device: torch.device, head_dims: Collection[int]) -> Ops:

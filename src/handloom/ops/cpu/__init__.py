@@ -17,14 +17,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from handloom.checkpoint.quantization import QuantizedMatrix
+from handloom.checkpoint.quantization import QuantizedMatrix, QuantizedRows
+from handloom.checkpoint.quantize import not_quantizable
 from handloom.ops.cpu import blocks
 from handloom.ops.cpu.blocks import Scale, Weight, address
 from handloom.ops.cpu.compiled import compiled_step, require
 from handloom.ops.cpu.instructions import Frame
 from handloom.ops.cpu.machine import run_once
 from handloom.ops.cpu.program import Program, buffer, heads_of
-from handloom.ops.panels import Panels, format_of
+from handloom.ops.panels import FORMATS, Panels, format_of
 from handloom.ops.quantized_panels import QuantizedPanels
 from handloom_kernels.reference import Norm, Rotary
 
@@ -41,6 +42,7 @@ __all__ = [
     "norm_mlp",
     "norm_qkv",
     "paged_attention",
+    "quantize_rows",
     "require",
     "take",
 ]
@@ -54,6 +56,15 @@ def hold(weight: Tensor | QuantizedMatrix) -> Panels | QuantizedPanels:
 def take(weight: Tensor | QuantizedMatrix) -> Panels | QuantizedPanels:
     """`hold` of a matrix that nobody else uses, whose memory becomes that of the panels if it has room for them."""
     return QuantizedPanels.pack(weight) if isinstance(weight, QuantizedMatrix) else Panels.take(weight)
+
+
+def quantize_rows(weights: Tensor, out: QuantizedRows) -> None:
+    """`handloom.checkpoint.quantize.quantize_rows`, to the bit. Raises CheckpointError as it does."""
+    rows = weights if weights.dtype in FORMATS and weights.stride(-1) == 1 else weights.float().contiguous()
+    failed = torch.zeros(1, dtype=torch.int64)
+    run_once([blocks.quantize(rows, out, failed)], {Frame.TOKENS: len(rows)})
+    if failed:
+        raise not_quantizable()
 
 
 def _panels(weight: Weight) -> Panels | QuantizedPanels:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from handloom.checkpoint.quantization import QuantizedRows
 from handloom.ops.cpu import instructions as ins
 from handloom.ops.cpu.instructions import Frame
 from handloom.ops.panels import PANEL, Panels, format_of
@@ -141,6 +142,17 @@ def attend(
     return ins.Attention(
         address(q), stride(q), num_heads, k_pages.shape[2], head_dim, v_pages.shape[-1], address(k_pages),
         address(v_pages), format_of(k_pages.dtype), scale, window or 0, softcap or 0.0, address(out), stride(out),
+    )  # fmt: skip
+
+
+def quantize(weights: Tensor, out: QuantizedRows, failed: Tensor) -> ins.Quantize:
+    """out = codes of weights [TOKENS, K], in the format of a `Scheme`; failed: int64 [1], see ins.Quantize."""
+    form, planes = out.format, dict(out.planes())
+    minimum = planes.get("minimum")
+    return ins.Quantize(
+        address(weights), stride(weights), format_of(weights.dtype), out.columns, form.group or out.columns, form.bits,
+        int(minimum is None), int(form.scale == "float32"), address(out.low), stride(out.low), address(out.scale),
+        stride(out.scale), address(minimum), 0 if minimum is None else stride(minimum), address(failed),
     )  # fmt: skip
 
 

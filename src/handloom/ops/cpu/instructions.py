@@ -51,6 +51,7 @@ class Operation(IntEnum):
     ACTIVATE = 3
     QKV = 4
     ATTENTION = 5
+    QUANTIZE = 6
 
 
 class Embed(NamedTuple):
@@ -162,6 +163,27 @@ class Attention(NamedTuple):
     out_stride: int
 
 
+class Quantize(NamedTuple):
+    """Codes of TOKENS rows [columns], group by group; strides in bytes; failed: an int64 that is set to 1 where there
+    are none"""
+
+    x: int
+    stride: int
+    format: int
+    columns: int
+    group: int
+    bits: int
+    symmetric: int
+    wide_scale: int
+    low: int
+    low_stride: int
+    scale: int
+    scale_stride: int
+    minimum: int
+    minimum_stride: int
+    failed: int
+
+
 CODES: dict[type, Operation] = {
     Embed: Operation.EMBED,
     NormRows: Operation.NORM,
@@ -169,6 +191,7 @@ CODES: dict[type, Operation] = {
     Activate: Operation.ACTIVATE,
     Qkv: Operation.QKV,
     Attention: Operation.ATTENTION,
+    Quantize: Operation.QUANTIZE,
 }
 
 

@@ -22,7 +22,20 @@ from handloom.ops.cpu.attention import attention_item, attention_items, position
 from handloom.ops.cpu.codes import BITS, LOW
 from handloom.ops.cpu.instructions import COUNTERS, FRAME, INSIDE, LENGTH, LINE, OPEN, TABLE, WIDTH, Frame, Operation
 from handloom.ops.cpu.linear import group_of, linear_item, linear_items
-from handloom.ops.cpu.simd import I32, I64, Builder, Value, as_float, int64, kernel, operation, read_i64, void
+from handloom.ops.cpu.quantizing import quantize_nibbles, quantize_octets
+from handloom.ops.cpu.simd import (
+    I32,
+    I64,
+    Builder,
+    Value,
+    as_float,
+    int64,
+    kernel,
+    operation,
+    read_i64,
+    void,
+    write_i64,
+)
 from handloom.ops.cpu.tiles import prefetch
 from handloom.ops.panels import PANEL
 from handloom.ops.quantized_panels import QUANTIZED
@@ -44,7 +57,7 @@ INPUT_IDS, POSITIONS, CU_SEQLENS, CONTEXT_LENS, PAGE_TABLE, MAX_PAGES, SLOT_MAPP
 SCRATCH, SCRATCH_BYTES, THREADS, LOGITS, PAGE_SIZE = (
     int(x) * 8 for x in (Frame.SCRATCH, Frame.SCRATCH_BYTES, Frame.THREADS, Frame.LOGITS, Frame.PAGE_SIZE)
 )
-EMBED, NORM, LINEAR, ACTIVATE, QKV, ATTENTION = (int(x) for x in Operation)
+EMBED, NORM, LINEAR, ACTIVATE, QKV, ATTENTION, QUANTIZE = (int(x) for x in Operation)
 
 
 # Threads meeting --------------------------------------------------------------------------------
@@ -220,6 +233,26 @@ def do_qkv(i, frame, token):
         row.convert_row(v, v_width, form, operand(i, 15) + slot * v_width * row.size_of(form))
 
 
+@kernel(void, int64, int64)
+def do_quantize(i, at):
+    x, form, group = operand(i, 0) + at * operand(i, 1), operand(i, 2), operand(i, 4)
+    low, scale = operand(i, 8) + at * operand(i, 9), operand(i, 10) + at * operand(i, 11)
+    minimum, size = operand(i, 12) + at * operand(i, 13), 4 if operand(i, 7) != 0 else 2
+    for number in range(operand(i, 3) // group):
+        first = number * group
+        if operand(i, 5) == 8:
+            fine = quantize_octets(
+                x + first * row.size_of(form), form, group, operand(i, 7), low + first, scale + size * number
+            )
+        else:
+            fine = quantize_nibbles(
+                x + first * row.size_of(form), form, group, operand(i, 6), low + first // 2, scale + size * number,
+                minimum + number,
+            )  # fmt: skip
+        if fine == 0:
+            write_i64(operand(i, 14), 1)
+
+
 @kernel(void, *[int64] * 4)
 def do_item(instruction, frame, item, scratch):
     code = read_i64(instruction)
@@ -236,6 +269,8 @@ def do_item(instruction, frame, item, scratch):
                 do_norm(instruction, frame, at)
             elif code == QKV:
                 do_qkv(instruction, frame, at)
+            elif code == QUANTIZE:
+                do_quantize(instruction, at)
             else:
                 do_embed(instruction, frame, at, scratch)
 
