@@ -159,6 +159,11 @@ def appends(token_id: Any) -> Callable[[Any], None]:
     return append
 
 
+def runs_away(decoder: Any) -> Any:
+    decoder.sequence.token_ids += [5] * 300
+    return [hl.Work(decoder.sequence, decoder.sequence.num_pending, "last")]
+
+
 def elsewhere(decoder: Any) -> Any:
     from handloom.cache.sequence import Sequence
 
@@ -178,6 +183,11 @@ MISTAKES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "plans twice": ("plan", lambda d: [hl.Work(d.sequence, 1, "last")] * 2, "the same one twice"),
     "plans too much": ("plan", lambda d: [hl.Work(d.sequence, 2, "last")], "2 tokens .* in which 1 are pending"),
     "plans none of them": ("plan", lambda d: [hl.Work(d.sequence, 0, "last")], "0 tokens"),
+    "plans past its max_length": (
+        "plan",
+        runs_away,
+        r"planned to run token 3\d\d .*; the most are \d\d, of its max_len",
+    ),
     "plans a fraction": ("plan", lambda d: [hl.Work(d.sequence, 0.5, "last")], "0.5 tokens"),
     "plans odd logits": ("plan", lambda d: [hl.Work(d.sequence, 1, "first")], "logits='first'"),
     "plans an odd hook": ("plan", lambda d: [hl.Work(d.sequence, 1, "last", "hook")], "hook='hook'"),

@@ -192,12 +192,13 @@ class Engine:
         return self._decoder(prompt, self.resolve(prompt, options), owns_sequence=False)
 
     def _decoder(self, sequence: Sequence, params: GenerationParams, *, owns_sequence: bool) -> RequestDecoder | Custom:
-        tokenizer = self.model.tokenizer
         if params.custom_decoder is None:
-            return make_decoder(sequence, params, tokenizer, self.model.transformer, owns_sequence=owns_sequence)
+            return make_decoder(
+                sequence, params, self.model.tokenizer, self.model.transformer, owns_sequence=owns_sequence
+            )
         if not owns_sequence:
             raise UnsupportedOption("custom_decoder: a sequence goes on in place, in one way; pass its token_ids")
-        return Custom(sequence, params, tokenizer, self.model.transformer.spec.vocab_size)
+        return Custom(sequence, params, self.model)
 
     def add_request(self, prompt: Any, /, *, priority: int = 0, cache_salt: str = "", **options: Any) -> int:
         """Queue a prompt (text, token ids, embeddings [n, hidden_size], or a Sequence of the cache).
@@ -218,7 +219,7 @@ class Engine:
         a decoder that does not say its sequences.
         """
         if type(decoder) not in MODES and not isinstance(decoder, Guarded):
-            decoder = Guarded(decoder, self.model.pool, self.model.transformer.spec.vocab_size)
+            decoder = Guarded(decoder, self.model)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidParam(f"priority is {priority!r}; expected an integer, where higher comes first")
         with self._door:

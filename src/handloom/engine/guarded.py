@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence as Seq
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from torch import Tensor
 
 from handloom.cache.batch import Work
-from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent, FinishReason
 from handloom.errors import HandloomError, InvalidParam, RequestFailed
 from handloom.model.hooks import Hook
 from handloom.sampling.params import GenerationParams
-from handloom.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from handloom.engine.engine import Model
 
 EVENTS = get_args(Event)
 REASONS = get_args(FinishReason)
@@ -33,8 +34,9 @@ class Guarded:
     """A decoder around the caller's, `inner`, with its num_outputs, or 1. Raises InvalidParam where something lacks,
     RequestFailed where its sequences are none of this pool's."""
 
-    def __init__(self, inner: Decoder, pool: PagePool, vocab_size: int) -> None:
-        self.inner, self._pool, self._vocab_size = inner, pool, vocab_size
+    def __init__(self, inner: Decoder, model: Model) -> None:
+        self.inner, self._pool = inner, model.pool
+        self._vocab_size, self._max_context = model.transformer.spec.vocab_size, model.max_context
         for name in ("plan", "advance", "close"):
             if not callable(getattr(inner, name, None)):
                 raise InvalidParam(f"the decoder {inner!r} has no method {name}; see handloom.Decoder for what one has")
@@ -95,8 +97,14 @@ class Guarded:
                 f"planned to run {count!r} tokens of a sequence in which {sequence.num_pending} are pending; append a "
                 "token first, or call recompute_last"
             )
+        end, most = sequence.num_computed + count, min(self.max_length, self._max_context)
+        if end > most:
+            raise self._wrong(
+                f"planned to run token {end} of a sequence; the most are {most}, of its max_length={self.max_length} "
+                f"and the {self._max_context} of the context"
+            )
         first = max(sequence.num_computed, sequence.num_embeddings)
-        for token_id in sequence.token_ids[first : sequence.num_computed + count]:
+        for token_id in sequence.token_ids[first:end]:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self._vocab_size:
                 raise self._wrong(f"appended token {token_id!r}; ids are integers from 0 to {self._vocab_size - 1}")
 
@@ -178,13 +186,11 @@ def _integer(inner: object, name: str, value: object) -> int:
 class Custom(Guarded):
     """The decoder that params.custom_decoder makes. Raises RequestFailed where that raises, and what Guarded raises."""
 
-    def __init__(
-        self, sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None, vocab_size: int
-    ) -> None:
+    def __init__(self, sequence: Sequence, params: GenerationParams, model: Model) -> None:
         self.sequence, self.params, make = sequence, params, params.custom_decoder
         assert make is not None
         try:
-            inner = make(sequence, params, tokenizer)
+            inner = make(sequence, params, model.tokenizer)
         except Exception as cause:
             raise RequestFailed(f"custom_decoder={make!r} raised {cause!r} when it was called") from cause
-        super().__init__(inner, sequence.pool, vocab_size)
+        super().__init__(inner, model)
