@@ -193,9 +193,8 @@ class Engine:
 
     def _decoder(self, sequence: Sequence, params: GenerationParams, *, owns_sequence: bool) -> RequestDecoder | Custom:
         if params.custom_decoder is None:
-            return make_decoder(
-                sequence, params, self.model.tokenizer, self.model.transformer, owns_sequence=owns_sequence
-            )
+            tokenizer, transformer = self.model.tokenizer, self.model.transformer
+            return make_decoder(sequence, params, tokenizer, transformer, owns_sequence=owns_sequence)
         if not owns_sequence:
             raise UnsupportedOption("custom_decoder: a sequence goes on in place, in one way; pass its token_ids")
         return Custom(sequence, params, self.model)
