@@ -88,15 +88,16 @@ left=$(wc -w <<<"$STEPS")
 for step in $STEPS; do
     started=$SECONDS seconds=$(budget "$step" "$left")
     case $step in
+    # tiny models of every family on the device, beside transformers there
     answers) check "$seconds" answers tests/parity/test_same_answers.py tests/parity/test_captured_steps.py ;;
     latency) suite "$seconds" latency 8b 0.6b 1b ;;
     batch) suite "$seconds" batch 1b 0.6b 8b ;;
     throughput) suite "$seconds" throughput 0.6b ;;
     prefill) suite "$seconds" prefill 1b 8b ;;
-    # every kernel on the device against its reference, tiny models of every family against transformers
+    # every kernel on the device against its reference, and a model of them op by op
     tests)
         # shellcheck disable=SC2086
-        check "$seconds" tests ${TESTS:-tests/kernels tests/parity} --ignore tests/parity/test_real_checkpoints.py \
+        check "$seconds" tests ${TESTS:-tests/kernels tests/parity/test_triton_backend.py} \
             --ignore tests/kernels/test_ahead_of_time.py
         ;;
     kernels)

@@ -21,8 +21,10 @@ import handloom as hl
 from handloom import ops
 from handloom.cache.batch import Work, build_batch
 
-# Triton's interpreter takes milliseconds for a launch: without a GPU the kernels have a parity test of their own
-BACKENDS = [name for name in ops.BACKENDS if name != "triton" or torch.cuda.is_available()]
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+# Triton's interpreter takes milliseconds for a launch: the kernels, and a GPU, have parity tests of their own
+BACKENDS = [name for name in ops.BACKENDS if name != "triton"]
 PROMISED = 1e-4  # of the logits' scale
 LOGITS_TOLERANCE = 2e-5  # the same for tiny models, whose worst is 4e-6; gemma3-270m's is 2.2e-5
 SCORES_TOLERANCE = 1e-5  # where two scores are this close, either token is right
@@ -37,7 +39,8 @@ class Pair:
     _lms: dict[tuple[Any, ...], hl.LM] = field(default_factory=dict)
 
     def lm(self, **how: Any) -> hl.LM:
-        """handloom's LM, loaded once for each set of arguments to from_pretrained."""
+        """handloom's LM, loaded once for each set of arguments to from_pretrained; by default on the CPU."""
+        how = {"device": DEVICE if how.get("backend") == "triton" else "cpu", **how}
         key = tuple(sorted(how.items()))
         if key not in self._lms:
             self._lms[key] = hl.LM.from_pretrained(self.folder, **how)
@@ -65,13 +68,13 @@ def load_pair(folder: Path, *, dtype: torch.dtype = torch.float32, attention: st
 
 @torch.no_grad()
 def hf_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """transformers' logits at every position, [n, vocab_size], in the model's dtype."""
-    logits: Tensor = model(torch.tensor([list(ids)])).logits[0]
-    return logits
+    """transformers' logits at every position, [n, vocab_size], in the model's dtype, in host memory."""
+    logits: Tensor = model(torch.tensor([list(ids)], device=model.device)).logits[0]
+    return logits.cpu()
 
 
 def our_logits(lm: hl.LM, ids: Sequence[int], chunks: Sequence[int] = ()) -> Tensor:
-    """handloom's logits at every position, [n, vocab_size]: `chunks` tokens at a time, then the rest in one go."""
+    """handloom's logits at every position, [n, vocab_size], in host memory: `chunks` tokens at once, then the rest."""
     with lm.sequence(list(ids)) as sequence:
         return torch.cat([run(lm, [Work(sequence, count, "all")]) for count in split(len(ids), chunks)])
 
@@ -85,11 +88,11 @@ def split(total: int, chunks: Sequence[int]) -> list[int]:
 
 
 def run(lm: hl.LM, works: Sequence[Work]) -> Tensor:
-    """One forward pass; marks the tokens as computed."""
+    """The logits of one forward pass, in host memory; marks the tokens as computed."""
     logits = lm.transformer.forward(build_batch(works, lm.pool), lm.pool.layers)
     for work in works:
         work.sequence.num_computed += work.num_tokens
-    return logits
+    return logits.cpu()
 
 
 def assert_logits_equal(ours: Tensor, theirs: Tensor, what: str = "", *, tolerance: float = LOGITS_TOLERANCE) -> None:
@@ -106,7 +109,7 @@ def assert_logits_equal(ours: Tensor, theirs: Tensor, what: str = "", *, toleran
 
 def hf_generate(model: PreTrainedModel, ids: Sequence[int], **options: Any) -> list[int]:
     """The new tokens of transformers' generate for one prompt."""
-    out = model.generate(torch.tensor([list(ids)]), **options)
+    out = model.generate(torch.tensor([list(ids)], device=model.device), **options)
     out = out if isinstance(out, Tensor) else out.sequences
     new: list[int] = out[0, len(ids) :].tolist()
     return new
@@ -115,7 +118,11 @@ def hf_generate(model: PreTrainedModel, ids: Sequence[int], **options: Any) -> l
 def assert_tokens_equal(model: PreTrainedModel, prompt: Sequence[int], ours: Sequence[int], **options: Any) -> None:
     """`ours` equals greedy generate, or the scores at the first mismatch tie within SCORES_TOLERANCE."""
     result = model.generate(
-        torch.tensor([list(prompt)]), do_sample=False, output_scores=True, return_dict_in_generate=True, **options
+        torch.tensor([list(prompt)], device=model.device),
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **options,
     )
     theirs = result.sequences[0, len(prompt) :].tolist()
     if list(ours) == theirs:

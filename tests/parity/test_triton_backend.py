@@ -1,7 +1,7 @@
 """The Triton kernels make a whole model: logits and tokens of every family equal transformers'.
 
-Without a GPU Triton's interpreter runs them, a launch in milliseconds: few tokens and layers here. On a GPU every other
-parity test runs on this backend too.
+Without a GPU Triton's interpreter runs them, a launch in milliseconds: few tokens and layers here. What else runs on a
+GPU where there is one is in test_same_answers.py and test_captured_steps.py.
 """
 
 from __future__ import annotations
