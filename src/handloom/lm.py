@@ -24,7 +24,7 @@ from handloom.engine import Engine
 from handloom.engine.async_engine import AsyncEngine
 from handloom.engine.graphs import DecodeGraphs
 from handloom.engine.runner import Runner
-from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt
+from handloom.errors import InvalidParam, InvalidPrompt
 from handloom.live import LiveSequence, logit_lens, restore, step
 from handloom.loading import (
     choose_context,
@@ -196,20 +196,15 @@ class LM:
         bos = self.spec.bos_token_id
         if self.tokenizer is not None and self.tokenizer.bos_token_id is not None:
             bos = self.tokenizer.bos_token_id
-        sequence = to_sequence(
+        return to_sequence(
             prompt,
             self.pool,
             self.tokenizer,
             vocab_size=self.spec.vocab_size,
             hidden_size=self.spec.hidden_size,
+            max_context=self.max_context,
             bos=bos,
         )
-        if len(sequence) > self.max_context:
-            raise ContextOverflow(
-                f"the prompt has {len(sequence)} tokens and the context holds {self.max_context}; shorten the "
-                "prompt, or load the model with a larger max_context"
-            )
-        return sequence
 
     def decode(self, token_ids: Seq[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids. Raises InvalidPrompt without a tokenizer."""
@@ -317,6 +312,8 @@ class LM:
                 f"num_return_sequences={options['num_return_sequences']!r}: a chat has one next message; use "
                 "generate(lm.render_chat(messages)) for several"
             )
+        if clash := {"messages", "tools"} & (template_options or {}).keys():
+            raise InvalidParam(f"template_options: {min(clash)!r} is reserved; it is an argument of its own")
         output = self.generate(self.render_chat(messages, tools=tools, **(template_options or {})), **options)
         assert isinstance(output, Output)
         return output

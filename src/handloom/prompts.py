@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
-from handloom.errors import InvalidParam, InvalidPrompt
+from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt
 from handloom.model.families.config import shown
 from handloom.text.tokenizer import Tokenizer
 
@@ -28,33 +27,59 @@ Prompt = str | Seq[int] | Tensor | np.ndarray[Any, Any]
 
 
 def to_sequence(
-    prompt: Any, pool: PagePool, tokenizer: Tokenizer | None, *, vocab_size: int, hidden_size: int, bos: int | None
+    prompt: Any,
+    pool: PagePool,
+    tokenizer: Tokenizer | None,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    max_context: int,
+    bos: int | None,
 ) -> Sequence:
     """A new, uncomputed sequence from text, token ids [n] or embeddings [n, hidden_size].
 
-    An empty text starts from BOS where there is one. Raises InvalidPrompt.
+    An empty text starts from BOS where there is one. Raises InvalidPrompt, ContextOverflow.
     """
     if isinstance(prompt, np.ndarray):
         prompt = _from_numpy(prompt)
-    if isinstance(prompt, Tensor) and prompt.is_meta:
-        raise InvalidPrompt("the tensor is on the meta device: it has a shape, but no values")
+    if isinstance(prompt, Tensor):
+        _check_values(prompt)
     if isinstance(prompt, Tensor) and prompt.dim() == 2 and not (prompt.is_floating_point() or prompt.is_complex()):
         raise InvalidPrompt(
             f"a tensor of shape {list(prompt.shape)} with integers looks like a batch of token ids; pass one prompt as "
             "ids[0], or several as a list of lists without padding"
         )
     if isinstance(prompt, Tensor) and prompt.dim() == 2:
+        _check_length(prompt, max_context)
         return Sequence(pool, embeddings=check_embeddings(prompt, hidden_size).to(pool.device))
     if isinstance(prompt, str):
         if tokenizer is None:
             raise InvalidPrompt("this checkpoint has no tokenizer: pass token ids instead of text")
         prompt = tokenizer.encode(prompt)
+    _check_length(prompt, max_context)
     ids = check_token_ids(prompt, vocab_size)
     if not ids and bos is not None:
         ids = check_token_ids([bos], vocab_size)
     if not ids:
         raise InvalidPrompt("the prompt is empty, and this model has no BOS token to start from")
     return Sequence(pool, ids)
+
+
+def _check_values(tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise InvalidPrompt("the tensor is on the meta device: it has a shape, but no values")
+    if tensor.is_nested:
+        raise InvalidPrompt("the tensor is a nested one; pass a list of tensors, its unbind()")
+
+
+def _check_length(prompt: Any, max_context: int) -> None:
+    """Raises ContextOverflow, before each of very many ids is looked at."""
+    count = len(prompt) if isinstance(prompt, Seq) or (isinstance(prompt, Tensor) and prompt.dim()) else 0
+    if count > max_context:
+        raise ContextOverflow(
+            f"the prompt has {count} tokens and the context holds {max_context}; shorten the prompt, or load the model "
+            "with a larger max_context"
+        )
 
 
 def check_token_ids(prompt: Any, vocab_size: int) -> list[int]:
@@ -101,6 +126,8 @@ def check_embeddings(values: Tensor, hidden_size: int) -> Tensor:
 def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
     if array.dtype.kind not in "iuf":
         raise InvalidPrompt(f"an array prompt must hold integers or floats, not {array.dtype}")
+    if isinstance(array, np.ma.MaskedArray):
+        raise InvalidPrompt("the array is a masked one; pass what is not masked, its compressed()")
     return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
 
 
@@ -118,7 +145,7 @@ def read_call(
 
 def as_list(prompts: Any) -> tuple[list[Any], bool]:
     """(prompts, was it a single one): text, token ids, tensors, arrays and sequences are single prompts."""
-    if not isinstance(prompts, list | tuple) or (prompts and all(isinstance(p, Integral) for p in prompts)):
+    if not isinstance(prompts, list | tuple) or (prompts and all(isinstance(p, int | np.integer) for p in prompts)):
         return [prompts], True
     if len(prompts) > MAX_PROMPTS:
         raise InvalidParam(f"{len(prompts)} prompts in one call; the limit is {MAX_PROMPTS}: use several calls")
@@ -133,6 +160,7 @@ def _take_prompts(prompts: Any, options: Mapping[str, Any]) -> tuple[Any, dict[s
     """
     options = dict(options)
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        _check_names(prompts)
         if twice := sorted(prompts.keys() & options.keys()):
             raise InvalidPrompt(f"{twice[0]} stands in the prompt and beside it; give one of them")
         prompts, options = None, {**options, **prompts}
@@ -155,6 +183,7 @@ def _unpadded(name: str, values: Any, mask: Any) -> Any:
     """One prompt, or the list of a batch's, without what the mask hides. Raises InvalidPrompt."""
     values = _from_numpy(values) if isinstance(values, np.ndarray) else values
     if isinstance(values, Tensor):
+        _check_values(values)
         own = 2 if values.is_floating_point() else 1  # dimensions of one prompt
         if values.dim() not in (own, own + 1):
             raise InvalidPrompt(
@@ -167,13 +196,15 @@ def _unpadded(name: str, values: Any, mask: Any) -> Any:
                 "the prompts (or give these as a list of lists)"
             )
     elif isinstance(values, list | tuple):
-        is_batch = not all(isinstance(value, Integral) for value in values)
+        is_batch = not all(isinstance(value, int | np.integer) for value in values)
     else:
         raise InvalidPrompt(
             f"{name} is {type(values).__name__}; expected token ids or embeddings of a batch of prompts"
         )
     if mask is None:
         return list(values) if is_batch else values
+    if isinstance(mask, Tensor):
+        _check_values(mask)
     rows, flags = (values, mask) if is_batch else ([values], [mask])
     if not isinstance(flags, list | tuple | Tensor | np.ndarray) or len(flags) != len(rows):
         raise InvalidPrompt(f"attention_mask does not have a row for each of the {len(rows)} prompts of {name}")
@@ -186,7 +217,7 @@ def _seen(row: Any, mask: Any, at: int) -> Any:
     flags = mask.tolist() if isinstance(mask, Tensor | np.ndarray) else mask
     if not isinstance(flags, list | tuple) or not isinstance(row, list | tuple | Tensor) or len(flags) != len(row):
         raise InvalidPrompt(f"row {at} of attention_mask is not as long as the prompt")
-    if any(flag not in (0, 1) for flag in flags):
+    if any(not isinstance(flag, int | float | np.number) or flag not in (0, 1) for flag in flags):
         raise InvalidPrompt(f"row {at} of attention_mask holds something other than 0 and 1")
     places = [i for i, flag in enumerate(flags) if flag]
     if not places:
@@ -220,4 +251,11 @@ def _own_options(params: Seq[Mapping[str, Any]] | None, items: Seq[Any]) -> Seq[
     for own in params:
         if not isinstance(own, Mapping):
             raise InvalidParam(f"params must be a list of dicts of options; it holds {type(own).__name__}")
+        _check_names(own)
     return params
+
+
+def _check_names(options: Mapping[Any, Any]) -> None:
+    for name in options:
+        if not isinstance(name, str):
+            raise InvalidParam(f"options have names, and {type(name).__name__} {shown(name)} is none")

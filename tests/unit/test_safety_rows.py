@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engines import all_free, lm_with
+from handloom.engine import Engine
 from handloom.errors import (
     ContextOverflow,
     HandloomError,
@@ -179,13 +180,51 @@ def test_row15_a_token_id_outside_the_vocabulary_is_refused_by_its_place(lm: LM,
         np.array(["5"]),
         np.array([5, 6], dtype=object),
         np.array([[5, 6]]),
+        np.ma.masked_array([5, 6], [False, True]),
+        torch.nested.nested_tensor([torch.tensor([5]), torch.tensor([5, 6])]),
     ],
-    ids=lambda v: f"{type(v).__name__} {v.dtype} {tuple(v.shape)}",
+    ids=lambda v: f"{type(v).__name__} {v.dtype} {'nested' if getattr(v, 'is_nested', False) else tuple(v.shape)}",
 )
 def test_row15_arrays_of_ids_are_checked_like_lists(lm: LM, bad: Any) -> None:
     for call in (lm.generate, lm.sequence, lm.score):
         with pytest.raises(InvalidPrompt):
             call(bad)
+
+
+class Unread(Sequence[int]):
+    """Very many ids, none of which may be looked at."""
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, at: Any) -> Any:
+        raise AssertionError("an id was looked at")
+
+
+def test_row14_a_prompt_far_longer_than_the_context_is_refused_by_its_length(lm: LM) -> None:
+    for call in (lm.generate, lm.sequence, lm.score):
+        with pytest.raises(ContextOverflow, match="1000000000 tokens"):
+            call(Unread())
+
+
+def test_row6_template_options_cannot_take_the_place_of_arguments(lm: LM) -> None:
+    for name in ("messages", "tools"):
+        with pytest.raises(InvalidParam, match=f"'{name}' is reserved"):
+            lm.chat([{"role": "user", "content": "Hi"}], template_options={name: []})
+
+
+@pytest.mark.parametrize("options", [{5: 1}, {None: 1}, {("a",): 1}], ids=repr)
+def test_options_without_names_are_refused(lm: LM, options: dict[Any, Any]) -> None:
+    for call in (lambda: lm.generate("a", params=[options]), lambda: lm.generate({"input_ids": [5], **options})):
+        with pytest.raises(InvalidParam, match="options have names"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["max_running", "max_step_tokens", "spill_bytes"])
+@pytest.mark.parametrize("value", [-1, 1.5, True, "8"], ids=repr)
+def test_limits_of_an_engine_are_integers(lm: LM, name: str, value: Any) -> None:
+    with pytest.raises(InvalidParam, match=name):
+        Engine(lm, **{name: value})
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "uint16", "uint32", "uint64", ">i4", ">i8"])

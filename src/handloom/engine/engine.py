@@ -82,8 +82,8 @@ class Engine:
         prefix_cache: bool = True,
         spill_bytes: int | None = None,
     ) -> None:
-        if min(max_step_tokens, max_running) < 1:
-            raise InvalidParam(f"max_step_tokens={max_step_tokens}, max_running={max_running}: both must be 1 or more")
+        if not all(type(limit) is int and limit > 0 for limit in (max_step_tokens, max_running)):
+            raise InvalidParam(f"{max_step_tokens=}, {max_running=}: both must be 1 or more, and integers")
         if spill_bytes is None:
             spill_bytes = model.pool.num_pages * model.pool.page_bytes
         if isinstance(spill_bytes, bool) or not isinstance(spill_bytes, int) or spill_bytes < 0:
