@@ -76,3 +76,10 @@ def test_asked_again_after_the_same_text_a_drafter_says_the_same(make: Callable[
         for end in range(1, len(text) + 1):
             first, again = drafter.draft(text[:end], 4), drafter.draft(text[:end], 4)
             assert first == again and drafter.draft(text[:end], 2).token_ids == first.token_ids[:2]
+
+
+def test_tokens_that_are_taken_back_leave_a_drafter_as_good_as_new() -> None:
+    automaton = SuffixAutomaton()
+    automaton.draft([1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 9, 8, 9], 3)
+    assert automaton.draft([1, 2, 3], 3) == SuffixAutomaton().draft([1, 2, 3], 3)
+    assert automaton.draft([1, 2, 3, 1], 3).token_ids == [2, 3, 1]

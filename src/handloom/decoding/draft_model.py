@@ -108,7 +108,7 @@ class ModelDrafter:
 
     def follow(self, token_ids: Seq[int]) -> bool:
         """Go on from these; whether it can be asked for a draft. Raises OutOfPages."""
-        own, start = self._sequence, self._agreed
+        own, start = self._sequence, min(self._agreed, len(token_ids))
         while start < min(len(own), len(token_ids)) and own.token_ids[start] == token_ids[start]:
             start += 1
         own.rewind(len(own) - start)

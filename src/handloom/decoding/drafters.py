@@ -26,7 +26,7 @@ class TextDrafter(Protocol):
     """A drafter that goes by token ids alone."""
 
     def draft(self, token_ids: Sequence[int], most: int) -> Draft:
-        """At most `most` tokens that may follow these, which begin with those it was given before."""
+        """At most `most` tokens that may follow these, which begin with those it was given before, or drafts are bad."""
 
 
 class PromptLookup:
@@ -64,6 +64,9 @@ class SuffixAutomaton:
     """
 
     def __init__(self) -> None:
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self._next: list[dict[int, int]] = [{}]
         self._link = [-1]
         self._length = [0]  # of the longest substring of a state
@@ -74,6 +77,8 @@ class SuffixAutomaton:
 
     def draft(self, token_ids: Sequence[int], most: int) -> Draft:
         """See `TextDrafter`."""
+        if len(token_ids) < self._read:  # somebody has taken tokens back
+            self._start_anew()
         if len(token_ids) > self._read:
             for token_id in token_ids[self._read :]:
                 self._read += 1

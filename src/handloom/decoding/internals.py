@@ -71,7 +71,10 @@ class Internals:
         return Hook(frozenset([*self._states, *self._patterns]), self._acts.add, False, None)
 
     def take(self, sequences: Seq[Sequence]) -> list[Seen]:
-        """What was seen of each since the last step; of a sequence that was computed twice, what came last."""
+        """What was seen of each since the last step; of a sequence that was computed twice, what came last.
+
+        Of one that its owner has rewound or computed meanwhile, what is still new of what was seen.
+        """
         if self._start is None:
             return [NOTHING] * len(sequences)
         seen = [self._of(sequence, self._start) for sequence in sequences]
@@ -80,17 +83,18 @@ class Internals:
 
     def _of(self, sequence: Sequence, start: int) -> Seen:
         captured = self._acts.of(sequence)
+        new = range(min(start, len(sequence) - 1), len(sequence))
 
         def read(points: list[str], dim: int) -> tuple[Tensor, ...] | None:
-            return tuple(_from(captured, point, start, len(sequence), dim) for point in points) if points else None
+            return tuple(_of_tokens(captured, point, new, dim) for point in points) if points else None
 
         return Seen(read(self._states, 0), read(self._patterns, 1))
 
 
-def _from(captured: Captured, point: str, start: int, end: int, dim: int) -> Tensor:
-    """The values of tokens start..end at a point, whatever else was computed."""
+def _of_tokens(captured: Captured, point: str, tokens: range, dim: int) -> Tensor:
+    """The values of these tokens at a point, whatever else was computed."""
     values, last = captured[point], {at: row for row, at in enumerate(captured.positions(point).tolist())}
-    rows = [last[at] for at in range(start, end)]
+    rows = [last[at] for at in tokens if at in last]
     if rows == list(range(values.shape[dim])):
         return values
     return values.index_select(dim, torch.tensor(rows, device=values.device))
