@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Coroutine
 from functools import cache
 from typing import Any, TypeVar
@@ -15,8 +16,9 @@ from torch import Tensor
 import handloom as hl
 from engines import all_free, lm_in_float64
 from handloom.decoding.decoder import Event, FinishedEvent, TokenEvent
+from handloom.decoding.score import ScoreDecoder
 from handloom.engine.events import Preempted
-from handloom.errors import EngineError, EngineFull, InvalidParam, InvalidPrompt, NonFiniteLogits
+from handloom.errors import EngineError, EngineFull, InvalidParam, InvalidPrompt, NonFiniteLogits, RequestFailed
 from handloom.lm import LM
 from tiny_models import random_ids
 
@@ -235,6 +237,32 @@ def test_a_slow_reader_pauses_its_request_which_holds_up_nobody_and_ends_with_th
     assert all_free(lm)
 
 
+def test_a_request_goes_on_that_was_paused_while_the_last_of_its_events_were_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm, pausing = lm_in_float64(), threading.Event()
+
+    async def main() -> None:
+        engine = hl.AsyncEngine(lm, max_events=4)
+        pause = engine._engine.pause
+
+        def late(request: int) -> bool:
+            (stream,) = engine._streams.values()
+            pausing.set()
+            while stream.events:
+                time.sleep(0.001)
+            return pause(request)
+
+        monkeypatch.setattr(engine._engine, "pause", late)
+        events = engine.generate(PROMPTS[1], **options(1, 60))
+        first = await anext(events)
+        await asyncio.to_thread(pausing.wait)
+        assert isinstance(first, TokenEvent) and [first.token_id, *await tokens_of(events)] == alone(1, 60)
+        await engine.aclose()
+
+    run(main())
+
+
 def test_a_loop_goes_on_while_a_step_runs() -> None:
     lm, gate = lm_in_float64(), Gate()
 
@@ -283,6 +311,26 @@ def test_a_step_that_raises_ends_every_request_of_it_with_the_cause_and_later_on
             assert await tokens_of(engine.generate(PROMPTS[0], **options(0))) == alone(0)
 
     run(main())
+
+
+def test_a_decoder_that_cannot_be_asked_for_anything_is_told_to_its_task_alone() -> None:
+    class Dumb(ScoreDecoder):
+        @property
+        def max_length(self) -> int:
+            raise ZeroDivisionError("mine")
+
+    lm = lm_in_float64()
+
+    async def main() -> None:
+        async with hl.AsyncEngine(lm) as engine:
+            running = engine.generate(PROMPTS[0], **options(0))
+            first = await anext(running)
+            with pytest.raises(RequestFailed, match=r"ZeroDivisionError.*max_length"):
+                await tokens_of(engine.run(Dumb(lm.encode(PROMPTS[1]))))
+            assert isinstance(first, TokenEvent) and [first.token_id, *await tokens_of(running)] == alone(0)
+
+    run(main())
+    assert all_free(lm)
 
 
 def test_closing_ends_what_runs_and_what_waits_and_the_engine_serves_no_more() -> None:

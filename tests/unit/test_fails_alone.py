@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from drafting import add_with_oracle, draft_freely
 from engines import Results, all_free, lm_in_float64, lm_with, run
-from handloom.decoding.decoder import Event
+from handloom.decoding.decoder import Event, PromptLogprobsEvent
 from handloom.decoding.sample import SampleDecoder
 from handloom.engine import Engine
 from handloom.errors import HandloomError, InvalidParam, InvalidPrompt, RequestFailed
 from handloom.lm import LM
 from handloom.model.hooks import At
+from handloom.sampling.sampler import Choice, Row, choose
 from tiny_models import random_ids
 
 PROMPTS = [random_ids(i, length) for i, length in enumerate((9, 14, 3))]
@@ -189,4 +192,44 @@ def test_choosing_that_raises_is_done_again_by_the_next_step(monkeypatch: pytest
             engine.step()
     run(engine, results)
     assert [results.tokens[request] for request in requests] == expected
+    assert all_free(lm)
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_what_was_chosen_before_choosing_raised_is_told(monkeypatch: pytest.MonkeyPatch, when: int) -> None:
+    """Of accepted drafts, beside rules that read the tokens, one is chosen after the other."""
+    draft_freely(monkeypatch)
+    lm = lm_in_float64()
+    own = {"max_new_tokens": 12, "eos_token_id": [], "repetition_penalty": 1.2}
+    expected = [lm.generate(prompt, prompt_logprobs=0, **own) for prompt in PROMPTS]
+    engine, results = Engine(lm), Results()
+    logprobs: dict[int, list[float]] = {}
+    requests = [
+        add_with_oracle(engine, prompt, output.token_ids, wrong=0.0, prompt_logprobs=0, **own)
+        for prompt, output in zip(PROMPTS, expected, strict=True)
+    ]
+    calls = 0
+
+    def flaky(logits: Tensor, rows: Seq[Row]) -> Choice:
+        nonlocal calls
+        calls += 1
+        if calls == when or calls == 5:
+            raise MemoryError
+        return choose(logits, rows)
+
+    monkeypatch.setattr(engine.scheduler, "choose", flaky)
+    raised = 0
+    while engine.has_work:
+        try:
+            events = engine.step()
+        except MemoryError:
+            raised += 1
+            continue
+        results.take(events)
+        for event in events:
+            if isinstance(event, PromptLogprobsEvent):
+                logprobs.setdefault(event.request_id, []).extend(event.logprobs)
+    assert raised == 2
+    assert [results.tokens[request] for request in requests] == [output.token_ids for output in expected]
+    assert [logprobs[request] for request in requests] == [pytest.approx(o.prompt_logprobs) for o in expected]
     assert all_free(lm)

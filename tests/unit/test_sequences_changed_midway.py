@@ -53,9 +53,8 @@ def test_a_request_goes_on_from_its_sequence_as_it_is_now(mode: str, change: str
     for _ in range(14):
         if len(sequence) >= len(PROMPT) + 14:
             break
-        for event in engine.step():
-            if isinstance(event, TokenEvent) and event.request_id == other:
-                others.append(event.token_id)
+        told = [event for event in engine.step() if isinstance(event, TokenEvent)]
+        others += [event.token_id for event in told if event.request_id == other]
     CHANGES[change](sequence)
     start = list(sequence.token_ids)
     results = run(engine)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from handloom.decoding.speculative import SpeculativeDecoder
 from handloom.engine import Engine
 from handloom.errors import InvalidParam, NonFiniteLogits, RequestFailed, UnsupportedOption
 from handloom.lm import LM
+from handloom.model.hooks import At
 from tiny_models import TINY, random_ids, save, tiny_llama
 
 NEW_TOKENS = 40
@@ -310,12 +313,70 @@ def test_a_long_prompt_comes_to_the_assistant_in_chunks(monkeypatch: pytest.Monk
     assert ours.drafts.accepted > 10
 
 
+def test_a_pass_of_the_assistant_has_a_limit_however_many_requests_it_drafts_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("handloom.decoding.draft_model.MAX_PASS_TOKENS", 15)
+    assistant, passes = other_lm(1e-4), []
+    forward = assistant.transformer.forward
+    monkeypatch.setattr(
+        assistant.transformer,
+        "forward",
+        lambda batch, *rest: passes.append(len(batch.input_ids)) or forward(batch, *rest),
+    )
+    lm = lm_with()
+    expected = [output.token_ids for output in lm.generate(PROMPTS, **GREEDY)]
+    outputs = lm.generate(PROMPTS, assistant_model=assistant, **GREEDY)
+    assert [output.token_ids for output in outputs] == expected
+    assert max(passes) <= 15 and min(output.drafts.accepted for output in outputs) > 0
+    assert all_free(assistant)
+
+
+def test_a_patch_of_the_assistant_that_raises_ends_the_request_it_drafted_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(values: torch.Tensor, at: At) -> None:
+        assert int(at.positions[-1]) < 14
+
+    assistant, lm = other_lm(0.0), lm_with()
+    expected = lm.generate(PROMPTS[2], **GREEDY).token_ids
+    engine = Engine(lm)
+    short = engine.add_request(PROMPTS[0][:2], assistant_model=assistant, max_new_tokens=6, eos_token_id=None)
+    long = engine.add_request(PROMPTS[1], assistant_model=assistant, **GREEDY)
+    plain = engine.add_request(PROMPTS[2], **GREEDY)
+    with assistant.patch("hook_embed", fails):
+        results = run(engine)
+    assert results.ends[short].error is None and results.tokens[plain] == expected
+    assert isinstance(results.ends[long].error, RequestFailed)
+    assert all_free(lm) and all_free(assistant)
+
+
+def test_without_memory_for_drafts_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assistant, lm = other_lm(1e-4), lm_with()
+    monkeypatch.setattr(assistant.transformer, "forward", no_memory)
+    output = lm.generate(PROMPTS[0], assistant_model=assistant, **GREEDY)
+    assert output.token_ids == lm.generate(PROMPTS[0], **GREEDY).token_ids and output.drafts.drafted == 0
+    assert all_free(assistant)
+
+
+def test_an_engine_keeps_no_assistant_of_requests_that_are_over() -> None:
+    assistant, engine = other_lm(0.0), Engine(lm_with())
+    engine.add_request(PROMPTS[0], assistant_model=assistant, **GREEDY)
+    run(engine)
+    assert engine.stats().num_drafted
+    gone = weakref.ref(assistant)
+    del assistant
+    gc.collect()
+    assert gone() is None
+
+
 def test_the_drafts_of_a_batch_are_made_together() -> None:
     lm, assistant = lm_with(800), other_lm(0.0)
     passes = []
     runner = assistant.runner()
-    forward = runner.forward
-    runner.forward = lambda works: passes.append(len(works)) or forward(works)  # type: ignore[method-assign]
+    forward = runner.run
+    runner.run = lambda works: passes.append(len(works)) or forward(works)  # type: ignore[method-assign]
     assistant.runner = lambda: runner  # type: ignore[method-assign]
     lm.generate(PROMPTS, **GREEDY, assistant_model=assistant, assistant_confidence_threshold=0.0)
     assert passes.count(len(PROMPTS)) > len(passes) / 2

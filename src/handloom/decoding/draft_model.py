@@ -3,37 +3,42 @@
 The drafts of all requests that have the same assistant are made together, one token of each in a forward pass. They are
 chosen by the rules, and where tokens are drawn by the very noise, that the request's own tokens will be chosen by.
 
-Drafts are a luxury: where the assistant's cache is full, or a long prompt is not in it yet, there are none.
+Drafts are a luxury: where the assistant's cache is full, no memory is left, or a long prompt is not in it yet, there
+are none.
 
 This module does not know how drafts are checked, or how long they should be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from handloom.cache.batch import Work
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
-from handloom.errors import InvalidParam, OutOfPages, UnsupportedOption
+from handloom.errors import HandloomError, InvalidParam, OutOfPages, UnsupportedOption
 from handloom.model.spec import ModelSpec
 from handloom.sampling.params import GenerationParams
 from handloom.sampling.rules import RequestRules, Row
 from handloom.sampling.sampler import choose
 from handloom.text.tokenizer import Tokenizer
 
-MAX_PASS_TOKENS = 512  # of one request, in one forward pass
+logger = logging.getLogger("handloom")
+
+MAX_PASS_TOKENS = 512  # in one forward pass
 
 
 class Forward(Protocol):
-    """What runs forward passes."""
+    """What runs forward passes; see `handloom.engine.runner`."""
 
-    def forward(self, works: Iterable[Work]) -> Tensor: ...
+    def run(self, works: Iterable[Work]) -> tuple[Tensor, Mapping[int, HandloomError]]: ...
 
 
 @runtime_checkable
@@ -106,8 +111,12 @@ class ModelDrafter:
         """How many tokens it can draft after a text of so many."""
         return max(0, self.assistant.max_context - num_tokens)
 
-    def follow(self, token_ids: Seq[int]) -> bool:
-        """Go on from these; whether it can be asked for a draft. Raises OutOfPages."""
+    @property
+    def num_pending(self) -> int:
+        return self._sequence.num_pending
+
+    def follow(self, token_ids: Seq[int]) -> None:
+        """Go on from these."""
         own, start = self._sequence, min(self._agreed, len(token_ids))
         while start < min(len(own), len(token_ids)) and own.token_ids[start] == token_ids[start]:
             start += 1
@@ -117,13 +126,11 @@ class ModelDrafter:
         own.recompute_last()
         if not own.num_computed:
             own.adopt_prefix()
-        own.grow(min(len(own), own.num_computed + MAX_PASS_TOKENS))
-        return own.num_pending <= MAX_PASS_TOKENS
 
-    def work(self) -> Work:
-        """What runs next. Raises OutOfPages."""
+    def work(self, room: int) -> Work:
+        """What runs next, at most `room` tokens. Raises OutOfPages."""
         own = self._sequence
-        count = min(own.num_pending, MAX_PASS_TOKENS)
+        count = min(own.num_pending, room)
         own.grow(own.num_computed + count)
         return Work(own, count, "last" if count == own.num_pending else "none")
 
@@ -143,58 +150,70 @@ class ModelDrafter:
 
 @dataclass(slots=True)
 class Wanted:
-    """At most `most` tokens that a drafter shall draft after these; they come to `drafted`."""
+    """At most `most` tokens that a drafter shall draft after these; they come to `drafted`.
+
+    error: what went wrong in a hook on its assistant.
+    """
 
     drafter: ModelDrafter
     token_ids: Seq[int]
     most: int
     drafted: list[int] = field(default_factory=list)
+    error: HandloomError | None = None
 
 
 def draft_by_model(assistant: Assistant, wanted: Seq[Wanted]) -> int:
     """Draft for requests that have this assistant, together; returns how many forward passes that took."""
-    going: list[Wanted] = []
-    behind: list[Wanted] = []
+    runner, passes, going = assistant.runner(), 0, [*wanted]
     for each in wanted:
-        try:
-            (going if each.drafter.follow(each.token_ids) else behind).append(each)
-        except OutOfPages:
-            each.drafter.close()
-    runner, passes = assistant.runner(), 0
-    if behind:
-        _forward(runner, behind)
-    while going:
-        going = [each for each, token in _next_tokens(runner, going) if _goes_on(each, token)]
-        passes += 1
+        each.drafter.follow(each.token_ids)
+    try:
+        while going:
+            going = [each for each, token in _next_tokens(runner, going) if _goes_on(each, token)]
+            passes += 1
+    except torch.OutOfMemoryError:
+        logger.warning("no memory for a step of the assistant_model: %d drafts end early", len(going))
     return passes
 
 
-def _forward(runner: Forward, wanted: Seq[Wanted]) -> tuple[list[Wanted], Tensor | None]:
-    """Run what is pending of those there is room for; returns these, and their rows of logits."""
+def _forward(runner: Forward, wanted: Seq[Wanted]) -> tuple[list[Wanted], Tensor]:
+    """Run what is pending of those there is room for, the least first; returns those that nothing is pending of any
+    more, and their rows of logits."""
     works: list[Work] = []
     running: list[Wanted] = []
-    for each in wanted:
+    room = MAX_PASS_TOKENS
+    for each in sorted(wanted, key=lambda each: each.drafter.num_pending):
         try:
-            works.append(each.drafter.work())
-            running.append(each)
+            if room:
+                works.append(each.drafter.work(room))
+                running.append(each)
+                room -= works[-1].num_tokens
         except OutOfPages:
             each.drafter.close()
     if not works:
-        return [], None
-    logits = runner.forward(works)
-    for each, work in zip(running, works, strict=True):
-        each.drafter.ran(work)
-    return running, logits
+        return [], torch.empty(0)
+    logits, errors = runner.run(works)
+    ready: list[Wanted] = []
+    rows: list[int] = []
+    row = 0
+    for at, (each, work) in enumerate(zip(running, works, strict=True)):
+        each.error = errors.get(at)
+        if each.error is None:
+            each.drafter.ran(work)
+            ready += [each] * work.num_rows
+            rows += [row] * work.num_rows
+        row += work.num_rows
+    return ready, logits if len(rows) == len(logits) else logits[rows]
 
 
 def _next_tokens(runner: Forward, wanted: Seq[Wanted]) -> list[tuple[Wanted, tuple[int, float]]]:
     """The next token of each draft that goes on, and how likely it is."""
-    running, logits = _forward(runner, wanted)
-    if logits is None:
+    ready, logits = _forward(runner, wanted)
+    if not ready:
         return []
-    choice = choose(logits, [each.drafter.row() for each in running])
+    choice = choose(logits, [each.drafter.row() for each in ready])
     found: list[tuple[Wanted, tuple[int, float]]] = []
-    for at, each in enumerate(running):
+    for at, each in enumerate(ready):
         scores = choice.scores[at]
         if choice.errors[at] is None and scores is not None:
             token = choice.token_ids[at]

@@ -26,7 +26,7 @@ class TextDrafter(Protocol):
     """A drafter that goes by token ids alone."""
 
     def draft(self, token_ids: Sequence[int], most: int) -> Draft:
-        """At most `most` tokens that may follow these, which begin with those it was given before, or drafts are bad."""
+        """At most `most` tokens that may follow these; they begin with those it was given before, or drafts are bad."""
 
 
 class PromptLookup:

@@ -9,7 +9,7 @@ This module does not know the scheduler or other modes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -85,7 +85,7 @@ class SampleDecoder:
         return [Work(self.sequence, self.sequence.num_pending, logits, self.internals.hook(self.sequence))]
 
     def advance(self, logits: Tensor) -> list[Event]:
-        return advance_together([Ready(self, 0, len(logits))], logits)[0]
+        return [event for _, told in advance_together([Ready(self, 0, len(logits))], logits) for event in told]
 
     def close(self) -> None:
         self.finished = True
@@ -198,20 +198,22 @@ def criteria_met(params: GenerationParams, ids: Tensor, scores: tuple[Tensor, ..
     return found
 
 
-def advance_together(ready: Seq[Ready], logits: Logits, choose: Choosing = choose) -> list[list[Event]]:
-    """Choose for every decoder whose prompt has run; returns each decoder's events, in order.
+def advance_together(ready: Seq[Ready], logits: Logits, choose: Choosing = choose) -> Iterator[tuple[int, list[Event]]]:
+    """Choose for every decoder whose prompt has run; yields (which of them, some of its events, in order).
 
     logits [R, vocab_size] of the whole step; each decoder's rows are logits[start:end]. All rows that can be are chosen
-    from at once, by `choose`: of most decoders that is one, of drafted tokens several.
+    from at once, by `choose`: of most decoders that is one, of drafted tokens several. Where that raises, what came
+    before has been told.
     """
     if isinstance(logits, Choice):
-        return [item.decoder.accept(logits, i) for i, item in enumerate(ready)]
-    events: list[list[Event]] = [[] for _ in ready]
+        for i, item in enumerate(ready):
+            yield i, item.decoder.accept(logits, i)
+        return
     choosing: list[tuple[int, int]] = []  # a decoder, and its first row that was not chosen from
-    for i, (own, item) in enumerate(zip(events, ready, strict=True)):
+    for i, item in enumerate(ready):
         decoder = item.decoder
         if decoder.params.prompt_logprobs is not None and len(decoder.sequence) == decoder.prompt_length:
-            own += decoder.prompt_logprobs(logits[item.start : item.end])
+            yield i, decoder.prompt_logprobs(logits[item.start : item.end])
         if decoder.sequence.num_pending == 0:
             choosing.append((i, decoder.first_row(item.start, item.end)))
     while choosing:
@@ -222,11 +224,10 @@ def advance_together(ready: Seq[Ready], logits: Logits, choose: Choosing = choos
         for (i, first), table in zip(choosing, tables, strict=True):
             start, end = end, end + len(table)
             told, goes_on = ready[i].decoder.take(choice, range(start, end))
-            events[i] += told
+            yield i, told
             if goes_on and first + len(table) < ready[i].end:
                 going_on.append((i, first + len(table)))
         choosing = going_on
-    return events
 
 
 def _rows(logits: Tensor, picked: list[int]) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
+from weakref import WeakKeyDictionary
 
 from handloom.cache.batch import Work
 from handloom.cache.sequence import Sequence
@@ -58,6 +59,7 @@ class SpeculativeDecoder(SampleDecoder):
         self._limit = params.prompt_lookup_num_tokens or params.num_assistant_tokens
         self._kind = BY_MODEL
         self._ran = self._right = 0  # tokens ahead: that ran in this step, and that were right
+        self._failure: HandloomError | None = None  # of its drafts
         self._watched = params.output_hidden_states or params.output_attentions
 
     @property
@@ -77,14 +79,17 @@ class SpeculativeDecoder(SampleDecoder):
         left = self.max_length - len(sequence) - 1
         return max(0, min(self._limit, left, sequence.room))
 
-    def ahead(self, token_ids: Seq[int], kind: int) -> None:
-        """Try these in the next step, up to an end-of-sequence token: a draft of that class."""
+    def ahead(self, token_ids: Seq[int], kind: int, failure: HandloomError | None = None) -> None:
+        """Try these in the next step, up to an end-of-sequence token: a draft of that class. failure: what ends the
+        request instead."""
         ends = [at for at, token_id in enumerate(token_ids, 1) if token_id in self.params.eos_token_id]
         self.sequence.ahead = list(token_ids[: ends[0] if ends else len(token_ids)])
-        self._kind = kind
+        self._kind, self._failure = kind, failure
 
     def plan(self) -> Seq[Work]:
-        """Its next tokens, and those ahead."""
+        """Its next tokens, and those ahead. Raises what went wrong in a hook on its assistant."""
+        if self._failure is not None:
+            raise self._failure
         (work,) = super().plan()
         sequence = self.sequence
         if work.num_tokens > 1:  # its K and V were taken meanwhile
@@ -158,7 +163,7 @@ class Speculator:
 
     def __init__(self) -> None:
         self._times = StepTimes()
-        self._draft_seconds: dict[Assistant, float] = {}  # of one pass
+        self._draft_seconds: WeakKeyDictionary[Assistant, float] = WeakKeyDictionary()  # of one pass
         self._expected: int | None = None  # tokens of the next step, if its time tells something
         self._started = 0.0
         self.counts = DraftCounts()
@@ -219,7 +224,7 @@ class Speculator:
         started = time.perf_counter()
         passes = draft_by_model(assistant, [wanted for _, wanted in together])
         for decoder, wanted in together:
-            decoder.ahead(wanted.drafted, BY_MODEL)
+            decoder.ahead(wanted.drafted, BY_MODEL, wanted.error)
         if passes:
             seconds = (time.perf_counter() - started) / passes
             known = self._draft_seconds.setdefault(assistant, seconds)

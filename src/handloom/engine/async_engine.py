@@ -90,18 +90,18 @@ class AsyncEngine:
 
     async def run(self, decoder: Decoder, *, priority: int = 0, wait: bool = True) -> AsyncIterator[Event]:
         """The events of a decoder, as of `generate`. Raises EngineFull, EngineError, and what `Engine.add` raises."""
-        stream = self._enter(decoder, priority, wait)
+        stream = self._enter(self._engine.guarded(decoder), priority, wait)
         try:
             while True:
                 while stream.events:
                     event = stream.events.popleft()
-                    if stream.paused and len(stream.events) <= self.max_events // 2:
-                        self._resume(stream)
+                    self._let_go_on(stream)
                     yield event
                     if isinstance(event, FinishedEvent):
                         return
                 if stream.error is not None:
                     raise stream.error
+                self._let_go_on(stream)  # it may have been paused while the last of its events were read
                 await stream.ready.wait()
                 stream.ready.clear()
         finally:
@@ -152,7 +152,10 @@ class AsyncEngine:
             self._changed.notify()
         return stream
 
-    def _resume(self, stream: _Stream) -> None:
+    def _let_go_on(self, stream: _Stream) -> None:
+        """Resume a request that was paused, once half of its events are read."""
+        if not stream.paused or len(stream.events) > self.max_events // 2:
+            return
         with self._changed:
             stream.paused = False
             self._engine.resume(stream.id)

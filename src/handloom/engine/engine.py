@@ -217,8 +217,7 @@ class Engine:
         Raises InvalidParam, InvalidPrompt for a sequence of the caller's that another request has, RequestFailed for
         a decoder that does not say its sequences.
         """
-        if type(decoder) not in MODES and not isinstance(decoder, Guarded):
-            decoder = Guarded(decoder, self.model)
+        decoder = self.guarded(decoder)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidParam(f"priority is {priority!r}; expected an integer, where higher comes first")
         with self._door:
@@ -231,6 +230,12 @@ class Engine:
             self._arrived.append(request)
         self._settle()
         return request.id
+
+    def guarded(self, decoder: Decoder) -> Decoder:
+        """The decoder, if it is one of handloom's; else one around it that keeps its mistakes from others."""
+        if type(decoder) in MODES or isinstance(decoder, Guarded):
+            return decoder
+        return Guarded(decoder, self.model)
 
     def abort(self, request_id: int) -> bool:
         """End a request and free its pages: now, or where a step is running, when it ends. False if it is already over.

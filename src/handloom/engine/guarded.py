@@ -38,12 +38,12 @@ class Guarded:
         self.inner, self._pool = inner, model.pool
         self._vocab_size, self._max_context = model.transformer.spec.vocab_size, model.max_context
         for name in ("plan", "advance", "close"):
-            if not callable(getattr(inner, name, None)):
+            if not callable(self._read(name)):
                 raise InvalidParam(f"the decoder {inner!r} has no method {name}; see handloom.Decoder for what one has")
         self._error: RequestFailed | None = None  # what went wrong where nothing can be raised
         self._known: Seq[Sequence] = ()
-        self.max_length = _integer(inner, "max_length", getattr(inner, "max_length", None))
-        self.num_outputs = _integer(inner, "num_outputs", getattr(inner, "num_outputs", 1))
+        self.max_length = _integer(inner, "max_length", self._read("max_length"))
+        self.num_outputs = _integer(inner, "num_outputs", self._read("num_outputs", 1))
         self._closed = False
         self._read_sequences()
 
@@ -58,6 +58,13 @@ class Guarded:
         except RequestFailed as failure:
             self._error = failure
         return self._known
+
+    def _read(self, name: str, default: object = None) -> object:
+        """An attribute that it may not have. Raises RequestFailed where asking for it raises."""
+        try:
+            return getattr(self.inner, name, default)
+        except Exception as cause:
+            raise self._wrong(f"raised {cause!r} when asked for its {name}") from cause
 
     def _read_sequences(self) -> None:
         try:

@@ -362,10 +362,9 @@ class Scheduler:
                 self._emit(request, events_of(request.decoder, logits[start:end]))
                 if isinstance(request.decoder, HealingDecoder) and request.decoder.healed is not None:
                     request.decoder = request.decoder.healed
-        for request, events in zip(
-            sampling, advance_together(ready, logits, self.choose) if ready else (), strict=True
-        ):
-            self._emit(request, events)
+        if ready:
+            for at, events in advance_together(ready, logits, self.choose):
+                self._emit(sampling[at], events)
         return self._hand_out()
 
     def _mark_computed(self, plan: Plan, failed: Container[Request]) -> dict[Request, tuple[int, int]]:
