@@ -17,9 +17,11 @@ from typing import Any
 
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
 from handloom.decoding.modes import RequestDecoder
-from handloom.engine.engine import Engine, Model
+from handloom.engine.engine import Engine
 from handloom.engine.events import EngineEvent, EngineStats
 from handloom.engine.guarded import Custom
+from handloom.engine.model import Model
+from handloom.engine.prepare import guarded
 from handloom.errors import EngineError, EngineFull, HandloomError, InvalidParam
 
 MAX_WAITING = 1024
@@ -90,7 +92,7 @@ class AsyncEngine:
 
     async def run(self, decoder: Decoder, *, priority: int = 0, wait: bool = True) -> AsyncIterator[Event]:
         """The events of a decoder, as of `generate`. Raises EngineFull, EngineError, and what `Engine.add` raises."""
-        stream = self._enter(self._engine.guarded(decoder), priority, wait)
+        stream = self._enter(guarded(self.model, decoder), priority, wait)
         try:
             while True:
                 while stream.events:

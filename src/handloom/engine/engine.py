@@ -9,49 +9,28 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent
-from handloom.decoding.draft_model import check_assistant
-from handloom.decoding.modes import MODES, RequestDecoder, make_decoder
+from handloom.decoding.modes import RequestDecoder
 from handloom.decoding.sample import SampleDecoder
 from handloom.decoding.speculative import Speculator
 from handloom.engine.events import EngineEvent, EngineStats
 from handloom.engine.flight import Pilot
-from handloom.engine.graphs import DecodeGraphs
 from handloom.engine.guarded import Custom, Guarded
 from handloom.engine.memory import memory_report, smaller_step
+from handloom.engine.model import Model
+from handloom.engine.prepare import guarded, prepare, resolve
 from handloom.engine.runner import Runner
 from handloom.engine.scheduler import Request, Scheduler
-from handloom.errors import EngineError, InvalidParam, InvalidPrompt, UnsupportedOption
-from handloom.model.hooks import Hooks
-from handloom.model.transformer import Transformer
-from handloom.sampling.grammar import Complete, Grammars
-from handloom.sampling.params import GenerationParams, resolve_params
-from handloom.text.tokenizer import Tokenizer
+from handloom.errors import EngineError, InvalidParam, InvalidPrompt
+from handloom.sampling.params import GenerationParams
 
 MAX_STEP_TOKENS = 512
 MAX_LOGITS_BYTES = 128 << 20
-
-
-class Model(Protocol):
-    """What the engine needs of a loaded model; `handloom.LM` is one."""
-
-    transformer: Transformer
-    tokenizer: Tokenizer | None
-    generation_config: dict[str, Any]
-    max_context: int
-    pool: PagePool
-    hooks: Hooks
-    grammars: Grammars | None
-    graphs: DecodeGraphs | None
-
-    def encode(self, prompt: Any) -> Sequence: ...
 
 
 class Engine:
@@ -125,79 +104,11 @@ class Engine:
 
     def resolve(self, sequence: Sequence, options: dict[str, Any]) -> GenerationParams:
         """A request's parameters. Raises InvalidPrompt, InvalidParam, UnsupportedOption, ContextOverflow."""
-        if not len(sequence):
-            raise InvalidPrompt("the sequence is empty; append a token to it first")
-        spec = self.model.transformer.spec
-        params = resolve_params(
-            self._with_ids(options),
-            generation_config=self.model.generation_config,
-            prompt_length=len(sequence),
-            max_context=self.model.max_context,
-            vocab_size=spec.vocab_size,
-            # as in transformers, a generation_config.json that names no eos means that there is none
-            eos_token_id=() if self.model.generation_config else spec.eos_token_ids,
-            compile=None if self.model.grammars is None else self.model.grammars.compile,
-        )
-        if params.structure is not None and not params.eos_token_id:
-            end = Complete(params.structure, len(sequence) - sequence.num_embeddings)
-            params = replace(params, stopping_criteria=(*params.stopping_criteria, end))
-        if params.stop_strings and self.model.tokenizer is None:
-            raise InvalidPrompt("stop_strings need a tokenizer, and this checkpoint has none; stop on eos_token_id")
-        if params.prompt_logprobs is not None and sequence.num_embeddings:
-            raise UnsupportedOption("prompt_logprobs need token ids, and the prompt begins with embeddings")
-        over_prompt = params.encoder_repetition_penalty != 1.0 or params.encoder_no_repeat_ngram_size > 0
-        if over_prompt and sequence.num_embeddings:
-            raise UnsupportedOption(
-                "encoder_repetition_penalty and encoder_no_repeat_ngram_size are about the prompt's token ids, and "
-                "this prompt begins with embeddings; leave them out"
-            )
-        if params.guidance_scale != 1.0 and not params.negative_prompt_ids and len(sequence) == sequence.num_embeddings:
-            raise UnsupportedOption(
-                "guidance_scale leads away from the prompt's last token, and this prompt ends with embeddings; give "
-                "negative_prompt_ids"
-            )
-        if params.assistant_model is not None:
-            check_assistant(params.assistant_model, sequence, spec.vocab_size, self.model.tokenizer)
-        if params.prompt_logprobs is not None and sequence.private and sequence.num_computed:
-            raise UnsupportedOption(
-                "prompt_logprobs compute the prompt again, and this sequence has K and V that would be forgotten; "
-                "pass its token_ids instead"
-            )
-        return params
-
-    def _with_ids(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options with negative_prompt, a text, as negative_prompt_ids. Raises InvalidParam, InvalidPrompt."""
-        text = options.get("negative_prompt")
-        options = {name: value for name, value in options.items() if name != "negative_prompt"}
-        if text is None:
-            return options
-        if not isinstance(text, str):
-            raise InvalidParam(f"negative_prompt is {type(text).__name__}, not a text; pass ids as negative_prompt_ids")
-        if options.get("negative_prompt_ids") is not None:
-            raise InvalidParam("negative_prompt and negative_prompt_ids are two ways to say one thing; give one")
-        return {**options, "negative_prompt_ids": self.model.encode(text).token_ids}
+        return resolve(self.model, sequence, options)
 
     def prepare(self, prompt: Any, options: dict[str, Any], *, cache_salt: str = "") -> RequestDecoder | Custom:
         """The decoder of a request, checked and not queued yet. Arguments and errors are those of `add_request`."""
-        if not isinstance(cache_salt, str):
-            raise InvalidParam(f"cache_salt is {cache_salt!r}; expected a text, the same for requests that may share")
-        if not isinstance(prompt, Sequence):
-            sequence = self.model.encode(prompt)
-            sequence.salt = cache_salt
-            return self._decoder(sequence, self.resolve(sequence, options), owns_sequence=True)
-        if cache_salt != prompt.salt and cache_salt:
-            raise InvalidParam("a sequence has its own salt; leave cache_salt out, or pass the sequence's token_ids")
-        if prompt.pool is not self.model.pool:
-            raise InvalidPrompt("the sequence lives in the cache of another model; pass its token_ids instead")
-        return self._decoder(prompt, self.resolve(prompt, options), owns_sequence=False)
-
-    def _decoder(self, sequence: Sequence, params: GenerationParams, *, owns_sequence: bool) -> RequestDecoder | Custom:
-        if params.custom_decoder is None:
-            tokenizer, transformer = self.model.tokenizer, self.model.transformer
-            return make_decoder(sequence, params, tokenizer, transformer, owns_sequence=owns_sequence)
-        if not owns_sequence:
-            raise UnsupportedOption("custom_decoder: a sequence goes on in place, in one way; pass its token_ids")
-        return Custom(sequence, params, self.model)
+        return prepare(self.model, prompt, options, cache_salt)
 
     def add_request(self, prompt: Any, /, *, priority: int = 0, cache_salt: str = "", **options: Any) -> int:
         """Queue a prompt (text, token ids, embeddings [n, hidden_size], or a Sequence of the cache).
@@ -217,7 +128,7 @@ class Engine:
         Raises InvalidParam, InvalidPrompt for a sequence of the caller's that another request has, RequestFailed for
         a decoder that does not say its sequences.
         """
-        decoder = self.guarded(decoder)
+        decoder = guarded(self.model, decoder)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidParam(f"priority is {priority!r}; expected an integer, where higher comes first")
         with self._door:
@@ -230,12 +141,6 @@ class Engine:
             self._arrived.append(request)
         self._settle()
         return request.id
-
-    def guarded(self, decoder: Decoder) -> Decoder:
-        """The decoder, if it is one of handloom's; else one around it that keeps its mistakes from others."""
-        if type(decoder) in MODES or isinstance(decoder, Guarded):
-            return decoder
-        return Guarded(decoder, self.model)
 
     def abort(self, request_id: int) -> bool:
         """End a request and free its pages: now, or where a step is running, when it ends. False if it is already over.

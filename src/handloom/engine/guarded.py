@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from torch import Tensor
 
 from handloom.cache.batch import Work
 from handloom.cache.sequence import Sequence
 from handloom.decoding.decoder import Decoder, Event, FinishedEvent, FinishReason
+from handloom.engine.model import Model
 from handloom.errors import HandloomError, InvalidParam, RequestFailed
 from handloom.model.hooks import Hook
 from handloom.sampling.params import GenerationParams
-
-if TYPE_CHECKING:
-    from handloom.engine.engine import Model
 
 EVENTS = get_args(Event)
 REASONS = get_args(FinishReason)
