@@ -13,7 +13,7 @@
 # end of the output sums up all of them, and the exit status says whether all went well.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-STEPS=${STEPS:-answers latency batch throughput prefill tests kernels sampling load}
+STEPS=${STEPS:-answers latency batch throughput prefill tests kernels sampling pdl load}
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} SMALL=${SMALL:-} RESUME=${RESUME:-} SHAPES=${SHAPES:-}
 RESULTS=${RESULTS:-benchmarks/results} SECONDS_IN_ALL=${SECONDS_IN_ALL:-560} JOBS=${JOBS:-$(nproc)}
 BATCH=${BATCH:-$([ -n "$SMALL" ] && echo 1 3 || echo 1 16 64 4 256)} PEERS=${PEERS-plain static dynamic torch continuous}
@@ -108,9 +108,13 @@ for step in $STEPS; do
             --pictures "$RESULTS/kernels" 2>"$RESULTS/kernels.log" >>"$summary"
         ;;
     sampling) suite "$seconds" sampling 1b ;;
+    pdl)
+        limited "$seconds" "$PYTHON" benchmarks/pdl.py --device "$DEVICE" --dtype "$DTYPE" ${SMALL:+--small} \
+            --output "$RESULTS/gpu.jsonl" 2>"$RESULTS/pdl.log" | tail -n +6 >>"$summary"
+        ;;
     load) suite "$seconds" load 1b ;;
     *)
-        echo "no step is called $step; there are answers, tests, kernels, latency, batch, throughput, prefill, sampling, load" >&2
+        echo "no step is called $step; there are answers, tests, kernels, latency, batch, throughput, prefill, sampling, pdl, load" >&2
         exit 2
         ;;
     esac
