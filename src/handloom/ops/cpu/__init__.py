@@ -150,7 +150,8 @@ def paged_attention(
         Frame.CONTEXT_LENS: address(lengths),
         Frame.PAGE_SIZE: k_pages.shape[1],
     }
-    run_once([blocks.attend(queries, k_pages, v_pages, scale, window, softcap, out)], frame)
+    kept_splits = blocks.kept_splits(starts.numpy(), lengths.numpy())
+    run_once(blocks.attend(queries, k_pages, v_pages, scale, window, softcap, out), frame, kept_splits)
     return out.to(q.dtype)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,13 +137,16 @@ def finish_qkv(
 
 def attend(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float, window: int | None, softcap: float | None, out: Tensor
-) -> ins.Attention:
+) -> Instructions:
     """out [TOKENS, num_heads * v_head_dim] of q [TOKENS, num_heads, head_dim]."""
-    num_heads, head_dim = q.shape[1:]
-    return ins.Attention(
-        address(q), stride(q), num_heads, k_pages.shape[2], head_dim, v_pages.shape[-1], address(k_pages),
-        address(v_pages), format_of(k_pages.dtype), scale, window or 0, softcap or 0.0, address(out), stride(out),
-    )  # fmt: skip
+    (num_heads, head_dim), num_kv_heads, v_head_dim = q.shape[1:], k_pages.shape[2], v_pages.shape[-1]
+    return [
+        ins.Attention(
+            address(q), stride(q), num_heads, num_kv_heads, head_dim, v_head_dim, address(k_pages), address(v_pages),
+            format_of(k_pages.dtype), scale, window or 0, softcap or 0.0, address(out), stride(out),
+        ),
+        ins.Combine(num_heads, num_kv_heads, v_head_dim, window or 0, address(out), stride(out)),
+    ]  # fmt: skip
 
 
 def quantize(weights: Tensor, out: QuantizedRows, failed: Tensor) -> ins.Quantize:
@@ -157,12 +161,25 @@ def quantize(weights: Tensor, out: QuantizedRows, failed: Tensor) -> ins.Quantiz
 
 
 def scratch_bytes(rows: Instructions) -> int:
-    """What one thread needs for these instructions; see `linear.linear_item` and `attention.attention_item`."""
+    """What one thread needs for these instructions; see `linear.linear_item` and `attention.attend`."""
     most = (504 * 4 + 2 + 64) * PANEL * 4
     for row in rows:
         if isinstance(row, ins.Attention):
             group = row.num_heads // row.num_kv_heads
-            queries = max(1, 64 // group) * group
+            queries = max(1, ins.QUERY_ROWS // group) * group
             d, dv = (-(-width // PANEL) * PANEL for width in (row.head_dim, row.v_head_dim))
-            most = max(most, 4 * (queries * (d + dv + 64 + 32) + 64 * (2 * d + dv)))
+            floats = queries * (d + 2 * (dv + 32) + ins.KEYS) + ins.KEYS * (d + dv) + 16 * d
+            most = max(most, 4 * floats + 8 * (ins.KEYS + d) // 16)
     return -(-most // 64) * 64
+
+
+def kept_bytes(rows: Instructions) -> int:
+    """What attention keeps of a query and a split of its keys."""
+    records = [4 * row.num_heads * (-(-row.v_head_dim // PANEL) * PANEL + 32) for row in rows if isinstance(row, ins.Combine)]
+    return max(records, default=0)
+
+
+def kept_splits(cu_seqlens: np.ndarray, context_lens: np.ndarray) -> int:
+    """Of how many queries and splits, at most, attention keeps sums between its two instructions."""
+    new, splits = cu_seqlens[1:] - cu_seqlens[:-1], -(-context_lens // ins.SPLIT)
+    return int((new * splits)[(new <= ins.QUERY_ROWS) & (splits > 1)].sum())

@@ -20,6 +20,10 @@ LINE = 64
 OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS = (i * LINE for i in range(6))
 CONTROL_BYTES = 6 * LINE
 
+KEYS = 64  # of a block of attention
+SPLIT = 256  # keys whose sums attention takes apart from others'
+QUERY_ROWS = 64  # queries times heads of a group that an item of attention has at most, if it has several queries
+
 
 class Frame(IntEnum):
     """Entries of a frame: numbers of tokens, sequences and rows of logits, addresses of the batch's tensors."""
@@ -40,6 +44,7 @@ class Frame(IntEnum):
     THREADS = 13
     LOGITS = 14
     PAGE_SIZE = 15
+    KEPT = 16  # where attention keeps sums between two instructions
 
 
 class Operation(IntEnum):
@@ -52,6 +57,7 @@ class Operation(IntEnum):
     QKV = 4
     ATTENTION = 5
     QUANTIZE = 6
+    COMBINE = 7
 
 
 class Embed(NamedTuple):
@@ -145,7 +151,10 @@ class Qkv(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """out [TOKENS, num_heads * v_head_dim] = attention of q over the pages; window 0, softcap 0: none"""
+    """out [TOKENS, num_heads * v_head_dim] = attention of q over the pages; window 0, softcap 0: none
+
+    Of some sequences only the sums over splits of the keys, which the next instruction adds.
+    """
 
     q: int
     q_stride: int
@@ -184,6 +193,17 @@ class Quantize(NamedTuple):
     failed: int
 
 
+class Combine(NamedTuple):
+    """The rest of out, from the sums that attention kept"""
+
+    num_heads: int
+    num_kv_heads: int
+    v_head_dim: int
+    window: int
+    out: int
+    out_stride: int
+
+
 CODES: dict[type, Operation] = {
     Embed: Operation.EMBED,
     NormRows: Operation.NORM,
@@ -192,6 +212,7 @@ CODES: dict[type, Operation] = {
     Qkv: Operation.QKV,
     Attention: Operation.ATTENTION,
     Quantize: Operation.QUANTIZE,
+    Combine: Operation.COMBINE,
 }
 
 

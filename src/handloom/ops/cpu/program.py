@@ -128,7 +128,7 @@ class Recorder:
         query_lens: Sequence[int] | None = None,
     ) -> Tensor:
         out = self.matrix("attended", q.shape[1] * v_pages.shape[-1])
-        self.rows.append(blocks.attend(q, k_pages, v_pages, scale, window, softcap, out))
+        self.rows += blocks.attend(q, k_pages, v_pages, scale, window, softcap, out)
         return out
 
     def linear_residual(
@@ -216,7 +216,8 @@ class Program:
         with self._lock:
             self._record(compute, max(tokens, count), int(batch.positions.numpy().max()) + 1, rotaries, kv)
             logits = torch.empty(count, self._width, dtype=torch.float32)
-            self._machine.run(self._table, self._scratch, entries(batch, logits, kv[0][0].shape[1]))
+            kept = self._kept * blocks.kept_splits(batch.cu_seqlens.numpy(), batch.context_lens.numpy())
+            self._machine.run(self._table, self._scratch, kept, entries(batch, logits, kv[0][0].shape[1]))
         return logits
 
     def _record(self, compute: Compute, rows: int, positions: int, rotaries: RotariesAt, kv: KVPages) -> None:
@@ -234,7 +235,7 @@ class Program:
         recorder = Recorder(capacity)
         self._width = compute(recorder, self._rotaries, kv).shape[1]
         self._table = np.array([ins.row_of(row) for row in recorder.rows], dtype=np.int64)
-        self._scratch = blocks.scratch_bytes(recorder.rows)
+        self._scratch, self._kept = blocks.scratch_bytes(recorder.rows), blocks.kept_bytes(recorder.rows)
         self._recorded, self._pages = recorder, pages
 
 

@@ -15,10 +15,11 @@ import sys
 
 from llvmlite import ir
 from numba.core import types
+from numba.core.types import UniTuple  # type: ignore[attr-defined]
 
 from handloom.ops.cpu import rows as row
 from handloom.ops.cpu import simd
-from handloom.ops.cpu.attention import attention_item, attention_items, position
+from handloom.ops.cpu.attention import attention_item, attention_items, combine_item, combine_items
 from handloom.ops.cpu.codes import BITS, LOW
 from handloom.ops.cpu.instructions import COUNTERS, FRAME, INSIDE, LENGTH, LINE, OPEN, TABLE, WIDTH, Frame, Operation
 from handloom.ops.cpu.linear import group_of, linear_item, linear_items
@@ -36,7 +37,7 @@ from handloom.ops.cpu.simd import (
     void,
     write_i64,
 )
-from handloom.ops.cpu.tiles import prefetch
+from handloom.ops.cpu.tiles import ask_for
 from handloom.ops.panels import PANEL
 from handloom.ops.quantized_panels import QUANTIZED
 
@@ -54,10 +55,10 @@ INPUT_IDS, POSITIONS, CU_SEQLENS, CONTEXT_LENS, PAGE_TABLE, MAX_PAGES, SLOT_MAPP
         Frame.SLOT_MAPPING, Frame.LOGITS_ROWS,
     )
 )  # fmt: skip
-SCRATCH, SCRATCH_BYTES, THREADS, LOGITS, PAGE_SIZE = (
-    int(x) * 8 for x in (Frame.SCRATCH, Frame.SCRATCH_BYTES, Frame.THREADS, Frame.LOGITS, Frame.PAGE_SIZE)
+SCRATCH, SCRATCH_BYTES, THREADS, LOGITS, PAGE_SIZE, KEPT = (
+    int(x) * 8 for x in (Frame.SCRATCH, Frame.SCRATCH_BYTES, Frame.THREADS, Frame.LOGITS, Frame.PAGE_SIZE, Frame.KEPT)
 )
-EMBED, NORM, LINEAR, ACTIVATE, QKV, ATTENTION, QUANTIZE = (int(x) for x in Operation)
+EMBED, NORM, LINEAR, ACTIVATE, QKV, ATTENTION, QUANTIZE, COMBINE = (int(x) for x in Operation)
 
 
 # Threads meeting --------------------------------------------------------------------------------
@@ -104,12 +105,6 @@ def wait_a_little(spins):
     return spins + 1
 
 
-@operation(void, int64)
-def ask_for(b: Builder, address: Value) -> None:
-    """Ask for a line of memory"""
-    prefetch(b, address)
-
-
 # Instructions -----------------------------------------------------------------------------------
 
 
@@ -133,8 +128,16 @@ def count_items(instruction, frame):
         return linear_items(operand(instruction, 6), count, linear_group(instruction, frame))
     if code == ATTENTION:
         group = operand(instruction, 2) // operand(instruction, 3)
-        sequences = read_i64(frame + SEQUENCES)
-        return attention_items(read_i64(frame + CU_SEQLENS), sequences, operand(instruction, 3), group)
+        return attention_items(
+            read_i64(frame + CU_SEQLENS), read_i64(frame + CONTEXT_LENS), read_i64(frame + SEQUENCES),
+            operand(instruction, 3), group, operand(instruction, 10),
+        )  # fmt: skip
+    if code == COMBINE:
+        group = operand(instruction, 0) // operand(instruction, 1)
+        return combine_items(
+            read_i64(frame + CU_SEQLENS), read_i64(frame + CONTEXT_LENS), read_i64(frame + SEQUENCES),
+            operand(instruction, 1), group, operand(instruction, 3),
+        )  # fmt: skip
     if code == NORM:
         return items_of_rows(read_i64(frame + 8 * operand(instruction, 0)))
     tokens = read_i64(frame + TOKENS)
@@ -168,7 +171,15 @@ def do_attention(i, frame, item, scratch):
         operand(i, 7), operand(i, 8), read_i64(frame + PAGE_SIZE), read_i64(frame + PAGE_TABLE),
         read_i64(frame + MAX_PAGES), read_i64(frame + CU_SEQLENS), read_i64(frame + CONTEXT_LENS),
         read_i64(frame + SEQUENCES), as_float(operand(i, 9)), operand(i, 10), as_float(operand(i, 11)), operand(i, 12),
-        operand(i, 13), scratch,
+        operand(i, 13), read_i64(frame + KEPT), scratch,
+    )  # fmt: skip
+
+
+@kernel(void, *[int64] * 4)
+def do_combine(i, frame, item, scratch):
+    combine_item(
+        item, operand(i, 0), operand(i, 1), operand(i, 2), read_i64(frame + CU_SEQLENS), read_i64(frame + CONTEXT_LENS),
+        read_i64(frame + SEQUENCES), operand(i, 3), operand(i, 4), operand(i, 5), read_i64(frame + KEPT), scratch,
     )  # fmt: skip
 
 
@@ -260,6 +271,8 @@ def do_item(instruction, frame, item, scratch):
         do_linear(instruction, frame, item, scratch)
     elif code == ATTENTION:
         do_attention(instruction, frame, item, scratch)
+    elif code == COMBINE:
+        do_combine(instruction, frame, item, scratch)
     elif code == ACTIVATE:
         do_activate(instruction, item)
     else:
@@ -295,7 +308,7 @@ def take(counters, thread, threads, total):
     return -1
 
 
-@kernel(position, *[int64] * 3)
+@kernel(UniTuple(int64, 2), *[int64] * 3)
 def own_weights(instruction, frame, thread):
     """Of a linear: where the weights of the thread's own items begin and end."""
     data, columns, depth = operand(instruction, 5), operand(instruction, 6), operand(instruction, 7)

@@ -122,7 +122,66 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
         column.add_incoming(b.add(column, w_stride), loop)
         b.cbranch(b.icmp_signed("<", following, k), loop, done)
         b.position_at_end(done)
-        _finish(b, after, out, stride, add)
+        places = [out]
+        for _ in range(rows - 1):
+            places.append(b.add(places[-1], stride))
+        _finish(b, after, places, add)
+
+    return tile
+
+
+def scattered_tile_of(rows: int, columns: int, form: Format) -> Any:
+    """A numba function that multiplies n rows of x with w [k, columns * LANES], which lies in pieces of LANES rows.
+
+    tile(x, x_stride, n, places, w_offset, w_stride, k, out, out_stride, accumulate): as `tile_of`; places: addresses
+    of the pieces, w_offset bytes are added to each; 0 < n <= rows: past n the last row is taken again.
+    """
+
+    @operation(void, *[int64] * 10)
+    def tile(
+        b: Builder,
+        x: Value,
+        x_stride: Value,
+        n: Value,
+        pieces: Value,
+        w_offset: Value,
+        w_stride: Value,
+        k: Value,
+        out: Value,
+        stride: Value,
+        add: Value,
+    ) -> None:
+        """A few rows of x times what lies in pieces"""
+        function, entry = b.function, b.block
+        loop, done = function.append_basic_block("k"), function.append_basic_block("tile")
+        starts, places = [x], [out]
+        for row in range(1, rows):
+            inside = b.icmp_signed("<", I64(row), n)
+            starts.append(b.add(starts[-1], b.select(inside, x_stride, I64(0))))
+            places.append(b.add(places[-1], b.select(inside, stride, I64(0))))
+        b.branch(loop)
+        b.position_at_end(loop)
+        at, before = b.phi(I64), b.phi(I64)
+        at.add_incoming(I64(0), entry)
+        before.add_incoming(I64(0), entry)
+        sums = [[b.phi(VECTOR) for _ in range(columns)] for _ in range(rows)]
+        piece = simd.load_at(b, b.add(pieces, b.shl(b.lshr(at, I64(4)), I64(3))), I64, 8)
+        begins = b.icmp_signed("==", b.and_(at, I64(LANES - 1)), I64(0))
+        column = b.select(begins, b.add(piece, w_offset), before)
+        weights = [form.load(b, simd.offset(b, column, LANES * form.size * v)) for v in range(columns)]
+        after = []
+        for start, totals in zip(starts, sums, strict=True):
+            value = simd.splat_of(b, simd.load_at(b, b.add(start, b.shl(at, I64(2))), F32, 4), VECTOR)
+            after.append([simd.fused(b, value, weight, total) for weight, total in zip(weights, totals, strict=True)])
+            for total, new in zip(totals, after[-1], strict=True):
+                total.add_incoming(simd.constant(0.0), entry)
+                total.add_incoming(new, loop)
+        following = b.add(at, I64(1))
+        at.add_incoming(following, loop)
+        before.add_incoming(b.add(column, w_stride), loop)
+        b.cbranch(b.icmp_signed("<", following, k), loop, done)
+        b.position_at_end(done)
+        _finish(b, after, places, add)
 
     return tile
 
@@ -132,15 +191,22 @@ def prefetch(b: Builder, address: Value) -> None:
     simd.call(b, "llvm.prefetch.p0", ir.VoidType(), simd.pointer(b, address, simd.I8), I32(0), I32(2), I32(1))
 
 
-def _finish(b: Builder, sums: list[list[Value]], out: Value, stride: Value, add: Value) -> None:
-    """Store the sums, or add them to what is there."""
+@operation(void, int64)
+def ask_for(b: Builder, address: Value) -> None:
+    """Ask for a line of memory"""
+    prefetch(b, address)
+
+
+def _finish(b: Builder, sums: list[list[Value]], places: list[Value], add: Value) -> None:
+    """Store the rows of sums, or add them to what is there: once, where two rows have the same place."""
     with b.if_else(b.icmp_signed("!=", add, I64(0))) as (adding, storing):
         for branch, accumulate in ((adding, True), (storing, False)):
             with branch:
-                row = out
-                for values in sums:
+                found = []
+                for values, row in zip(sums, places, strict=True):
                     for v, value in enumerate(values):
                         at = simd.offset(b, row, LANES * 4 * v)
                         total = b.fadd(simd.load_at(b, at, VECTOR, 4), value) if accumulate else value
-                        simd.store_at(b, total, at)
-                    row = b.add(row, stride)
+                        found.append((total, at))
+                for total, at in found:
+                    simd.store_at(b, total, at)

@@ -1,0 +1,121 @@
+"""How keys and values are read from pages: as they lie wherever they can be.
+
+LANES keys that lie one after another are turned to columns where they are, and a few queries weigh values where they
+are. What lies in pieces, or has a width that is no multiple of a vector, is copied as float32 first. Both give the same
+numbers. Of places past a sequence's end nothing is made use of: what lies there may be anything.
+
+This module does not know queries, heads or threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from handloom.ops.cpu import simd
+from handloom.ops.cpu.instructions import KEYS, LINE
+from handloom.ops.cpu.rows import ZERO, size_of, widen_row
+from handloom.ops.cpu.simd import LANES, Builder, Value, int64, kernel, operation, void
+from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, PANEL, Format, ask_for
+
+
+def _turner(form: Format) -> Any:
+    @operation(void, *[int64] * 4)
+    def turn(b: Builder, source: Value, source_stride: Value, target: Value, target_stride: Value) -> None:
+        """16 x 16 of a format, rows to columns of float32; strides in bytes"""
+        rows = []
+        for _ in range(LANES):
+            rows.append(form.load(b, source))
+            source = b.add(source, source_stride)
+        width = 1
+        while width < LANES:  # exchange blocks of `width` across the diagonal
+            low = [i if not i & width else i - width + LANES for i in range(LANES)]
+            high = [i + width if not i & width else i + LANES for i in range(LANES)]
+            turned = list(rows)
+            for i in range(LANES):
+                if not i & width:
+                    pair = rows[i], rows[i + width]
+                    turned[i], turned[i + width] = (
+                        b.shuffle_vector(*pair, ir.Constant(simd.INTS, order)) for order in (low, high)
+                    )
+            rows, width = turned, 2 * width
+        for row in rows:
+            simd.store_at(b, row, target)
+            target = b.add(target, target_stride)
+
+    return turn
+
+
+turn_f32, turn_bf16, turn_f16 = (_turner(form) for form in FORMATS)
+
+
+@kernel(int64, *[int64] * 6)
+def place(pages, stride, page_size, table, first, last):
+    """Where LANES keys from `first` on lie one after another and may all be read; 0 where there is no such place."""
+    page, at = first // page_size, first % page_size
+    number = simd.read_i64(table + 8 * page)
+    if at + LANES > page_size:
+        if first + LANES > last:
+            return 0
+        for following in range(page + 1, (first + LANES - 1) // page_size + 1):
+            if simd.read_i64(table + 8 * following) != number + following - page:
+                return 0
+    return pages + (number * page_size + at) * stride
+
+
+@kernel(void, *[int64] * 7)
+def ask_for_block(pages, stride, page_size, table, first, last, width):
+    """Ask for the keys of a block that are below `last`, `width` bytes of each."""
+    for i in range(0, min(KEYS, last - first), LANES):
+        at = place(pages, stride, page_size, table, first + i, last)
+        if at != 0:
+            for _ in range(LANES):
+                for j in range(0, width, LINE):
+                    ask_for(at + j)
+                at += stride
+
+
+@kernel(void, *[int64] * 11)
+def gather(pages, form, stride, page_size, table, first, last, count, width, out, out_width):
+    """`count` keys from `first` on as float32 [count, out_width], zeros where there are none."""
+    for i in range(count):
+        at = first + i
+        if at < last:
+            slot = simd.read_i64(table + 8 * (at // page_size)) * page_size + at % page_size
+            widen_row(pages + slot * stride, width, form, out + 4 * i * out_width, out_width)
+        else:
+            for j in range(0, out_width, LANES):
+                simd.store(out + 4 * (i * out_width + j), simd.splat(ZERO))
+
+
+@kernel(void, *[int64] * 11)
+def turn_block(pages, form, stride, page_size, table, first, last, width, out_width, copied, columns):
+    """The keys of a block that are below `last` as columns float32 [width, KEYS]; copied: scratch [LANES, out_width]."""
+    for i in range(0, min(KEYS, last - first), LANES):
+        at = place(pages, stride, page_size, table, first + i, last) if width % LANES == 0 else 0
+        kind, step = form, stride
+        if at == 0:
+            gather(pages, form, stride, page_size, table, first + i, last, LANES, width, copied, out_width)
+            at, kind, step = copied, FORMAT_F32, 4 * out_width
+        for j in range(0, width, LANES):
+            target = columns + 4 * (j * KEYS + i)
+            if kind == FORMAT_F32:
+                turn_f32(at + 4 * j, step, target, 4 * KEYS)
+            elif kind == FORMAT_BF16:
+                turn_bf16(at + 2 * j, step, target, 4 * KEYS)
+            else:
+                turn_f16(at + 2 * j, step, target, 4 * KEYS)
+
+
+@kernel(int64, *[int64] * 8)
+def places_of(pages, stride, page_size, table, first, last, width, out):
+    """Whether the values of a block can be read where they lie; if so, the places of LANES at a time in `out`."""
+    if width % PANEL != 0:
+        return 0
+    for i in range(0, min(KEYS, last - first), LANES):
+        at = place(pages, stride, page_size, table, first + i, last)
+        if at == 0:
+            return 0
+        simd.write_i64(out + i // LANES * 8, at)
+    return 1
