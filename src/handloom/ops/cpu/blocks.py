@@ -175,7 +175,9 @@ def scratch_bytes(rows: Instructions) -> int:
 
 def kept_bytes(rows: Instructions) -> int:
     """What attention keeps of a query and a split of its keys."""
-    records = [4 * row.num_heads * (-(-row.v_head_dim // PANEL) * PANEL + 32) for row in rows if isinstance(row, ins.Combine)]
+    records = [
+        4 * row.num_heads * (-(-row.v_head_dim // PANEL) * PANEL + 32) for row in rows if isinstance(row, ins.Combine)
+    ]
     return max(records, default=0)
 
 

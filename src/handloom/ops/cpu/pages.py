@@ -15,7 +15,7 @@ from llvmlite import ir
 
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.instructions import KEYS, LINE
-from handloom.ops.cpu.rows import ZERO, size_of, widen_row
+from handloom.ops.cpu.rows import ZERO, widen_row
 from handloom.ops.cpu.simd import LANES, Builder, Value, int64, kernel, operation, void
 from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, PANEL, Format, ask_for
 
@@ -91,7 +91,7 @@ def gather(pages, form, stride, page_size, table, first, last, count, width, out
 
 @kernel(void, *[int64] * 11)
 def turn_block(pages, form, stride, page_size, table, first, last, width, out_width, copied, columns):
-    """The keys of a block that are below `last` as columns float32 [width, KEYS]; copied: scratch [LANES, out_width]."""
+    """The keys of a block below `last` as columns float32 [width, KEYS]; copied: scratch [LANES, out_width]."""
     for i in range(0, min(KEYS, last - first), LANES):
         at = place(pages, stride, page_size, table, first + i, last) if width % LANES == 0 else 0
         kind, step = form, stride
