@@ -14,7 +14,7 @@ from typing import Any
 
 from handloom.collect import Collector
 from handloom.engine import Engine
-from handloom.errors import ContextOverflow
+from handloom.errors import ContextOverflow, UnsupportedOption
 from handloom.live import LiveSequence
 from handloom.lm import LM
 from handloom.output import Output, Piece
@@ -50,13 +50,16 @@ class Conversation:
         """Tokens in the live sequence, those of the last answer included."""
         return 0 if self._sequence is None else len(self._sequence)
 
-    def check(self, **options: Any) -> None:
+    def check(self, /, **options: Any) -> None:
         """Raises what `send` would raise at once for a short message with these options."""
         ids = self.lm.render_chat([*self.messages, {"role": "user", "content": "Hi"}], **self.template_options)
         with self.lm.sequence(ids) as sequence:
-            Engine(self.lm).prepare(sequence, self._with_limit(sequence, **options))
+            try:
+                Engine(self.lm).prepare(sequence, self._with_limit(sequence, options))
+            except UnsupportedOption as error:
+                raise UnsupportedOption(f"a conversation keeps one sequence from turn to turn: {error}") from None
 
-    def send(self, text: str, **options: Any) -> Iterator[Piece]:
+    def send(self, text: str, /, **options: Any) -> Iterator[Piece]:
         """Say something and stream the answer; `options` are those of `LM.generate`.
 
         The answer ends where the context does, if not earlier. Ended early, by `stop`, by leaving the loop
@@ -71,7 +74,7 @@ class Conversation:
         collector = Collector(self._engine)
         question = {"role": "user", "content": text}
         sequence = self._continue(self.lm.render_chat([*self.messages, question], **self.template_options))
-        collector.add(sequence, **self._with_limit(sequence, **options))
+        collector.add(sequence, **self._with_limit(sequence, options))
         self._answer = self._pieces(question, collector)
         return self._answer
 
@@ -112,13 +115,13 @@ class Conversation:
         self.num_reused = min(sequence.num_computed, len(ids) - 1)  # the last one runs again, for its logits
         return sequence
 
-    def _with_limit(
-        self, sequence: LiveSequence, *, max_new_tokens: int | None = None, **options: Any
-    ) -> dict[str, Any]:
+    def _with_limit(self, sequence: LiveSequence, options: dict[str, Any]) -> dict[str, Any]:
         """The options, with at most as many new tokens as there is room for."""
-        room = max(1, self._capacity(sequence) - len(sequence))
-        limit = min(max_new_tokens, room) if isinstance(max_new_tokens, int) else max_new_tokens
-        return {**options, "max_new_tokens": room if limit is None else limit}
+        room, limit = max(1, self._capacity(sequence) - len(sequence)), options.get("max_new_tokens")
+        return {
+            **options,
+            "max_new_tokens": room if limit is None else min(limit, room) if type(limit) is int else limit,
+        }
 
     def _capacity(self, sequence: LiveSequence) -> int:
         """Tokens the sequence can grow to: the context, or what the cache has free."""

@@ -112,6 +112,13 @@ def test_speculation_changes_no_token_and_says_what_it_did(
         assert said.count(f"model: the folder {pair.folder}") == 2 and "int8" in said
 
 
+def test_log_probabilities_of_the_prompt_are_in_the_json(pair: Pair, handloom: Callable[..., Result]) -> None:
+    (output,) = found(handloom("generate", PROMPT, "-n", 1, "--json", "--set", "prompt_logprobs=2"))
+    expected = pair.lm().generate(PROMPT, max_new_tokens=1, prompt_logprobs=2)
+    assert output["prompt_logprobs"] == expected.prompt_logprobs
+    assert output["prompt_top_logprobs"] == [[list(one) for one in top] for top in expected.prompt_top_logprobs]
+
+
 def test_several_outputs_stand_one_below_the_other(pair: Pair, handloom: Callable[..., Result]) -> None:
     arguments = (PROMPT, "-n", 9, "--temperature", 1.5, "--seed", 3, "--num-return-sequences", 3)
     expected = pair.lm().generate(PROMPT, max_new_tokens=9, temperature=1.5, seed=3, num_return_sequences=3)
@@ -151,6 +158,11 @@ def test_values_are_json_or_pythons_constants_or_text() -> None:
         (["--set", "top_k=3", "--top-k", "4"], "twice"),
         (["--set", "max_new_tokens=3", "-n", "4"], "twice"),
         (["--set", "use_cache=false"], "use_cache"),
+        *((["--set", f"{name}=x", *json], f"'{name}' (from the caller) is no generation option")
+          for name in ("self", "prompts", "params", "progress", "priority") for json in ([], ["--json"])),
+        (["--set", "input_ids=[1]"], "input_ids"),
+        (["--set", "output_scores=true", "--json"], "use it from Python"),
+        (["--set", "prompt_logprobs=1"], "with --json only"),
         (["--set", "assistant_model=some/model"], "assistant_model"),
         (["--set", "logits_processor=some.module"], "logits_processor"),
         (["--set", "streamer=x"], "streamer"),
@@ -209,7 +221,10 @@ def test_a_chat_has_the_same_options(pair: Pair, handloom: Callable[..., Result]
     ("arguments", "says"),
     [
         (["--temperature", "nan"], "temperature"),
-        (["--num-beams", "2"], "a sequence goes on in place"),
+        (["--num-beams", "2"], "a conversation keeps one sequence"),
+        (["--set", "self=1"], "no generation option"),
+        (["--set", "sequence=1"], "no generation option"),
+        (["--set", "text=1"], "no generation option"),
         (["--set", "max_length=9"], "--max-new-tokens"),
         (["--json-schema", "nowhere.json"], "no such file"),
         (["--set", "nothing=1"], "no generation option"),

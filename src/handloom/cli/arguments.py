@@ -142,6 +142,8 @@ class Generation:
         for name, value in _assigned(self.settings or []).items():
             if name in found:
                 raise InvalidParam(f"--set {name}=… and --{name.replace('_', '-')} say one thing twice; give one")
+            if name.startswith("output_") and value:
+                raise InvalidParam(f"--set {name}: the tensors that it keeps are not written; use it from Python")
             found[name] = value
         if self.draft_model is not None and found.get("assistant_model") is not None:
             raise InvalidParam("--set assistant_model: an option on the command line is no model; leave it out")

@@ -12,6 +12,7 @@ import typer
 
 from handloom.cli import common
 from handloom.cli.arguments import Generation, Json, Loading, ModelOption, Quiet
+from handloom.errors import InvalidParam
 
 if TYPE_CHECKING:
     from handloom.lm import LM
@@ -62,6 +63,8 @@ def generate(
     if echo and (json or chat):
         raise typer.BadParameter("the prompt can be written first only for plain text", param_hint="--echo")
     options = asked.options(logprobs=logprobs, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences)
+    if options.get("prompt_logprobs") is not None and not json:
+        raise InvalidParam("--set prompt_logprobs: log-probabilities are written with --json only")
     if prompt == "-":
         with common.waiting("starting", quiet):
             from handloom.text.tokenizer import MAX_TEXT_BYTES
@@ -75,14 +78,13 @@ def generate(
     if "max_new_tokens" not in said and "max_length" not in said:
         options["max_new_tokens"] = max(1, min(NEW_TOKENS, lm.max_context - len(ids)))
     if json:
-        outputs = lm.generate(ids, **options)
-        for output in outputs if isinstance(outputs, list) else [outputs]:
+        for output in _run(lm, ids, options, None):
             common.emit_json(_as_json(lm, prompt, output))
         return
     writer = common.Writer()
     if echo:
         writer.write(prompt)
-    first, *others = _stream(lm, ids, options, writer)
+    first, *others = _run(lm, ids, options, writer)
     common.say(common.summary(first), quiet)
     for output in others:
         writer.write(output.text)
@@ -95,7 +97,7 @@ def _chat_ids(lm: LM, text: str, system: str | None) -> list[int]:
     return lm.render_chat([*messages, {"role": "user", "content": text}])
 
 
-def _stream(lm: LM, ids: list[int], options: dict[str, Any], writer: common.Writer) -> list[Output]:
+def _run(lm: LM, ids: list[int], options: dict[str, Any], writer: common.Writer | None) -> list[Output]:
     """All outputs; the first one's pieces are written as they come. Raises what `LM.stream` raises."""
     from handloom.collect import Collector
     from handloom.engine import Engine
@@ -104,12 +106,14 @@ def _stream(lm: LM, ids: list[int], options: dict[str, Any], writer: common.Writ
     collector.add(ids, **options)
     try:
         for piece in collector.pieces():
-            writer.write(piece.text if piece.sample == 0 else "")
+            if writer is not None and piece.sample == 0:
+                writer.write(piece.text)
             if piece.error is not None:
                 raise piece.error
     finally:
         collector.engine.close()
-        writer.end_line()
+        if writer is not None:
+            writer.end_line()
     return collector.outputs
 
 
@@ -132,6 +136,8 @@ def _as_json(lm: LM, prompt: str, output: Output) -> dict[str, Any]:
         "drafts": None if output.drafts is None else asdict(output.drafts),
         "logprobs": output.logprobs,
         "top_logprobs": output.top_logprobs,
+        "prompt_logprobs": output.prompt_logprobs,
+        "prompt_top_logprobs": output.prompt_top_logprobs,
         "timing": {
             "time_to_first_token": timing.time_to_first_token,
             "total": timing.total,

@@ -107,7 +107,7 @@ NOTES: dict[str, str] = {
     "early_stopping": "True, False or 'never'; refused without beams, which alone have a use for it",
     "prompt_lookup_num_tokens": "at most; fewer where acceptance does not pay. The tokens are those without it, also "
     "sampled. Candidates that a rule bans are not cut off first. Refused beside beams, several outputs, guidance and "
-    "rng='torch'",
+    "draws by rng='torch'",
     "max_matching_ngram_size": "2 where nothing is said; refused without prompt_lookup_num_tokens",
     "assistant_model": "an LM with the same tokenizer. The tokens are those without it: sampled ones are coupled by "
     "their noise, where transformers' depend on the drafts. Refused as prompt lookup is",
