@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import platform
@@ -130,6 +131,26 @@ def test_another_processor_is_given_code_of_its_own(monkeypatch: pytest.MonkeyPa
         assert compiled.kept_in.__wrapped__() != own
 
 
+def test_what_kernels_take_constants_from_is_in_the_name_of_the_file() -> None:
+    """All that is imported on the way to the step."""
+    found, todo = set[str](), {"handloom.ops.cpu.compiling"}
+    while todo:
+        found |= todo
+        sources = [Path(compiled.__file__).with_name(f"{name.rpartition('.')[2]}.py") for name in todo]
+        nodes = [node for source in sources for node in ast.walk(ast.parse(source.read_text()))]
+        imported = [
+            (node.module or "", alias.name)
+            for node in nodes
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        ]
+        names = {f"{module}.{name}" if module == "handloom.ops.cpu" else module for module, name in imported}
+        todo = {name for name in names if name.startswith("handloom.ops.cpu.")} - found
+        found |= {name for name in names if name.startswith("handloom.")}
+    outside = {f"{name.removeprefix('handloom.').replace('.', '/')}.py" for name in found if ".ops.cpu." not in name}
+    assert outside - {"errors.py"} == set(compiled.OUTSIDE)
+
+
 @pytest.mark.skipif(not LINKED_HERE, reason="only objects for Linux on x86-64 are linked here")
 def test_objects_that_ask_for_more_are_left_to_llvm(code: bytes) -> None:
     assert object_code.link(b"\xcf\xfa\xed\xfe" + code[4:], compiled.NAME) is None  # Mach-O
@@ -137,6 +158,10 @@ def test_objects_that_ask_for_more_are_left_to_llvm(code: bytes) -> None:
     assert object_code.link(code.replace(b"\0sched_yield\0", b"\0sched_yielt\0"), compiled.NAME) is None
     sections = list(object_code._sections(code))
     first = next(s for s in sections if s.type == object_code.RELA and sections[s.info].type == object_code.PROGBITS)
+    (headers,) = struct.unpack_from("<Q", code, 40)
+    flags = headers + sections.index(sections[first.info]) * 64 + 8
+    writable = code[:flags] + struct.pack("<Q", sections[first.info].flags | 1) + code[flags + 8 :]
+    assert object_code.link(writable, compiled.NAME) is None
     relative = code[: first.offset + 8] + struct.pack("<I", 2) + code[first.offset + 12 :]  # R_X86_64_PC32
     assert object_code.link(relative, compiled.NAME) is None
 

@@ -31,8 +31,8 @@ VARIABLES = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX")
 """numba's, which name another processor to compile for (NUMBA_CPU_NAME alone keeps the features of this one)."""
 FIELDS = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
 """How lines of /proc/cpuinfo begin that tell processors apart, on x86-64 and ARM."""
-OUTSIDE = ("panels.py", "quantized_panels.py")
-"""Sources beside this package that the kernels take constants from."""
+OUTSIDE = ("ops/panels.py", "ops/quantized_panels.py", "checkpoint/quantize.py")
+"""Sources outside this package that the kernels take constants from."""
 
 logger = logging.getLogger("handloom")
 _lock = threading.Lock()
@@ -105,7 +105,7 @@ def kept_in() -> Path:
     for part in (_version(), *(os.environ.get(name, "") for name in VARIABLES), _processor()):
         digest.update(part.encode() + b"\0")
     here = Path(__file__).parent
-    for source in (*sorted(here.glob("*.py")), *(here.parent / name for name in OUTSIDE)):
+    for source in (*sorted(here.glob("*.py")), *(here.parents[1] / name for name in OUTSIDE)):
         digest.update(source.read_bytes())
     return kept.folder() / f"cpu-{digest.hexdigest()[:32]}.o"
 

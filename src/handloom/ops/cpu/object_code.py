@@ -21,7 +21,7 @@ from typing import NamedTuple
 ELF_64 = b"\x7fELF\x02\x01\x01"  # little endian, version 1
 RELOCATABLE_X86_64 = 1, 62
 PROGBITS, SYMTAB, RELA = 1, 2, 4  # types of sections
-IN_MEMORY = 2  # a flag of theirs
+WRITABLE, IN_MEMORY = 1, 2  # flags of theirs
 UNDEFINED = 0  # the section of a symbol that is not defined in the file
 R_X86_64_64 = 1  # the relocation: 64 bits become the symbol's address plus an addend
 
@@ -91,6 +91,8 @@ def link(data: bytes, name: str) -> int | None:
     if not data.startswith(ELF_64) or struct.unpack_from("<HH", data, 16) != RELOCATABLE_X86_64:
         return None
     sections = list(_sections(data))
+    if any(section.flags & IN_MEMORY and section.flags & WRITABLE for section in sections):
+        return None
     places, size = _lay_out(sections)
     base = _allocate(size)
     addresses = _addresses(data, sections, {i: base + place for i, place in places.items()})
