@@ -5,8 +5,9 @@ This module does not know how any of it came about.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import exp
 from typing import Any
 
@@ -34,7 +35,7 @@ class Timing:
         return (self.new_tokens - 1) / decode if self.new_tokens > 1 and decode > 0 else 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Output:
     """One prompt's result.
 
@@ -73,6 +74,14 @@ class Output:
     drafts: DraftCounts | None = None
     timing: Timing = field(default_factory=lambda: Timing(0.0, 0.0, 0, 0))
     error: HandloomError | None = None
+
+    def __repr__(self) -> str:
+        """The text, and whatever else there is to say, cut short where it is long."""
+        rest = {
+            one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("text", "windows", "timing")
+        }
+        said = {name: reprlib.repr(value) for name, value in rest.items() if value is not None}
+        return f"Output(text={self.text!r}, {', '.join(f'{name}={value}' for name, value in said.items())})"
 
     def to_transformers(self) -> Any:
         """The GenerateDecoderOnlyOutput that `generate(..., return_dict_in_generate=True)` gives for this one output.

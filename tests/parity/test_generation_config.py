@@ -151,3 +151,13 @@ def test_the_file_of_a_model_may_not_hold_what_we_do_not_do(model: Any, tmp_path
         lm.generate(random_ids(3, 12))
     prompt = random_ids(3, 12)
     assert len(lm.generate(prompt, use_mtp=False, no_repeat_ngram_size=0, eos_token_id=None).token_ids) == 20
+
+
+def test_the_config_of_a_loaded_model_may_be_replaced_by_an_object(pair: Pair) -> None:
+    lm = hl.LM.from_pretrained(pair.folder)
+    lm.generation_config = GenerationConfig(max_new_tokens=4, eos_token_id=None, repetition_penalty=1.5)
+    expected = pair.lm().generate([5, 6, 7], max_new_tokens=4, eos_token_id=None, repetition_penalty=1.5)
+    assert lm.generate([5, 6, 7]).token_ids == expected.token_ids
+    lm.generation_config = 5
+    with pytest.raises(HandloomError, match="must be a GenerationConfig or a mapping, not int"):
+        lm.generate([5, 6, 7])

@@ -338,3 +338,12 @@ def test_params_that_are_no_list_and_batches_of_ids_are_told_what_to_do() -> Non
         lm.generate(PROMPTS[0], params={"seed": 1})
     with pytest.raises(InvalidPrompt, match=r"ids\[0\]"):
         lm.generate(torch.tensor([[1, 2, 3]]))
+
+
+def test_an_output_shows_its_text_and_what_else_was_asked_for_in_short() -> None:
+    lm = lm_with()
+    plain = repr(lm.generate(list(range(4, 44)), max_new_tokens=20))
+    assert plain.startswith("Output(text=") and "finish_reason='length'" in plain and "None" not in plain
+    assert len(plain) < 400
+    rich = repr(lm.generate([5, 6], max_new_tokens=20, output_scores=True, output_hidden_states=True, logprobs=3))
+    assert "scores=[tensor(" in rich and "hidden_states=[" in rich and len(rich) < 2000

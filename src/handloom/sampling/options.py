@@ -81,7 +81,7 @@ class Options:
         self._layers = {
             CALLER: caller,
             PASSED: {name: value for name, value in passed.items() if value is not None},
-            MODEL: {name: value for name, value in model.items() if value is not None},
+            MODEL: {name: value for name, value in _as_mapping(model).items() if value is not None},
         }
         self._names = names - OURS
         self._check_names()
