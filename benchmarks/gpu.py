@@ -58,7 +58,6 @@ from handloom.loading import DTYPES, PAGE_SIZE
 from handloom.measure import limits
 from handloom.measure.peer import Transformers
 from handloom.measure.speed import random_ids
-from kernel_worker import compile_for_each_shape
 from random_llama import SHAPES, as_transformers, make
 from step_parts import step_parts
 
@@ -248,7 +247,6 @@ def main() -> None:
         )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    compile_for_each_shape()
     session = Session(arguments)
     try:
         for suite in arguments.suites:

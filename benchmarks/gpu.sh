@@ -3,7 +3,7 @@
 # Needs Python 3.12, torch 2.11, triton 3.6, transformers 5.17, a C compiler (Triton's), and of pyproject.toml's packages
 # all but gguf; pytest. pytest-xdist, pytest-timeout and matplotlib are used where they are there.
 #   benchmarks/gpu.sh                                   on a GPU: every step, the most telling first, 560 s together
-#   RESUME=1 benchmarks/gpu.sh                          once more: what the tables lack of this revision
+#   RESUME=1 benchmarks/gpu.sh                          once more: the steps that did not end well, of these what is left
 #   STEPS="kernels latency" benchmarks/gpu.sh           some of the steps; the time is theirs
 #   STEPS=batch BATCH="1 16" PEERS="plain" SHAPES=1b benchmarks/gpu.sh
 #   STEPS=tests TESTS=tests/kernels/test_norm.py benchmarks/gpu.sh
@@ -22,8 +22,14 @@ BACKEND=${BACKEND:-$([ "$DEVICE" = cpu ] && echo reference || echo triton)}
 export PYTHONPATH=src:kernels/torch-ext:tests${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 [ "$DEVICE" = cpu ] && export TRITON_INTERPRET=1
 mkdir -p "$RESULTS"
-status=0 summary=$RESULTS/summary.txt
+status=0 summary=$RESULTS/summary.txt revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 : >"$summary"
+if [ -n "$RESUME" ]; then
+    for step in $STEPS; do
+        grep -qsx "$step $revision" "$RESULTS/done" || rest="${rest:-} $step"
+    done
+    STEPS=${rest:-}
+fi
 
 # limited SECONDS COMMAND...: interrupted then, so that it can say how far it came, and killed 20 s later
 limited() { timeout --signal=INT --kill-after=20 "$@"; }
@@ -35,9 +41,9 @@ budget() {
     answers) percent=16 ;;  # of 560 s: 90
     latency) percent=34 ;;  # of 470 s: 160
     batch) percent=26 ;;    # of 310 s: 80
-    throughput) percent=30 ;;
+    throughput) percent=40 ;; # of 230 s: 90
     prefill) percent=20 ;;
-    tests) percent=55 ;;
+    tests) percent=60 ;;
     kernels) percent=60 ;;
     *) percent=50 ;;
     esac
@@ -72,7 +78,7 @@ suite() {
         ${SMALL:+--small --rounds 2} ${RESUME:+--resume} --output "$RESULTS/gpu.jsonl" \
         2>"$RESULTS/$name.log" >"$RESULTS/$name.md"
     result=$?
-    sed -n '/^In short/,$p' "$RESULTS/$name.md" | sed 1d | cut -c1-240 | head -n 24 >>"$summary"
+    sed -n '/^In short/,$p' "$RESULTS/$name.md" | sed 1d | cut -c1-320 | head -n 24 >>"$summary"
     [ $result = 0 ] || tail -n 5 "$RESULTS/$name.log" | cut -c1-240 >>"$summary"
     return $result
 }
@@ -119,7 +125,11 @@ for step in $STEPS; do
         ;;
     esac
     result=$?
-    [ $result = 0 ] || status=1
+    if [ $result = 0 ]; then
+        echo "$step $revision" >>"$RESULTS/done"
+    else
+        status=1
+    fi
     left=$((left - 1))
     echo "== $step: $((SECONDS - started)) s, status $result" | tee -a "$summary"
 done

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._dynamo import mark_static_address
 from torch.nn import functional as F  # noqa: N812
 
 from handloom.model.rope import inverse_frequencies
@@ -31,7 +32,11 @@ class PlainTorch:
         )
         self.cos, self.sin = angles.cos(), angles.sin()
         self.places = torch.arange(room, device=embedding.device)
-        self.decode = torch.compile(self.step, mode="reduce-overhead", fullgraph=True) if compiled else self.step
+        self.decode = self.step
+        if compiled:
+            for tensor in (self.cache, self.cos, self.sin, self.places, *weights.values()):
+                mark_static_address(tensor)  # else a graph would copy them, or not be made since the cache is written
+            self.decode = torch.compile(self.step, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:

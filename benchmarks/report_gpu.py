@@ -98,7 +98,7 @@ def in_short(rows: Iterable[Row]) -> str:
                 line += f", {name} {number(found['p50'])}%" if found else ""
             others = [(peer, row) for peer, row in peers.items() if peer not in (OURS, LIMIT)]
             line += "".join(f"; x{ratio(ours, row):.2f} {peer}" for peer, row in others)
-            lines.append(line[:240])
+            lines.append(line[:320])
     return "\n".join(lines) + "\n"
 
 
