@@ -14,6 +14,7 @@ from handloom.errors import NonFiniteLogits
 from handloom.sampling import sampler
 from handloom.sampling.params import GenerationParams
 from handloom.sampling.sampler import Row, choose, token_logprobs
+from handloom.sampling.watermark import SynthID, Watermark
 from sampler_rows import MIXED, SAMPLED, random_logits, row
 
 INF = torch.inf
@@ -179,7 +180,18 @@ def test_safety_12_non_finite_logits_fail_their_own_row_only(params, value, wher
     assert choice.errors[0] is None and choice.errors[2] is None
 
 
-@pytest.mark.parametrize("params", [{}, SAMPLED, {"do_sample": True, "rng": "torch"}], ids=str)
+AFTER_BANS = [  # the rules that come after all that ban tokens, each of which could hide that none is left
+    {"temperature": 0.5}, {"top_h": 0.5}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"typical_p": 0.5},
+    {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1}, {"renormalize_logits": True}, {"watermarking_config": Watermark()},
+    {"watermarking_config": SynthID(ngram_len=3, keys=(1, 2))},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, SAMPLED, {"do_sample": True, "rng": "torch"}, *({"do_sample": True, **rule} for rule in AFTER_BANS)],
+    ids=str,
+)
 def test_safety_12_a_row_with_nothing_left_fails_alone(params):
     logits = random_logits(3)
     logits[0] = -INF

@@ -44,7 +44,6 @@ class ContrastiveDecoder:
         self._branches = Branches(sequence)
         self._output = SampleDecoder(sequence, replace(params, output_scores=True, logprobs=None), tokenizer)
         self.max_length = self._output.max_length
-        self._hook = Hook(frozenset({LAST_HIDDEN}), self._see, changes=False, sequence=None)
         self._before = _Directions()  # of the tokens before the candidates
         self._seen: dict[Sequence, Tensor] = {}  # last hidden states [hidden_size] of the candidates
         self._choice: Choice | None = None  # all but which token; none before the prompt has run
@@ -56,7 +55,8 @@ class ContrastiveDecoder:
         return self._branches.sequences
 
     def plan(self) -> Seq[Work]:
-        return [work._replace(hook=self._hook) for work in self._branches.plan()]
+        hook = Hook(frozenset({LAST_HIDDEN}), self._see, changes=False, sequence=None)
+        return [work._replace(hook=hook) for work in self._branches.plan()]
 
     def close(self) -> None:
         self._branches.free()

@@ -45,17 +45,17 @@ class DolaDecoder(SampleDecoder):
         super().__init__(sequence, params, tokenizer, owns_sequence=owns_sequence)
         self._model = model
         points = [f"blocks.{layer}.hook_resid_pre" for layer in premature_layers(params.dola_layers, model.spec)]
-        self._hook = Hook(frozenset(points), self._see, changes=False, sequence=None)
         self._early = dict.fromkeys(points, torch.empty(0))  # residual stream at the last token [hidden_size], by point
 
     def plan(self) -> Seq[Work]:
         """Its next tokens: the last alone, so that those before it may be taken over from others."""
         (work,) = super().plan()
+        hook = Hook(frozenset(self._early), self._see, changes=False, sequence=None)
         if work.hook is not None:
-            return [work._replace(hook=_both(work.hook, self._hook))]
+            return [work._replace(hook=_both(work.hook, hook))]
         if work.logits == "last" and work.num_tokens > 1:
             return [Work(work.sequence, work.num_tokens - 1, "none")]
-        return [work._replace(hook=self._hook)]
+        return [work._replace(hook=hook)]
 
     def row(self) -> Row:
         row = super().row()

@@ -60,7 +60,7 @@ class SampleDecoder:
         self.rules = RequestRules(self._params, self.prompt_length - hidden)
         self.started = time.monotonic()
         self.finished = False
-        self._scores: list[Tensor] = []
+        self._scores: list[Tensor] = []  # of all tokens, for the caller's criteria
         self._text = output_text(tokenizer, params, sequence.token_ids[hidden:])
         self._next_prompt_logprob = 1
         self.internals = Internals(params, sequence)
@@ -134,7 +134,7 @@ class SampleDecoder:
             self.sequence.append(token_id)
         except HandloomError as failure:  # the caller has filled the context meanwhile
             return [self._finish("error", error=failure)]
-        if scores is not None:
+        if scores is not None and self.params.stopping_criteria:
             self._scores.append(scores)
         text = self._text.push(token_id) if self._text is not None else ""
         event = TokenEvent(token_id, text, choice.logprobs[i], choice.top_logprobs[i], scores, choice.logits[i], seen)

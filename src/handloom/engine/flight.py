@@ -125,6 +125,7 @@ class Pilot:
         self._depth = 0
         while self._queued:
             self._queued.popleft().wait()
+        self._rows = []
         self.graphs.give_back()
 
     def free_memory(self) -> int:
@@ -146,6 +147,7 @@ class Pilot:
             if work.hook is not None:
                 return "a request has a hook of its own"
             if request.id in self._without_tokens:
+                self._without_tokens.discard(request.id)
                 return "a request had no token to choose"
             reason = needs_host(request.decoder.params, request.decoder.rules)
             if reason is not None:

@@ -1,7 +1,6 @@
-"""Runs one planned step on the model.
+"""Runs one planned step on the model, kernel by kernel.
 
-Today every step is an eager forward pass; captured graphs will live here.
-This module does not know requests or how tokens are chosen.
+This module does not know requests, how tokens are chosen, or captured steps.
 """
 
 from __future__ import annotations

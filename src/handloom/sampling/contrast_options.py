@@ -13,10 +13,10 @@ from torch import Tensor
 from handloom.errors import ContextOverflow, InvalidParam, UnsupportedOption
 from handloom.sampling.options import LARGEST_FACTOR, Expected, Options, flag, integer, is_integer, real, show
 from handloom.sampling.search_options import MAX_SEQUENCES, Search
+from handloom.sampling.structure_options import STRUCTURES
 
 DolaLayers = tuple[int, ...] | Literal["low", "high"]
 MAX_LAYERS = 4096
-STRUCTURES = ("json_schema", "regex", "grammar", "choices")
 
 
 class Contrast(TypedDict):
@@ -40,7 +40,7 @@ def read_contrast(asked: Options, do_sample: bool, search: Search, *, vocab_size
     """
     scale = asked.read("guidance_scale", real(-LARGEST_FACTOR, LARGEST_FACTOR), default=1.0, off=1.0)
     negative = asked.read("negative_prompt_ids", token_ids(vocab_size), default=(), off=())
-    if negative and not said(asked, "guidance_scale"):
+    if negative and asked.given("guidance_scale") is None:
         raise InvalidParam("a negative prompt is what guidance leads away from; give guidance_scale too")
     if len(negative) > room:
         raise ContextOverflow(
@@ -50,14 +50,14 @@ def read_contrast(asked: Options, do_sample: bool, search: Search, *, vocab_size
     alpha = asked.read("penalty_alpha", real(0, 1), default=0.0, off=0.0)
     layers = asked.read("dola_layers", dola_layers, default=(), off=())
     modes = {"guidance_scale": scale != 1.0, "penalty_alpha": alpha > 0, "dola_layers": layers != ()}
-    first, *others = [f"{name}={show((asked.find(name) or (None,))[0])}" for name, on in modes.items() if on] or [""]
+    first, *others = [f"{name}={show(asked.given(name))}" for name, on in modes.items() if on] or [""]
     if others:
         raise UnsupportedOption(f"{others[0]} beside {first}: they are two ways to weigh the logits; give one of them")
-    if (scale != 1.0 or alpha > 0) and said(asked, "prompt_logprobs"):
+    if (scale != 1.0 or alpha > 0) and asked.given("prompt_logprobs") is not None:
         raise UnsupportedOption(
             f"prompt_logprobs beside {first}: ask for them in a request of their own, or use `lm.score`"
         )
-    if layers and (structure := [name for name in STRUCTURES if said(asked, name)]):
+    if layers and (structure := [name for name in STRUCTURES if asked.given(name) is not None]):
         raise UnsupportedOption(
             f"{structure[0]} beside {first}: DoLa leaves a few likely tokens, of which the grammar may allow none; "
             "leave one of the two out"
@@ -78,11 +78,6 @@ def _check_contrastive(asked: Options, said_so: str, do_sample: bool) -> None:
             raise UnsupportedOption(f"{name} beside {said_so}: the candidates that are not taken would be in it too")
     if not 1 <= top_k <= MAX_SEQUENCES:
         raise InvalidParam(f"{said_so} looks at top_k tokens, and top_k={top_k}; give 1 to {MAX_SEQUENCES}")
-
-
-def said(asked: Options, name: str) -> bool:
-    """Whether anybody gave the option a value."""
-    return (asked.find(name) or (None, ""))[0] is not None
 
 
 def token_ids(vocab_size: int) -> Callable[[Any], tuple[int, ...]]:

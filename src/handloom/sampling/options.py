@@ -93,6 +93,11 @@ class Options:
                 return layer[name], source
         return None
 
+    def given(self, name: str) -> Any:
+        """The value as it was said, unchecked; None where nobody said anything."""
+        found = self.find(name)
+        return None if found is None else found[0]
+
     def by_caller(self, name: str) -> bool:
         """Did the caller say it, as an option or in a config passed along?"""
         found = self.find(name)

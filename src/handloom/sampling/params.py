@@ -311,8 +311,7 @@ def _sampling(asked: Options) -> tuple[bool, float]:
     explicit, knobs = asked.by_caller("do_sample"), _knobs(asked)
     if explicit and not do_sample and knobs:
         raise InvalidParam(f"do_sample=False takes the most likely token and has no use for {', '.join(knobs)}")
-    seed, _ = asked.find("seed") or (None, CALLER)
-    wanted = do_sample if explicit else bool(knobs) or seed is not None
+    wanted = do_sample if explicit else bool(knobs) or asked.given("seed") is not None
     if temperature > 0:
         return (wanted or do_sample), temperature
     if wanted and (explicit or not asked.by_caller("temperature")):
@@ -348,5 +347,5 @@ def _random_source(asked: Options) -> tuple[Literal["counter", "torch"], int]:
 
 
 def _stop_strings(asked: Options) -> tuple[str, ...]:
-    value, _ = asked.find("stop_strings") or (None, "")
+    value = asked.given("stop_strings")
     return () if value is None else tuple(check_stop_strings([value] if isinstance(value, str) else value))

@@ -189,10 +189,11 @@ _BEST: dict[Callable[..., None], Callable[[Tensor, int], Tensor]] = {
 
 
 def renormalize_logits(scores: Tensor, flags: Sequence[bool]) -> None:
-    """Scores become log-probabilities. Off: False."""
+    """Scores become log-probabilities; a row that is all -inf stays so. Off: False."""
     on = [row for row, flag in enumerate(flags) if flag]
     if on:
-        _put(scores, on, _take(scores, on).log_softmax(dim=-1))
+        own = _take(scores, on)
+        _put(scores, on, torch.where(own.isneginf(), own, own.log_softmax(dim=-1)))
 
 
 def _distribution(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from handloom.errors import InvalidParam, UnsupportedOption
 from handloom.sampling.forced_words import Constraint, constraints, forced_words
 from handloom.sampling.options import LARGEST_FACTOR, Expected, Options, integer, real
+from handloom.sampling.structure_options import STRUCTURES
 
 MAX_SEQUENCES = 1024  # outputs or beams of one prompt
 LARGEST_PENALTY = 50.0  # a length to this power stays a float
@@ -70,12 +71,12 @@ def read_search(asked: Options, *, do_sample: bool, eos: tuple[int, ...], vocab_
     _check_groups(search)
     if search.force_words_ids or groups > 1:
         _check_beside(asked, "num_beam_groups" if groups > 1 else "force_words_ids", do_sample=do_sample)
-    if max(outputs, beams) > 1 and (asked.find("prompt_logprobs") or (None, ""))[0] is not None:
+    if max(outputs, beams) > 1 and asked.given("prompt_logprobs") is not None:
         raise UnsupportedOption(
             "prompt_logprobs beside num_return_sequences or num_beams: ask for them in a request of their own, or use "
             "`lm.score`"
         )
-    penalty, _ = asked.find("encoder_repetition_penalty") or (None, "")
+    penalty = asked.given("encoder_repetition_penalty")
     if max(outputs, beams) > 1 and penalty not in (None, 1.0):
         raise UnsupportedOption(
             f"encoder_repetition_penalty={penalty!r} beside num_return_sequences or num_beams: transformers applies it "
@@ -105,13 +106,13 @@ def _check_beside(asked: Options, name: str, *, do_sample: bool) -> None:
         raise InvalidParam(
             f"{name} looks for the most likely and draws nothing; leave out do_sample, seed and the like"
         )
-    if (asked.find("stop_strings") or (None, ""))[0]:
+    if asked.given("stop_strings"):
         raise UnsupportedOption(
             f"stop_strings beside {name}: in transformers they end such a search only where every beam has one at its "
             "end at once, and stay in the middle of outputs; use eos_token_id, or cut the text"
         )
-    for structure in ("json_schema", "regex", "grammar", "choices"):
-        if name == "force_words_ids" and (asked.find(structure) or (None, ""))[0] is not None:
+    for structure in STRUCTURES if name == "force_words_ids" else ():
+        if asked.given(structure) is not None:
             raise UnsupportedOption(
                 f"{structure} beside force_words_ids, which proposes its phrases wherever the output is: put them into "
                 f"the {structure}"

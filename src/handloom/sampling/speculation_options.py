@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, Literal, TypedDict
 
 from handloom.errors import InvalidParam, UnsupportedOption
-from handloom.sampling.contrast_options import said
 from handloom.sampling.options import Expected, Options, integer, real
 
 MAX_DRAFT = 1024
@@ -66,11 +65,11 @@ def read_speculation(asked: Options, *, torch_draws: bool) -> Speculation:
             "assistant_confidence_threshold", real(0, 1), default=THRESHOLD, off=0.0
         ),
     )
-    drafters = [name for name in _DRAFTERS if said(asked, name)]
+    drafters = [name for name in _DRAFTERS if asked.given(name) is not None]
     if len(drafters) > 1:
         raise InvalidParam(f"{' and '.join(drafters)}: each is a way to draft tokens, and one is enough")
     for name, (needed, neutral) in _NEEDS.items():
-        value = (asked.find(name) or (None, ""))[0]
+        value = asked.given(name)
         if asked.by_caller(name) and value not in (None, neutral) and not {*needed} & {*drafters}:
             raise InvalidParam(f"{name}={value!r} is about speculative decoding; give {' or '.join(needed)} too")
     if drafters:
@@ -81,7 +80,7 @@ def read_speculation(asked: Options, *, torch_draws: bool) -> Speculation:
 def _check_beside(asked: Options, drafter: str, *, torch_draws: bool) -> None:
     """Raises UnsupportedOption for what speculation does not go with."""
     for name, neutral in _OTHER_WAYS.items():
-        value = (asked.find(name) or (None, ""))[0]
+        value = asked.given(name)
         if value not in (None, neutral):
             raise UnsupportedOption(
                 f"{drafter} beside {name}={value!r}: tokens are drafted where one sequence makes one output; leave one "

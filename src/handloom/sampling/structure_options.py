@@ -57,7 +57,7 @@ def read_structure(asked: Options, compile: Compile | None) -> Structure:
             f"token_healing beside {given[0]}: a token that heals the prompt may go past its end, into what the "
             "grammar is about; end the prompt where a token ends, and leave token_healing out"
         )
-    if healing and (asked.find("custom_decoder") or (None, ""))[0] is not None:
+    if healing and asked.given("custom_decoder") is not None:
         raise UnsupportedOption("token_healing beside custom_decoder: that one is given the prompt as it is")
     structure = Structure(json_schema=None, regex=None, grammar=None, choices=None, token_healing=healing)
     for name, source in sources.items():
@@ -163,3 +163,4 @@ _CHECKS: dict[Literal["json_schema", "regex", "grammar", "choices"], Callable[[A
     "grammar": lark,
     "choices": choices,
 }
+STRUCTURES = tuple(_CHECKS)

@@ -158,13 +158,16 @@ def coin_flips(coins: Tensor, key: int, hashes: Tensor) -> Tensor:
 
 
 def tournament(scores: Tensor, contexts: Sequence[SynthIDContext | None]) -> None:
-    """Scores become log-probabilities after a round per key, in each row of `scores` [R, V] float32. Off: None."""
+    """Scores become log-probabilities after a round per key, in each row of `scores` [R, V] float32. Off: None.
+
+    A row that is all -inf, or has a NaN, stays so: there is nothing to draw from, while transformers draws from all.
+    """
     for row, context in enumerate(contexts):
         if context is None:
             continue
         if context.config.debug_mode:
             scores[row] = 1
-        if not context.skipped and not context.repeated:
+        if not context.skipped and not context.repeated and bool(scores[row].amax() > -torch.inf):
             scores[row] = _rounds(scores[row : row + 1], context)[0]
 
 
