@@ -117,7 +117,7 @@ def compare(pair: Pair, mode: str, prompt: list[int], seed: int, *, new_tokens: 
     options = _lengths(draw, vocab_size, new_tokens)
     options |= (_rules(draw, vocab_size) if how.rules else {}) | how.added(draw)
     if STRUCTURES.keys() & options.keys():
-        options["eos_token_id"] = options["eos_token_id"] or [pair.tokens.eos_token]
+        options["eos_token_id"] = [pair.tokens.eos_token]  # any other may be a text that the grammar cannot do without
     torch.manual_seed(seed)
     ours = pair.lm().generate([prompt], **options, **how.own(pair))
     if how.heals:

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import logits_process as hf
 from transformers.generation.utils import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from handloom.sampling.params import resolve_params
 from handloom.sampling.rules import Row, apply_rules
@@ -18,7 +19,9 @@ PROMPT_LENGTH, NEW_TOKENS, EOS = 6, 5, [1, 3]
 
 
 class NoModel(GenerationMixin):
-    """As much of a model as `_get_logits_processor` reads."""
+    """As much of a model as `_get_logits_processor` reads, and as guidance calls: it gives `unconditional` [1, V]."""
+
+    unconditional: torch.Tensor
 
     def __init__(self, vocab_size: int) -> None:
         class Config:
@@ -30,8 +33,13 @@ class NoModel(GenerationMixin):
         Config.vocab_size = vocab_size
         self.config = Config()
 
+    def __call__(self, *_: Any, **__: Any) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=self.unconditional[:, None])
 
-def theirs(options: dict[str, Any], prompt: list[int], vocab_size: int) -> hf.LogitsProcessorList:
+
+def theirs(
+    options: dict[str, Any], prompt: list[int], vocab_size: int, model: NoModel | None = None
+) -> hf.LogitsProcessorList:
     """The processors of generate, for one prompt."""
     options = {**options, "max_length": len(prompt) + NEW_TOKENS}
     allowed = options.pop("prefix_allowed_tokens_fn", None)
@@ -42,7 +50,7 @@ def theirs(options: dict[str, Any], prompt: list[int], vocab_size: int) -> hf.Lo
         options["sequence_bias"] = {tuple(ids): bias for ids, bias in options["sequence_bias"]}
     config = GenerationConfig(num_beams=1, **options)
     config._eos_token_tensor = torch.tensor([id_ for id_ in EOS if id_ < vocab_size])
-    return NoModel(vocab_size)._get_logits_processor(
+    return (model or NoModel(vocab_size))._get_logits_processor(
         config,
         input_ids_seq_length=len(prompt),
         encoder_input_ids=torch.tensor([prompt]),
@@ -98,10 +106,17 @@ def assert_same_at_every_step(options: list[dict[str, Any]], vocab_size: int, se
     few = min(vocab_size, 5)  # so that n-grams repeat
     sequences = torch.randint(0, few, (len(options), PROMPT_LENGTH + NEW_TOKENS), generator=generator).tolist()
     rows = [mine(own, ids[:PROMPT_LENGTH], vocab_size) for own, ids in zip(options, sequences, strict=True)]
-    chains = [theirs(own, ids[:PROMPT_LENGTH], vocab_size) for own, ids in zip(options, sequences, strict=True)]
+    models = [NoModel(vocab_size) for _ in options]
+    chains = [
+        theirs(own, ids[:PROMPT_LENGTH], vocab_size, model)
+        for own, ids, model in zip(options, sequences, models, strict=True)
+    ]
     for step in range(NEW_TOKENS):
         length = PROMPT_LENGTH + step
         scores = torch.cat([some_scores(vocab_size, seed + 7 * i + step, kind) for i, kind in enumerate(kinds)])
+        for i, (row, model) in enumerate(zip(rows, models, strict=True)):
+            model.unconditional = some_scores(vocab_size, seed + 1000 * i + step, "random")
+            row.unconditional = model.unconditional[0]
         expected = [
             their_scores(chain, ids[:length], scores[i : i + 1].clone())
             for i, (chain, ids) in enumerate(zip(chains, sequences, strict=True))

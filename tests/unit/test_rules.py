@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
+from transformers.generation import logits_process as hf
 
 from handloom.errors import HandloomError
 from handloom.sampling.params import resolve_params
-from handloom.sampling.rules import apply_rules
+from handloom.sampling.rules import AFTER_THE_CALLERS, BEFORE_THE_CALLERS, apply_rules
 from known_wrong import WRONG_ON_INFINITIES
 from rule_chains import (
     EOS,
@@ -27,6 +28,7 @@ from rule_chains import (
 )
 
 ALONE: dict[str, list[Any]] = {
+    "guidance_scale": [0.5, 1.7, -2.0],
     "sequence_bias": [[[[0], 1.5]], [[[1, 0], -2.25], [[0], 0.5], [[2, 2, 0], 1.25], [[0, 0], -INF]]],
     "encoder_repetition_penalty": [0.7, 3.0],
     "repetition_penalty": [0.7, 3.0],
@@ -51,12 +53,24 @@ ALONE: dict[str, list[Any]] = {
     ],
     "renormalize_logits": [True],
 }
+WARPERS = {"temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+NOT_IN_GENERATE = {  # and where they are compared
+    "dola_layers": "test_contrastive_and_dola.py",
+    "diversity_penalty": "test_group_beams.py",
+    "structure": "test_structured_output.py",
+}
 KINDS = {
     "a model's": "random",
     "ties": "ties",
     "partly -inf": "holes",
     "all -inf": "nothing",
 }
+
+
+def test_every_rule_is_compared_alone() -> None:
+    """Those of sampling in test_processors.py; a caller's own in test_sampler_processors.py."""
+    rules = {rule.option for rule in (*BEFORE_THE_CALLERS, *AFTER_THE_CALLERS)}
+    assert rules == ALONE.keys() | WARPERS | NOT_IN_GENERATE.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,7 +84,7 @@ def test_a_rule_alone_gives_the_scores_of_transformers(name, vocab_size, kind):
         assert_same_at_every_step([*options, {}], vocab_size, seed, [KINDS[kind]] * (len(options) + 1))
 
 
-@pytest.mark.parametrize("name", sorted({*ALONE} - {"exponential_decay_length_penalty", "min_length"}))
+@pytest.mark.parametrize("name", sorted(ALONE))
 def test_a_rule_over_a_vocabulary_of_262144(name):
     assert_same_at_every_step([{name: value} for value in ALONE[name]], 262144, 3, ["random"] * len(ALONE[name]))
 
@@ -81,6 +95,7 @@ def test_selfhash_gives_the_scores_of_transformers():
 
 
 ONE_TOKEN: list[dict[str, Any]] = [
+    {"guidance_scale": 1.5},
     {"sequence_bias": [[[0], -1.0]]},
     {"repetition_penalty": 2.0},
     {"encoder_repetition_penalty": 2.0},
@@ -104,9 +119,24 @@ def test_a_rule_over_a_vocabulary_of_one_token(options):
     assert_same_at_every_step([options], 1, 1, ["random"])
 
 
+@pytest.mark.parametrize(
+    "options", [{"min_length": 9}, {"min_new_tokens": 2}, {"exponential_decay_length_penalty": (1, 1.5)}], ids=str
+)
+def test_a_rule_about_the_end_over_a_vocabulary_of_one_token_that_is_it(options, monkeypatch):
+    monkeypatch.setattr("rule_chains.EOS", [0])
+    assert_same_at_every_step([options], 1, 1, ["random"])
+
+
 def test_values_that_are_no_numbers_are_removed_after_the_rules_before():
     options = {"remove_invalid_values": True, "repetition_penalty": 1.5, "bad_words_ids": [[0]], "suppress_tokens": [4]}
     assert_same_at_every_step([options, {"remove_invalid_values": True}], 97, 1, ["invalid", "nothing"])
+
+
+def favours_threes(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return scores + 0.25 * (torch.arange(scores.shape[1]) % 3 == 0)
+
+
+CALLERS = [favours_threes, hf.RepetitionPenaltyLogitsProcessor(1.25), hf.TopKLogitsWarper(4)]
 
 
 def sometimes(value: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -120,6 +150,8 @@ def any_options(draw: st.DrawFn, vocab_size: int) -> dict[str, Any]:
     some = st.lists(ids, min_size=1, max_size=3)
     quarter = st.integers(-12, 12).map(lambda n: n / 4)  # whose sums are exact, in whichever order
     options = {
+        "guidance_scale": sometimes(st.sampled_from((0.5, 1.5, 3.0))),
+        "logits_processor": sometimes(st.lists(st.sampled_from(CALLERS), min_size=1, max_size=2, unique=True)),
         "sequence_bias": sometimes(st.lists(st.tuples(some, quarter).map(list), min_size=1, max_size=4)),
         "encoder_repetition_penalty": sometimes(st.floats(0.5, 2.0)),
         "repetition_penalty": sometimes(st.floats(0.5, 2.0)),

@@ -12,7 +12,7 @@ from transformers.generation.utils import GenerationMixin
 
 from chi_square import p_value
 from handloom.sampling.params import GenerationParams, resolve_params
-from handloom.sampling.rules import RequestRules, Row
+from handloom.sampling.rules import AFTER_THE_CALLERS, RequestRules, Row
 from handloom.sampling.sampler import choose
 
 VOCAB, DRAWS, PROMPT = 40, 8000, [5, 6, 7, 5, 6, 9]
@@ -33,11 +33,20 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
     "sequence_bias": {"sequence_bias": {(3,): 1.5, (9, 4): 2.5, (8, 5): 9.0}},
     "bad_words_ids": {"bad_words_ids": [[3], [9, 5], [9, 6], [8, 7]]},
+    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(1, VOCAB, 3))},
     "suppress_tokens": {"suppress_tokens": list(range(0, VOCAB, 3))},
     "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda batch_id, ids: list(range(int(ids[-1])))},
     "green list": {"watermarking_config": WatermarkingConfig()},
     "SynthID": {"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[654, 400, 836])},
     "renormalize_logits": {"renormalize_logits": True, "top_k": 9},
+    "top_k, top_p": {"top_k": 15, "top_p": 0.7},
+    "top_p, min_p, hot": {"temperature": 2.0, "top_p": 0.9, "min_p": 0.05},
+    "top_h, top_k": {"top_h": 0.8, "top_k": 12},
+    "typical_p, eta_cutoff": {"typical_p": 0.8, "eta_cutoff": 0.02},
+    "epsilon_cutoff, penalties": {"epsilon_cutoff": 0.02, "repetition_penalty": 1.5, "encoder_repetition_penalty": 1.3},
+    "green list, top_p": {"watermarking_config": WatermarkingConfig(bias=1.5), "top_p": 0.9},
+    "SynthID, top_k": {"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=2, keys=[7, 8]), "top_k": 12},
     "many": {
         "temperature": 1.5, "top_k": 25, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.95, "epsilon_cutoff": 0.002,
         "repetition_penalty": 1.3, "watermarking_config": WatermarkingConfig(bias=1.0), "renormalize_logits": True,
@@ -100,6 +109,10 @@ def test_draws_follow_the_exact_distribution(name: str, rng: str, logits: torch.
     if name != "plain":
         far = (exact({"top_k": 0}, logits) - probabilities).abs().sum() / 2
         assert far > 0.05, "this option must matter here"
+
+
+def test_every_rule_of_sampling_is_here_alone() -> None:
+    assert {rule.option for rule in AFTER_THE_CALLERS if rule.sampled} - {"temperature"} <= CONFIGURATIONS.keys()
 
 
 def test_the_test_sees_a_distribution_that_is_a_little_off(logits: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from handloom.cache.batch import Work, build_batch
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.lm import LM
+from handloom.output import Output
 from handloom.sampling.processors import temperature, top_k, top_p
 from handloom.sampling.repetition import repetition_penalty
 from tiny_models import random_ids
@@ -66,24 +67,44 @@ def assistant(lm: LM) -> LM:
     return other
 
 
-@pytest.mark.parametrize("drafter", ["a model", "a text"])
+DRAFTERS: dict[str, dict[str, Any]] = {
+    "a model": {},
+    "a text": {"speculation": "suffix"},
+    "a lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
 def test_three_tokens_follow_their_joint_distribution(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     draft_freely(monkeypatch)
     lm = lm_with(12_000)
     joint = exact(lm)
     likely = max(joint, key=joint.__getitem__)
-    monkeypatch.setattr("handloom.decoding.speculative.SuffixAutomaton", lambda: Oracle(PROMPT, likely, wrong=0.3))
-    drafts = {"speculation": "suffix"} if drafter == "a text" else {"assistant_model": assistant(lm)}
+    for name in ("SuffixAutomaton", "PromptLookup"):
+        monkeypatch.setattr(f"handloom.decoding.speculative.{name}", lambda *_: Oracle(PROMPT, likely, wrong=0.3))
+    drafts = DRAFTERS[drafter] or {"assistant_model": assistant(lm)}
     each = [{"seed": seed} for seed in range(SEEDS)]
     outputs = lm.generate([PROMPT] * SEEDS, params=each, progress=False, **OPTIONS, **drafts)
+    assert p_value_of(outputs, joint) > 1e-6
+    accepted, drafted = (sum(getattr(o.drafts, name) for o in outputs) for name in ("accepted", "drafted"))
+    assert 0 < accepted < drafted
+    assert len(joint) > 2 * KEEP
+
+
+def p_value_of(outputs: list[Output], joint: dict[tuple[int, ...], float]) -> float:
     places = {tokens: at for at, tokens in enumerate(joint)}
     counts = torch.bincount(
         torch.tensor([places[tuple(output.token_ids[:3])] for output in outputs]), minlength=len(joint)
     )
-    assert p_value(counts, torch.tensor(list(joint.values()), dtype=torch.float64)) > 1e-6
-    accepted, drafted = (sum(getattr(o.drafts, name) for o in outputs) for name in ("accepted", "drafted"))
-    assert 0 < accepted < drafted
-    assert len(joint) > 2 * KEEP
+    return p_value(counts, torch.tensor(list(joint.values()), dtype=torch.float64))
+
+
+def test_several_outputs_of_one_prompt_follow_it_too() -> None:
+    lm = lm_with(12_000)
+    each = [{"seed": seed} for seed in range(SEEDS // 50)]
+    outputs = lm.generate([PROMPT] * len(each), params=each, progress=False, num_return_sequences=50, **OPTIONS)
+    assert len(outputs) == SEEDS
+    assert p_value_of(outputs, exact(lm)) > 1e-6
 
 
 def test_the_test_sees_a_distribution_that_is_a_little_off() -> None:
