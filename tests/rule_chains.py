@@ -101,7 +101,12 @@ def their_scores(chain: hf.LogitsProcessorList, ids: list[int], scores: torch.Te
 
 
 def assert_same_at_every_step(options: list[dict[str, Any]], vocab_size: int, seed: int, kinds: list[str]) -> None:
-    """All rows in one call of ours; each row in calls of its own of transformers."""
+    """All rows in one call of ours; each row in calls of its own of transformers.
+
+    A row of which transformers raises is not looked at any more: processors after that one, which may go by what they
+    have seen before, have missed the step.
+    """
+    raised: set[int] = set()
     generator = torch.Generator().manual_seed(seed)
     few = min(vocab_size, 5)  # so that n-grams repeat
     sequences = torch.randint(0, few, (len(options), PROMPT_LENGTH + NEW_TOKENS), generator=generator).tolist()
@@ -125,7 +130,8 @@ def assert_same_at_every_step(options: list[dict[str, Any]], vocab_size: int, se
             row.token_ids = ids[:length]
         assert apply_rules(scores, rows) == [None] * len(rows)
         for i, wanted in enumerate(expected):
-            assert wanted is None or same(scores[i], wanted), (options[i], step, scores[i], wanted)
+            raised |= {i} if wanted is None else set()
+            assert wanted is None or i in raised or same(scores[i], wanted), (options[i], step, scores[i], wanted)
 
 
 def allow_even(batch_id: int, ids: torch.Tensor) -> list[int]:
