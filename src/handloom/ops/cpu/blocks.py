@@ -22,9 +22,6 @@ from handloom.ops.panels import PANEL, Panels, format_of
 from handloom.ops.quantized_panels import QUANTIZED, QuantizedPanels
 from handloom_kernels.reference import Norm, Rotary
 
-ACTIVATIONS = {name: number for number, name in enumerate(("silu", "gelu", "gelu_tanh", "relu", "relu2"))}
-"""The numbers of `elementary`."""
-
 Weight = Tensor | Panels | QuantizedPanels
 Instructions = list[tuple[int | float, ...]]
 
@@ -113,7 +110,7 @@ def linear(
 
 def activate(x: Tensor, activation: str, gated: bool, out: Tensor) -> ins.Activate:
     """out [TOKENS, I] = activation(x[:, :I]), times x[:, I:] if gated."""
-    kind = ACTIVATIONS[activation]
+    kind = int(ins.Activation[activation.upper()])
     return ins.Activate(address(x), stride(x), out.shape[1], int(gated), kind, address(out), stride(out))
 
 
@@ -162,7 +159,7 @@ def quantize(weights: Tensor, out: QuantizedRows, failed: Tensor) -> ins.Quantiz
 
 def scratch_bytes(rows: Instructions) -> int:
     """What one thread needs for these instructions; see `linear.linear_item` and `attention.attend`."""
-    most = (504 * 4 + 2 + 64) * PANEL * 4
+    most = (ins.ROWS * ins.GROUP + 2 + ins.BLOCK) * PANEL * 4
     for row in rows:
         if isinstance(row, ins.Attention):
             group = row.num_heads // row.num_kv_heads

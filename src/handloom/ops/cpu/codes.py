@@ -35,13 +35,11 @@ from handloom.ops.cpu.simd import (
     vector,
     void,
 )
-from handloom.ops.cpu.tiles import WIDE, prefetch
+from handloom.ops.cpu.tiles import PREFETCH, VECTORS, WIDE, prefetch
 from handloom.ops.panels import PANEL
 from handloom.ops.quantized_panels import MINIMUM_KINDS, PLANES, SCALE_KINDS
 
-VECTORS = PANEL // LANES
 SUPER = 256
-PREFETCH = 6144  # bytes ahead
 SCALE_BYTES = 2 * PANEL * 4  # scales and minima of one group
 ZERO = np.float32(0.0)
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from llvmlite import ir
 
 from handloom.ops.cpu import simd
+from handloom.ops.cpu.instructions import Activation
 from handloom.ops.cpu.simd import INTS, LANES, VECTOR, Builder, Value, constant, fused, int64, kernel, operation, vector
 
 EXP = (0.50000006, 0.166666701, 0.0416655205, 0.0083324993, 0.00139921368, 0.000203777716)
@@ -27,8 +28,7 @@ LN2_HIGH = 0.693359375
 LN2_LOW = math.log(2) - LN2_HIGH
 ROUNDING = 1.5 * 2.0**23  # adding it leaves the nearest integer in the low bits
 
-SILU, GELU, GELU_TANH, RELU, RELU2 = range(5)
-ACTIVATIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "relu2": RELU2}
+SILU, GELU, GELU_TANH, RELU, RELU2 = (int(x) for x in Activation)
 
 
 def _polynomial(b: Builder, x: Value, coefficients: Sequence[float]) -> Value:
@@ -124,7 +124,7 @@ def relu(b: Builder, x: Value) -> Value:
 
 @kernel(vector, vector, int64)
 def activate(x, kind):
-    """One of ACTIVATIONS, by number."""
+    """An Activation, by number."""
     if kind == SILU:
         return silu(x)
     if kind == GELU:

@@ -20,6 +20,9 @@ LINE = 64
 OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS = (i * LINE for i in range(6))
 CONTROL_BYTES = 6 * LINE
 
+BLOCK = 64  # columns of k that a product sums by themselves
+ROWS = 504  # of a product's item at most: a multiple of every tile
+GROUP = 4  # panels of a product's item at most
 KEYS = 64  # of a block of attention
 SPLIT = 256  # keys whose sums attention takes apart from others'
 QUERY_ROWS = 64  # queries times heads of a group that an item of attention has at most, if it has several queries
@@ -58,6 +61,16 @@ class Operation(IntEnum):
     ATTENTION = 5
     QUANTIZE = 6
     COMBINE = 7
+
+
+class Activation(IntEnum):
+    """The functions of an Activate."""
+
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+    RELU = 3
+    RELU2 = 4
 
 
 class Embed(NamedTuple):

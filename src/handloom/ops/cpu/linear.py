@@ -23,15 +23,13 @@ from handloom.ops.cpu.codes import (
     unpack_block,
 )  # fmt: skip
 from handloom.ops.cpu.elementary import tanh
+from handloom.ops.cpu.instructions import BLOCK, GROUP, ROWS
 from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
 from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, PANEL, TILE_ROWS, VECTORS, WIDE, tile_of
 from handloom.ops.quantized_panels import QUANTIZED
 
-BLOCK = 64
-ROWS = 504  # of a chunk: a multiple of every tile
 MANY = 64
 FEW = 16 if WIDE else 2  # rows for which codes are made floats in registers, again for each tile
-GROUP = 4  # panels of an item at most
 ITEM_BYTES = 1 << 17  # of weights that an item is to read: less is lost in handing out items
 SCRATCH = ROWS * GROUP * PANEL * 4
 

@@ -13,8 +13,9 @@ import numpy as np
 from llvmlite import ir
 
 from handloom.ops.cpu import simd
-from handloom.ops.cpu.codes import SCALE_BYTES, unpack_block
+from handloom.ops.cpu.codes import SCALE_BYTES, ZERO, unpack_block
 from handloom.ops.cpu.elementary import activate
+from handloom.ops.cpu.instructions import BLOCK
 from handloom.ops.cpu.simd import (
     I16,
     INTS,
@@ -30,9 +31,6 @@ from handloom.ops.cpu.simd import (
 )
 from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F16, FORMAT_F32
 from handloom.ops.panels import PANEL
-
-ZERO = np.float32(0.0)
-BLOCK = 64  # columns of a quantised table that are made floats at once
 
 # Values of other formats ------------------------------------------------------------------------
 

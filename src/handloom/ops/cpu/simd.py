@@ -276,12 +276,6 @@ def keep_first(b: Builder, x: Value, count: Value, y: Value) -> Value:
     return b.select(first_lanes(b, count), x, y)
 
 
-@operation(vector, int64, int64)
-def unused(b: Builder, x: Value, y: Value) -> Value:
-    """Nothing"""
-    return constant(0.0)
-
-
 def _halves(b: Builder, x: Value, combine: Callable[[Value, Value], Value]) -> Value:
     """Lane i with lane i + 8, then i with i + 4, i + 2, i + 1."""
     width = LANES // 2

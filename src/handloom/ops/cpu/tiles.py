@@ -20,8 +20,8 @@ from numba.core.registry import cpu_target
 
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.simd import F32, I16, I32, I64, INTS, LANES, VECTOR, Builder, Value, int64, operation, void
+from handloom.ops.panels import PANEL
 
-PANEL = 32
 VECTORS = PANEL // LANES
 PREFETCH = 6144  # bytes ahead
 
