@@ -33,12 +33,16 @@ from handloom.text.tokenizer import Tokenizer
 
 
 class GGUFCheckpoint:
-    """An open GGUF file; implements `handloom.checkpoint.Checkpoint`. `metadata` has the file's own, as read."""
+    """An open GGUF file; implements `handloom.checkpoint.Checkpoint`.
+
+    `metadata` has the file's own, as read; its lists go once the tokenizer is made: they take as much memory as that.
+    """
 
     def __init__(self, path: Path, name: str, file: io.FileIO, header: Header) -> None:
         """For `open`; takes over the open file."""
         self.path, self.name, self.origin = path, name, ""
         self._file = file
+        self._tokenizer: Tokenizer | None = None
         self.metadata: Mapping[str, Any] = MappingProxyType(header.metadata)
         _check_readable(header, path)
         self.config = build_config(header.metadata, header.tensors, self._rope_factors(header), str(path))
@@ -127,11 +131,15 @@ class GGUFCheckpoint:
         Raises:
             TokenizerError: of an unknown kind, or damaged.
         """
+        if self._tokenizer is not None:
+            return self._tokenizer
         if self.metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
             return None
         from handloom.text import gguf_tokenizer  # the package tokenizers
 
-        return Tokenizer(gguf_tokenizer.build(self.metadata, str(self.path)))
+        self._tokenizer = Tokenizer(gguf_tokenizer.build(self.metadata, str(self.path)))
+        self.metadata = {key: value for key, value in self.metadata.items() if not isinstance(value, list)}
+        return self._tokenizer
 
     def close(self) -> None:
         """Close the file. Reading afterwards is an error; closing twice is not."""

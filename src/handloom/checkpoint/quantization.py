@@ -129,11 +129,13 @@ class QuantizedRows:
     super_minimum: Tensor | None = None
 
     @classmethod
-    def empty(cls, format: Format, rows: int, columns: int) -> QuantizedRows:
-        """Memory for so many rows; columns must be a multiple of format.multiple."""
-        planes = _planes(format, columns)
+    def empty(cls, format: Format, rows: int, columns: int, *, multiple: int = 1) -> QuantizedRows:
+        """Memory for so many rows, and after them up to a multiple; columns must be one of format.multiple."""
+        room, planes = -(-rows // multiple) * multiple, _planes(format, columns)
         return cls(
-            format, columns, **{name: memory.empty((rows, width), dtype) for name, (width, dtype) in planes.items()}
+            format,
+            columns,
+            **{name: memory.empty((room, width), dtype)[:rows] for name, (width, dtype) in planes.items()},
         )
 
     def like(self, rows: int) -> QuantizedRows:

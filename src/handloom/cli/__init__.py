@@ -5,6 +5,7 @@ This module does not know what the commands do.
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 from typing import Annotated
@@ -47,4 +48,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # Python would look through all that torch made once more: a quarter of a second

@@ -172,7 +172,7 @@ def load_model(model: str | None, loading: Loading, *, quiet: bool = False) -> L
     """Load a model, with a bar on a terminal; say which it is and why. Raises what LM.from_pretrained raises."""
     started = time.perf_counter()
     with waiting("starting", quiet):
-        from handloom.lm import LM
+        from handloom import LM
     if quiet:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 

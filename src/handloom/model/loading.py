@@ -24,7 +24,7 @@ from torch import Tensor
 
 from handloom.checkpoint import memory
 from handloom.checkpoint.quantization import FORMATS, Format, QuantizedMatrix, QuantizedRows
-from handloom.checkpoint.quantize import GROUPS, Scheme
+from handloom.checkpoint.quantize import GROUPS, Scheme, quantize_rows
 from handloom.checkpoint.types import Checkpoint
 from handloom.errors import CheckpointError, InvalidParam, OutOfMemory
 from handloom.model.families.family import Family, Source
@@ -78,7 +78,10 @@ def load_transformer(
         weights[name] = hold(spec, backend, name, weight, own=True)
         return weight.nbytes
 
-    readers = READERS if quantize in (None, "keep") else 1  # two would get into each other's way in torch's threads
+    by_formulas = isinstance(quantize, Scheme) and backend.quantize is quantize_rows
+    readers = (
+        1 if by_formulas or quantize == "keep" else READERS
+    )  # two would wait for torch's threads, or Python's lock
     with ThreadPoolExecutor(readers) as pool:
         for nbytes in pool.map(read, sorted(parameters, key=lambda n: -sizes[n])):
             done += nbytes
@@ -260,7 +263,7 @@ def _empty(
         return torch.empty(room, *columns, dtype=dtype, device=device)[:rows]
     parts = zip(formats, _parts(parameter, len(formats)), strict=True)
     segments = [
-        QuantizedRows.empty(format, sum(count for _, count in same), parameter.shape[1])
+        QuantizedRows.empty(format, sum(count for _, count in same), parameter.shape[1], multiple=ROOM)
         for format, same in groupby(parts, key=lambda part: part[0])
     ]
     return QuantizedMatrix(segments, dtype)

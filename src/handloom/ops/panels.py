@@ -33,6 +33,37 @@ def format_of(dtype: torch.dtype) -> int:
     return FORMATS[dtype]
 
 
+def lay_out(matrix: Tensor) -> Tensor:
+    """[M, K] as [ceil(M / PANEL), K, PANEL], in new memory, zeros after the last row."""
+    columns, depth = matrix.shape
+    whole = columns // PANEL
+    data = memory.empty((-(-columns // PANEL), depth, PANEL), matrix.dtype)
+    data[:whole] = matrix[: whole * PANEL].view(whole, PANEL, depth).transpose(1, 2)
+    if whole < len(data):
+        data[whole] = 0
+        data[whole, :, : columns - whole * PANEL] = matrix[whole * PANEL :].T
+    return data
+
+
+def lay_out_in_place(matrix: Tensor) -> Tensor:
+    """The same in the matrix' own memory, if its storage goes on for whole panels; it is no matrix then."""
+    columns, depth = matrix.shape
+    count = -(-columns // PANEL)
+    room = matrix.untyped_storage().nbytes() // matrix.element_size() - matrix.storage_offset()
+    if not matrix.is_contiguous() or room < count * PANEL * depth:
+        return lay_out(matrix)
+    rows = matrix.as_strided((count * PANEL, depth), (depth, 1))
+    rows[columns:] = 0
+    data = rows.view(count, depth, PANEL)
+    step = max(1, CHUNK_VALUES // (PANEL * depth))
+    scratch = memory.empty((min(step, count), depth, PANEL), matrix.dtype)
+    for first in range(0, count, step):
+        part = data[first : first + step]
+        turned = scratch[: len(part)].copy_(part.view(-1, PANEL, depth).transpose(1, 2))
+        part.copy_(turned)
+    return data
+
+
 @dataclass(frozen=True, slots=True)
 class Panels:
     """A weight matrix of this shape [M, K] in panels: data [ceil(M / PANEL), K, PANEL], contiguous.
@@ -47,33 +78,12 @@ class Panels:
     @classmethod
     def pack(cls, weight: Tensor) -> Panels:
         """Lay out a matrix anew. Raises UnsupportedOption for a dtype that the kernels do not read."""
-        form, (columns, depth) = format_of(weight.dtype), weight.shape
-        whole = columns // PANEL
-        data = memory.empty((-(-columns // PANEL), depth, PANEL), weight.dtype)
-        data[:whole] = weight[: whole * PANEL].view(whole, PANEL, depth).transpose(1, 2)
-        if whole < len(data):
-            data[whole] = 0
-            data[whole, :, : columns - whole * PANEL] = weight[whole * PANEL :].T
-        return cls(data, weight.shape, form)
+        return cls(lay_out(weight), weight.shape, format_of(weight.dtype))
 
     @classmethod
     def take(cls, weight: Tensor) -> Panels:
         """Lay out a matrix in its own memory, if its storage goes on for whole panels; it is no matrix then."""
-        form, (columns, depth) = format_of(weight.dtype), weight.shape
-        count = -(-columns // PANEL)
-        room = weight.untyped_storage().nbytes() // weight.element_size() - weight.storage_offset()
-        if not weight.is_contiguous() or room < count * PANEL * depth:
-            return cls.pack(weight)
-        rows = weight.as_strided((count * PANEL, depth), (depth, 1))
-        rows[columns:] = 0
-        data = rows.view(count, depth, PANEL)
-        step = max(1, CHUNK_VALUES // (PANEL * depth))
-        scratch = memory.empty((min(step, count), depth, PANEL), weight.dtype)
-        for first in range(0, count, step):
-            part = data[first : first + step]
-            turned = scratch[: len(part)].copy_(part.view(-1, PANEL, depth).transpose(1, 2))
-            part.copy_(turned)
-        return cls(data, weight.shape, form)
+        return cls(lay_out_in_place(weight), weight.shape, format_of(weight.dtype))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,7 +10,7 @@ This module does not know kernels or models.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handloom.checkpoint import memory
 from handloom.checkpoint.quantization import QuantizedMatrix, QuantizedRows
-from handloom.ops.panels import PANEL
+from handloom.ops.panels import PANEL, lay_out, lay_out_in_place
 
 WHOLE_ROW = 40
 """The power of 2 that stands for a group of all columns."""
@@ -49,9 +48,9 @@ class Segment:
     entries: np.ndarray[Any, np.dtype[np.int64]]
 
     @classmethod
-    def pack(cls, held: QuantizedRows) -> Segment:
-        """Lay out rows anew."""
-        planes = {name: _panels(_words(name, plane)) for name, plane in held.planes()}
+    def pack(cls, held: QuantizedRows, lay_out: Callable[[Tensor], Tensor] = lay_out) -> Segment:
+        """Lay out rows anew, or with `lay_out_in_place` in their own memory, where that goes."""
+        planes = {name: lay_out(_words(name, plane)) for name, plane in held.planes()}
         form, like = held.format, QuantizedRows.empty(held.format, 0, held.columns)
         entries = [planes[name].data_ptr() if name in planes else 0 for name in PLANES]
         shift = form.group.bit_length() - 1 if form.group else WHOLE_ROW
@@ -83,6 +82,11 @@ class QuantizedPanels:
     def pack(cls, held: QuantizedMatrix) -> QuantizedPanels:
         """Lay out a matrix anew."""
         return cls([Segment.pack(segment) for segment in held.segments], held.shape, held.dtype)
+
+    @classmethod
+    def take(cls, held: QuantizedMatrix) -> QuantizedPanels:
+        """Lay out a matrix in its own memory, where that has room for whole panels; it is no matrix then."""
+        return cls([Segment.pack(segment, lay_out_in_place) for segment in held.segments], held.shape, held.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -122,14 +126,3 @@ class QuantizedPanels:
 def _words(name: str, plane: Tensor) -> Tensor:
     packed = name in ("low", "high") and plane.dtype == torch.uint8
     return plane.contiguous().view(torch.int32) if packed else plane
-
-
-def _panels(plane: Tensor) -> Tensor:
-    rows, width = plane.shape
-    whole = rows // PANEL
-    out = memory.empty((-(-rows // PANEL), width, PANEL), plane.dtype)
-    out[:whole] = plane[: whole * PANEL].view(whole, PANEL, width).transpose(1, 2)
-    if whole < len(out):
-        out[whole] = 0
-        out[whole, :, : rows - whole * PANEL] = plane[whole * PANEL :].T
-    return out

@@ -55,7 +55,7 @@ def hold(weight: Tensor | QuantizedMatrix) -> Panels | QuantizedPanels:
 
 def take(weight: Tensor | QuantizedMatrix) -> Panels | QuantizedPanels:
     """`hold` of a matrix that nobody else uses, whose memory becomes that of the panels if it has room for them."""
-    return QuantizedPanels.pack(weight) if isinstance(weight, QuantizedMatrix) else Panels.take(weight)
+    return QuantizedPanels.take(weight) if isinstance(weight, QuantizedMatrix) else Panels.take(weight)
 
 
 def quantize_rows(weights: Tensor, out: QuantizedRows) -> None:
