@@ -14,7 +14,7 @@ from pathlib import Path
 from handloom.sampling.options import INERT, NO_EFFECT_IN_A_FILE, OURS
 from handloom.sampling.params import GenerationParams
 from handloom.sampling.rules import AFTER_THE_CALLERS, BEFORE_THE_CALLERS
-from handloom.sampling.surface import NO_EFFECT, NOTES, WHY_NOT
+from handloom.sampling.surface import ELSEWHERE, NO_EFFECT, NOTES, WHY_NOT
 
 PAGE = Path(__file__).with_name("generate.md")
 STRUCTURE = "`json_schema`, `regex`, `grammar` or `choices` (see [structured.md](structured.md))"
@@ -106,6 +106,12 @@ def page() -> str:
             *_rules(),
             "\n## Options of handloom's own\n",
             ", ".join(f"`{name}`" for name in sorted(OURS - set(ARGUMENTS))) + ": see `GenerationParams`.\n",
+            "## Names of other libraries\n",
+            "They are refused with the name that the option has here:\n",
+            "| elsewhere | here |",
+            "|---|---|",
+            *(f"| {', '.join(f'`{name}`' for name in names)} | {here} |" for here, names in _elsewhere().items()),
+            "",
         ]
     )
 
@@ -123,6 +129,14 @@ def _row(name: str) -> str:
         proof = "test_generate_page.py" if name in REFUSED_ARGUMENTS else "test_options.py"
         return f"| `{name}` | not supported | {WHY_NOT[name]}{off}{in_file} | {proof} |"
     return f"| `{name}` | works | {NOTES.get(name, '')} | {PROOFS.get(name, 'test_options.py')} |"
+
+
+def _elsewhere() -> dict[str, list[str]]:
+    """What it is here -> what others call it."""
+    found: dict[str, list[str]] = {}
+    for name, here in ELSEWHERE.items():
+        found.setdefault(here, []).append(name)
+    return found
 
 
 def _rules() -> list[str]:

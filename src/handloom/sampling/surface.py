@@ -96,7 +96,7 @@ NOTES: dict[str, str] = {
     "max_length": "counts the prompt; max_new_tokens wins over it",
     "max_new_tokens": "20 where nothing is said; past the context it is refused, from a model's file cut",
     "min_length": "counts the prompt",
-    "stop_strings": "as in transformers they stay in the text; `include_stop_text=False` cuts them off",
+    "stop_strings": "or `stop`; as in transformers they stay in the text; `include_stop_text=False` cuts them off",
     "do_sample": "left out, an explicit sampling option or seed turns it on",
     "temperature": "0 means greedy",
     "top_k": "50 when sampling and nothing is said, as in transformers; None or 0 for off",
