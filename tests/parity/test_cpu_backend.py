@@ -14,8 +14,10 @@ from torch import Tensor
 import handloom as hl
 from handloom.cache.batch import Work
 from handloom.lm import LM
-from handloom.ops.cpu import compiled_step
-from handloom.ops.cpu.threads import Team
+from handloom.ops.cpu import blocks, compiled_step
+from handloom.ops.cpu.instructions import Frame
+from handloom.ops.cpu.machine import run_once
+from handloom.ops.cpu.threads import Team, Teams
 from handloom_kernels.reference import Rotary
 from parity_checks import hf_logits, load_pair, run
 from tiny_models import TINY, random_ids, save
@@ -121,6 +123,27 @@ def test_a_step_does_not_wait_for_helpers_that_are_not_there(folder: Path, monke
         lonely = Team(compiled_step(), 4)
     monkeypatch.setattr("handloom.ops.cpu.machine._teams.of", lambda run, threads: lonely)
     assert torch.equal(all_logits(lm, ids), expected)
+
+
+def test_a_helper_that_comes_before_its_caller_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it takes the caller's core while another program spins on the other one."""
+    x, out = torch.randn(40, 100), torch.full((40, 100), torch.nan)
+    helped, found = threading.Event(), list[Tensor]()
+
+    def run(control: int, thread: int) -> None:
+        if thread == 0:
+            assert helped.wait(30)
+            found.append(out.clone())
+        compiled_step()(control, thread)
+        if thread == 1:
+            helped.set()
+
+    monkeypatch.setattr("handloom.ops.cpu.machine.usable_threads", lambda: 2)
+    monkeypatch.setattr("handloom.ops.cpu.machine._teams", Teams())
+    monkeypatch.setattr("handloom.ops.cpu.machine.compiled_step", lambda: run)
+    run_once([blocks.activate(x, "relu", False, out)], {Frame.TOKENS: 40})
+    assert torch.equal(found[0], x.relu())
+    assert torch.equal(out, x.relu())
 
 
 def test_several_models_may_run_at_once_in_several_threads(folder: Path, threads: list[int]) -> None:

@@ -19,6 +19,7 @@ WIDTH = 24
 LINE = 64
 OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS = (i * LINE for i in range(6))
 CONTROL_BYTES = 6 * LINE
+OPENING = -1  # in place of a thread's number: open a run
 
 BLOCK = 64  # columns of k that a product sums by themselves
 ROWS = 504  # of a product's item at most: a multiple of every tile

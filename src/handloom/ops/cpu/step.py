@@ -21,7 +21,19 @@ from handloom.ops.cpu import rows as row
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.attention import attention_item, attention_items, combine_item, combine_items
 from handloom.ops.cpu.codes import BITS, LOW
-from handloom.ops.cpu.instructions import COUNTERS, FRAME, INSIDE, LENGTH, LINE, OPEN, TABLE, WIDTH, Frame, Operation
+from handloom.ops.cpu.instructions import (
+    COUNTERS,
+    FRAME,
+    INSIDE,
+    LENGTH,
+    LINE,
+    OPEN,
+    OPENING,
+    TABLE,
+    WIDTH,
+    Frame,
+    Operation,
+)
 from handloom.ops.cpu.linear import group_of, linear_item, linear_items
 from handloom.ops.cpu.quantizing import quantize_nibbles, quantize_octets
 from handloom.ops.cpu.simd import (
@@ -359,18 +371,21 @@ def walk(control, thread):
 
 
 def run(control: int, thread: int) -> None:
-    """Thread 0: open the run, do it, and return when no helper is left inside. Others: help while it is open."""
-    if thread == 0:
+    """Thread 0: do the open run, close it, and return when no helper is left inside. Others: help while it is open.
+
+    OPENING opens the run, before anybody is called: a helper that is called may have the caller's core, and the caller
+    not get on before it is done.
+    """
+    if thread == OPENING:
         store_atomic(control + OPEN, 1)
+        return
+    if thread == 0:
         walk(control, 0)
         store_atomic(control + OPEN, 0)
         spins = 0
         while load_atomic(control + INSIDE) > 0:
             spins = wait_a_little(spins)
         return
-    spins = 0
-    while load_atomic(control + OPEN) == 0 and spins < SPINS:
-        spins = wait_a_little(spins)
     fetch_add(control + INSIDE, 1)
     if load_atomic(control + OPEN) != 0:
         walk(control, thread)

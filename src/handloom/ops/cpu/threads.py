@@ -2,7 +2,8 @@
 
 Helpers are Python threads that sleep on a queue of their own between steps, and are inside compiled code, without the
 interpreter's lock, during one. A call is only an offer: a helper that comes too late finds the run closed and goes back
-to sleep, so that nothing waits for a thread that is not there (after a fork, there is none).
+to sleep, so that nothing waits for a thread that is not there (after a fork, there is none). A run is open before
+helpers are called: one that comes before its caller, on the caller's own core, begins the work.
 
 This module does not know what a step computes.
 """
@@ -63,6 +64,7 @@ class Team:
             entries = self._entries
             entries[ins.TABLE // 8], entries[ins.LENGTH // 8] = table.ctypes.data, len(table)
             entries[ins.FRAME // 8], entries[ins.COUNTERS // 8] = frame.ctypes.data, self._counters_at
+            self._run(self._control, ins.OPENING)
             for calls in self._calls:
                 if calls.empty():
                     calls.put(None)
