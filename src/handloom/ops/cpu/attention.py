@@ -19,13 +19,15 @@ import numpy as np
 from numba.core.types import UniTuple  # type: ignore[attr-defined]
 
 from handloom.ops.cpu import simd
+from handloom.ops.cpu.codes import ZERO
 from handloom.ops.cpu.elementary import exp, tanh
 from handloom.ops.cpu.instructions import KEYS, QUERY_ROWS, SPLIT
 from handloom.ops.cpu.linear import product_f32
 from handloom.ops.cpu.pages import ask_for_block, gather, places_of, turn_block
-from handloom.ops.cpu.rows import ZERO, size_of, widen_row
+from handloom.ops.cpu.rows import size_of, widen_row
 from handloom.ops.cpu.simd import LANES, float32, float64, int64, kernel, void
-from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, PANEL, VECTORS, WIDE, scattered_tile_of
+from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, VECTORS, WIDE, scattered_tile_of
+from handloom.ops.panels import PANEL
 
 FEW = 16  # queries times heads of a group, for which values are read where they lie
 AT_ONCE = 4 if WIDE else 2

@@ -25,7 +25,8 @@ from handloom.ops.cpu.codes import (
 from handloom.ops.cpu.elementary import tanh
 from handloom.ops.cpu.instructions import BLOCK, GROUP, ROWS
 from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
-from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, PANEL, TILE_ROWS, VECTORS, WIDE, tile_of
+from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, TILE_ROWS, VECTORS, WIDE, tile_of
+from handloom.ops.panels import PANEL
 from handloom.ops.quantized_panels import QUANTIZED
 
 MANY = 64

@@ -14,10 +14,12 @@ from typing import Any
 from llvmlite import ir
 
 from handloom.ops.cpu import simd
+from handloom.ops.cpu.codes import ZERO
 from handloom.ops.cpu.instructions import KEYS, LINE
-from handloom.ops.cpu.rows import ZERO, widen_row
+from handloom.ops.cpu.rows import widen_row
 from handloom.ops.cpu.simd import LANES, Builder, Value, int64, kernel, operation, void
-from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, PANEL, Format, ask_for
+from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, Format, ask_for
+from handloom.ops.panels import PANEL
 
 
 def _turner(form: Format) -> Any:
