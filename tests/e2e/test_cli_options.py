@@ -213,8 +213,9 @@ def test_a_chat_has_the_same_options(pair: Pair, handloom: Callable[..., Result]
         expected += text + "\n"
     result = handloom("chat", *arguments, input="Is it?\nIs it not?\n")
     assert (result.exit_code, result.stdout) == (0, expected)
-    drafted = handloom("chat", "-q", "-n", 12, "--speculation", "suffix", input="Hi\n")
-    assert drafted.stdout == handloom("chat", "-q", "-n", 12, input="Hi\n").stdout
+    plain = handloom("chat", "-q", "-n", 12, input="Hi\n").stdout
+    for drafter in (["--speculation", "suffix"], ["--draft-model", pair.folder, "--draft-quantize", "int8"]):
+        assert handloom("chat", "-q", "-n", 12, *drafter, input="Hi\n").stdout == plain
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "mask a text": ({"input_ids": [5, 6], "attention_mask": "11"}, "not as long"),
     "mask of tensors": ({"input_ids": [[5, 6]], "attention_mask": [[torch.ones(2), 1]]}, "other than 0 and 1"),
     "mask of nothing at all": ({"input_ids": IDS, "attention_mask": MASK.to("meta")}, "meta device"),
-    "nested": ({"input_ids": torch.nested.nested_tensor([IDS[0], IDS[0][:1]])}, "its unbind()"),
+    "nested": ({"input_ids": torch.nested.nested_tensor([IDS[0], IDS[0][:1]], layout=torch.jagged)}, "its unbind()"),
     "out of range": ({"input_ids": [[10**9]]}, "token 0 of the prompt is 1000000000"),
     "a message": ({"prompts": {"role": "user", "content": "Hi"}}, "lm.chat(messages)"),
     "messages": ({"prompts": [{"role": "user", "content": "Hi"}]}, "lm.chat(messages)"),

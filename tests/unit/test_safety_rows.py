@@ -181,7 +181,7 @@ def test_row15_a_token_id_outside_the_vocabulary_is_refused_by_its_place(lm: LM,
         np.array([5, 6], dtype=object),
         np.array([[5, 6]]),
         np.ma.masked_array([5, 6], [False, True]),
-        torch.nested.nested_tensor([torch.tensor([5]), torch.tensor([5, 6])]),
+        torch.nested.nested_tensor([torch.tensor([5]), torch.tensor([5, 6])], layout=torch.jagged),
     ],
     ids=lambda v: f"{type(v).__name__} {v.dtype} {'nested' if getattr(v, 'is_nested', False) else tuple(v.shape)}",
 )
