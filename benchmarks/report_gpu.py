@@ -181,7 +181,7 @@ def _mbu(plt: Any, rows: list[Row]) -> Any:
         lines.setdefault(f"{_label(row)}, {row['peer']}", {})[int(row["case"].split(" x ")[0])] = row["p50"]
     if not lines:
         return None
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
     models = list(dict.fromkeys(_label(row) for row in used))
     peers = list(dict.fromkeys(row["peer"] for row in used))
     for name, values in lines.items():
@@ -197,34 +197,36 @@ def _mbu(plt: Any, rows: list[Row]) -> Any:
     axes.set_xlabel("rows in a step")
     axes.set_ylabel("MBU of the bandwidth measured in the run, %")
     axes.set_title(f"Decoding by batch size, {_title(used)}", fontsize=10)
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     axes.grid(alpha=0.2)
     return figure
 
 
 def _steps(plt: Any, rows: list[Row]) -> Any:
-    """A bar per model and case: the milliseconds of one decode step, by part."""
+    """A bar per model and case: the shares of one decode step that its parts take, and its milliseconds."""
     bars = {
-        f"{model.removeprefix('llama ').removesuffix(', random')}\n{case}": parts
+        (model.removeprefix("llama ").removesuffix(", random"), case): parts
         for (suite, model, _), own in by_setting(rows).items()
         for case, parts in parts_of(own).items()
         if suite in KINDS
     }
     if not bars:
         return None
-    names = dict.fromkeys(part for parts in bars.values() for part in parts)
-    figure, axes = plt.subplots(figsize=(9, 0.55 * len(bars) + 2), layout="constrained")
-    left = dict.fromkeys(bars, 0.0)
-    for at, part in enumerate(names):
-        widths = [parts.get(part, 0.0) / 1e3 for parts in bars.values()]
+    models = list(dict.fromkeys(model for model, _ in bars))
+    bars = dict(sorted(bars.items(), key=lambda bar: (models.index(bar[0][0]), int(bar[0][1].split(" x ")[0]))))
+    labels, totals = [f"{model}, {case}" for model, case in bars], [sum(parts.values()) for parts in bars.values()]
+    figure, axes = plt.subplots(figsize=(9, 0.35 * len(bars) + 2), layout="constrained")
+    left = [0.0] * len(bars)
+    for at, part in enumerate(dict.fromkeys(part for parts in bars.values() for part in parts)):
+        shares = [100 * parts.get(part, 0.0) / total for parts, total in zip(bars.values(), totals, strict=True)]
         hatch = "//" if at >= len(COLOURS) else None
-        axes.barh(
-            list(bars), widths, left=list(left.values()), color=COLOURS[at % len(COLOURS)], hatch=hatch, label=part
-        )
-        left = {bar: start + width for (bar, start), width in zip(left.items(), widths, strict=True)}
+        drawn = axes.barh(labels, shares, left=left, color=COLOURS[at % len(COLOURS)], hatch=hatch, label=part)
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    axes.bar_label(drawn, [f"{number(total / 1e3)} ms" for total in totals], padding=3, fontsize=8)
+    axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)
-    axes.set_xlabel("ms of one decode step")
+    axes.set_xlabel("% of one decode step")
     axes.set_title(f"Where a step's time goes, {_title(rows)}", fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     return figure
