@@ -80,6 +80,9 @@ class WatchedStream:
 
         return timed
 
+    def finish(self) -> None:
+        self.stream.finish()
+
     def give_memory_back(self) -> None:
         self.stream.give_memory_back()
 

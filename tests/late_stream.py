@@ -54,6 +54,9 @@ class LateStream:
 
         return wait
 
+    def finish(self) -> None:
+        self.catch_up()
+
     def give_memory_back(self) -> None:
         assert not self.queue, "what is captured must not be given up while it is queued"
 

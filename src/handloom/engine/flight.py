@@ -31,6 +31,7 @@ from handloom.decoding.decoder import Event
 from handloom.decoding.sample import SampleDecoder
 from handloom.engine.decode_step import NOWHERE, DecodeRow, DecodeStep
 from handloom.engine.graphs import DecodeGraphs, Way, bucket_of
+from handloom.engine.memory import memory_report
 from handloom.engine.scheduler import Plan, Request, Scheduler
 from handloom.engine.stream import Step, Wait
 from handloom.errors import OutOfPages
@@ -110,8 +111,7 @@ class Pilot:
             self.land()
         try:
             while self.flying and not events:
-                while self._may_launch() and self._launch():
-                    pass
+                self._queue()
                 events = self._read()
         except BaseException:
             self.land()
@@ -119,6 +119,18 @@ class Pilot:
         if not self.flying or all(row is None for row in self._rows):
             self.land()
         return events
+
+    def _queue(self) -> None:
+        """Queue as many steps as may be; where there is no memory for one, the flight ends with those that are."""
+        try:
+            while self._may_launch() and self._launch():
+                pass
+        except torch.OutOfMemoryError as error:
+            self._depth = 0
+            graphs = self.graphs
+            report = memory_report(graphs.transformer, graphs.pool, graphs.nbytes)
+            why = str(error).partition("\n")[0][:200]
+            logger.warning("no memory to queue a step before the last is read; it waits. %s. %s", report, why)
 
     def land(self) -> None:
         """End the flight; what is queued is waited for, and thrown away."""

@@ -122,7 +122,8 @@ class DecodeGraphs:
         )
 
     def drop(self, at_least: int = 0) -> None:
-        """Give up what was captured for so many rows or more, and its memory, when nothing of it is queued."""
+        """Give up what was captured for so many rows or more, and its memory, once what is queued is done."""
+        self.stream.finish()
         for key in [key for key in self._captured if key[0] >= at_least]:
             del self._captured[key]
         for rows, width in [key for key in self._steps if key[0] >= at_least]:

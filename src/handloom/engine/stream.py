@@ -18,7 +18,7 @@ Wait = Callable[[], Tensor]
 
 
 class Stream(Protocol):
-    """Everything but `capture` and a `Wait` returns at once."""
+    """Everything but `capture`, `finish` and a `Wait` returns at once."""
 
     def capture(self, step: Step) -> Step:
         """`step`, which runs once on the way, in a form that is cheap to queue again and again.
@@ -31,6 +31,9 @@ class Stream(Protocol):
 
     def fetch(self, source: Tensor) -> Wait:
         """Queue a copy to host memory of what `source` holds then."""
+
+    def finish(self) -> None:
+        """Wait until all that was given is done."""
 
     def give_memory_back(self) -> None:
         """Let others have the memory that is held and not used."""
@@ -49,6 +52,10 @@ class EagerStream:
     def fetch(self, source: Tensor) -> Wait:
         values = torch.empty_like(source, device="cpu").copy_(source)
         return lambda: values
+
+    def finish(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
 
     def give_memory_back(self) -> None:
         if torch.cuda.is_available():
@@ -92,6 +99,9 @@ class CudaStream:
             return values
 
         return wait
+
+    def finish(self) -> None:
+        torch.cuda.current_stream().synchronize()
 
     def give_memory_back(self) -> None:
         torch.cuda.empty_cache()
