@@ -6,6 +6,7 @@ import random
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import handloom as hl
 from handloom.cache.batch import Work
 from handloom.lm import LM
 from handloom.ops.cpu import blocks, compiled_step
+from handloom.ops.cpu import instructions as ins
 from handloom.ops.cpu.instructions import Frame
 from handloom.ops.cpu.machine import run_once
 from handloom.ops.cpu.threads import Team, Teams
@@ -144,6 +146,24 @@ def test_a_helper_that_comes_before_its_caller_does_the_work(monkeypatch: pytest
     run_once([blocks.activate(x, "relu", False, out)], {Frame.TOKENS: 40})
     assert torch.equal(found[0], x.relu())
     assert torch.equal(out, x.relu())
+
+
+def test_an_interrupt_while_helpers_are_called_leaves_no_run_open(
+    folder: Path, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, ids, team = load(folder), random_ids(1, 30), Team(compiled_step(), threads[0])
+    expected = all_logits(lm, ids)
+
+    class Interrupted(SimpleQueue[None]):
+        def put(self, item: None, block: bool = True, timeout: float | None = None) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("handloom.ops.cpu.machine._teams.of", lambda run, threads: team)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(team, "_calls", [Interrupted()])
+        all_logits(lm, ids)
+    assert team._entries[ins.OPEN // 8] == team._entries[ins.INSIDE // 8] == 0
+    assert torch.equal(all_logits(lm, ids), expected)
 
 
 def test_several_models_may_run_at_once_in_several_threads(folder: Path, threads: list[int]) -> None:

@@ -64,11 +64,13 @@ class Team:
             entries = self._entries
             entries[ins.TABLE // 8], entries[ins.LENGTH // 8] = table.ctypes.data, len(table)
             entries[ins.FRAME // 8], entries[ins.COUNTERS // 8] = frame.ctypes.data, self._counters_at
-            self._run(self._control, ins.OPENING)
-            for calls in self._calls:
-                if calls.empty():
-                    calls.put(None)
-            self._run(self._control, 0)
+            try:
+                self._run(self._control, ins.OPENING)
+                for calls in self._calls:
+                    if calls.empty():
+                        calls.put(None)
+            finally:  # an interrupt must not leave it open: helpers would work on memory that is no longer there
+                self._run(self._control, 0)
 
 
 def _int64_at(memory: np.ndarray, address: int, nbytes: int) -> np.ndarray:
