@@ -103,8 +103,9 @@ class DraftCounts:
 class FinishedEvent:
     """The request is over, the last of its events; `text` is the rest of its text. past_key_values: where asked for.
 
-    `error` is set when reason is "error". A request with several outputs has told of each by a SampleFinishedEvent,
-    unless all ended together, by an error or from outside. `drafts`: of a request with speculation.
+    A request with several outputs has told of each by a SampleFinishedEvent, with its error, and reason is that of one
+    of them; unless all ended together, by an error or from outside. Else `error` is set when reason is "error".
+    `drafts`: of a request with speculation.
     """
 
     reason: FinishReason
