@@ -31,6 +31,7 @@ from handloom.decoding.decoder import (
 from handloom.decoding.internals import Internals, Seen, keys_and_values
 from handloom.decoding.sample import criteria_met, output_text
 from handloom.errors import HandloomError, NonFiniteLogits
+from handloom.ops.torch_threads import one_thread
 from handloom.sampling.params import GenerationParams
 from handloom.sampling.rules import RequestRules, Row, apply_rules, nothing_left
 from handloom.sampling.sampler import token_logprobs
@@ -102,6 +103,7 @@ class Beams(ABC):
     def close(self) -> None:
         self._branches.free()
 
+    @one_thread()
     def advance(self, logits: Tensor) -> list[Event]:
         """Go on by one token on every beam, once the logits of all are there."""
         rows = self._branches.take(logits)

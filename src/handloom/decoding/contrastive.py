@@ -29,6 +29,7 @@ from handloom.decoding.decoder import Event
 from handloom.decoding.sample import SampleDecoder
 from handloom.errors import NonFiniteLogits
 from handloom.model.hooks import At, Hook
+from handloom.ops.torch_threads import one_thread
 from handloom.sampling.params import GenerationParams
 from handloom.sampling.sampler import Choice, choose, token_logprobs
 from handloom.text.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ class ContrastiveDecoder:
     def close(self) -> None:
         self._branches.free()
 
+    @one_thread()
     def advance(self, logits: Tensor) -> list[Event]:
         """Take a candidate once all have run, and look for the next ones."""
         rows = self._branches.take(logits)

@@ -23,6 +23,7 @@ from handloom.decoding.decoder import Event, FinishedEvent, FinishReason, Prompt
 from handloom.decoding.internals import NOTHING, Internals, Seen, keys_and_values
 from handloom.decoding.stream_text import StreamText
 from handloom.errors import HandloomError, InvalidPrompt, RequestFailed
+from handloom.ops.torch_threads import callers_threads, one_thread
 from handloom.sampling.params import GenerationParams
 from handloom.sampling.rules import RequestRules
 from handloom.sampling.sampler import Choice, Row, choose, token_logprobs
@@ -191,7 +192,8 @@ def criteria_met(params: GenerationParams, ids: Tensor, scores: tuple[Tensor, ..
     met = torch.zeros(len(ids), dtype=torch.bool)
     for criterion in params.stopping_criteria:
         try:
-            met |= torch.as_tensor(criterion(ids, scores)).cpu() != 0
+            with callers_threads():
+                met |= torch.as_tensor(criterion(ids, scores)).cpu() != 0
         except Exception as cause:
             raise RequestFailed(f"the stopping criterion {criterion!r} raised {cause!r}") from cause
     found: list[bool] = met.tolist()
@@ -230,6 +232,7 @@ def advance_together(ready: Seq[Ready], logits: Logits, choose: Choosing = choos
         choosing = going_on
 
 
+@one_thread()
 def _rows(logits: Tensor, picked: list[int]) -> Tensor:
     if picked == list(range(len(logits))):
         return logits

@@ -13,7 +13,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from handloom.checkpoint.quantization import QuantizedMatrix, QuantizedRows
@@ -217,6 +219,17 @@ def _cpu(device: torch.device, why: str) -> Backend:
     cpu.require()
     program = cast(Callable[[], Program], cpu.Program)
     return Backend("cpu", cast(Ops, cpu), f"{BACKENDS['cpu']}; {why}", cpu.hold, cpu.take, cpu.quantize_rows, program)
+
+
+Perturb = Callable[[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]], NDArray[np.float32]]
+"""Scores [R, V] with Gumbel noise added, by floors [R] and keys [R, 3]: see `handloom.ops.cpu.perturb`."""
+
+
+def perturb_on_cpu() -> Perturb | None:
+    """`cpu.perturb`, in a process that has compiled code in memory because a model of that backend was loaded."""
+    from handloom.ops import cpu
+
+    return cpu.perturb if cpu.is_loaded() else None
 
 
 def _triton_ops(device: torch.device, head_dims: Collection[int]) -> Ops:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from handloom.errors import GrammarError, InvalidParam
+from handloom.sampling import on_cpu
 from handloom.text.token_bytes import TokenBytes, token_bytes
 from handloom.text.tokenizer import Tokenizer
 
@@ -281,6 +282,10 @@ def constrain(
 def forbid_unset(scores: Tensor, rows: Sequence[int], words: NDArray[np.int32]) -> None:
     """-inf into `scores` [R, V] where a bitmask [len(rows), ceil(V / 32) or more] of these rows has no bit."""
     bits = np.unpackbits(words.view(np.uint8), axis=1, count=scores.shape[1], bitorder="little")
+    if scores.device.type == "cpu":
+        for row, own in zip(rows, bits, strict=True):
+            on_cpu.forbid(scores[row].numpy(), own ^ 1)
+        return
     banned = torch.from_numpy(bits == 0).to(scores.device)
     if len(rows) == len(scores):
         scores.masked_fill_(banned, -torch.inf)

@@ -11,17 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from handloom.sampling import on_cpu
+
 TOP_H_TOKENS = 100  # top_h looks at no more than these
-_FEW = 8  # with at most V // _FEW finite scores in a row, top_p sorts these alone
 
 
 def temperature(scores: Tensor, temperatures: Sequence[float]) -> None:
     """Scores divided by the row's temperature, > 0. Off: 1.0."""
-    if any(value != 1.0 for value in temperatures):
-        scores.div_(_column(temperatures, scores))
+    if scores.device.type != "cpu":
+        if any(value != 1.0 for value in temperatures):
+            scores.div_(_column(temperatures, scores))
+        return
+    with np.errstate(over="ignore"):
+        for row, value in zip(scores.numpy(), temperatures, strict=True):
+            if value != 1.0:
+                row /= np.float32(value)
 
 
 def top_h(scores: Tensor, hs: Sequence[float | None]) -> None:
@@ -48,6 +56,11 @@ def top_k(scores: Tensor, ks: Sequence[int]) -> None:
     on = [row for row, k in enumerate(ks) if 0 < k < scores.shape[1]]
     if not on:
         return
+    if scores.device.type == "cpu":
+        table = scores.numpy()
+        for row in on:
+            on_cpu.forbid_below(table[row], on_cpu.kth_highest(table[row], ks[row]))
+        return
     part = _take(scores, on)
     last = torch.tensor([ks[row] - 1 for row in on], device=scores.device)[:, None]
     threshold = part.topk(max(ks[row] for row in on)).values.gather(1, last)
@@ -59,25 +72,21 @@ def top_p(scores: Tensor, ps: Sequence[float]) -> None:
     """The least likely tokens whose probabilities add up to at most 1 - p go to -inf; the best stays. Off: 1.0.
 
     Holtzman et al., "The curious case of neural text degeneration", 2020 (arXiv 1904.09751), summed as in
-    transformers: ascending. Where another rule has left few tokens, only these are sorted, and the row that is
-    summed still has the bits of a full sort. The full sort itself is needed only where equal scores lie on both
-    sides of the cut: its order alone says which of them goes.
+    transformers: ascending. On a CPU the scores alone are sorted, which is quicker than to sort tokens by them, but
+    where equal scores lie on both sides of the cut: the order of that sort says which of them goes.
     """
-    on = [row for row, p in enumerate(ps) if p < 1.0]
-    if not on:
-        return
-    mass = _column([1 - p for p in ps], scores)
-    counts = (scores > -torch.inf).sum(dim=-1, dtype=torch.int32).tolist()
-    few = [row for row in on if 0 < counts[row] <= scores.shape[1] // _FEW]
-    full = [row for row in on if row not in few]
-    if few:
-        part = _take(scores, few)
-        tied = _cut_few(part, _take(mass, few), max(counts[row] for row in few))
-        _put(scores, few, part)
-        full += [row for row, is_tied in zip(few, tied, strict=True) if is_tied]
+    full = [row for row, p in enumerate(ps) if p < 1.0]
+    if scores.device.type == "cpu":
+        table, full = scores.numpy(), []
+        for row, mass in ((row, np.float32(1 - p)) for row, p in enumerate(ps) if p < 1.0):
+            least, is_tied = on_cpu.nucleus(table[row], mass)
+            if is_tied:
+                full.append(row)
+            else:
+                on_cpu.forbid_below(table[row], least)
     if full:
         part = _take(scores, full)
-        _cut_all(part, _take(mass, full))
+        _cut_all(part, _column([1 - ps[row] for row in full], scores))
         _put(scores, full, part)
 
 
@@ -92,7 +101,7 @@ def min_p(scores: Tensor, ps: Sequence[float | None]) -> None:
     part = _take(scores, list(on))
     probabilities = part.softmax(dim=-1)
     threshold = probabilities.amax(dim=-1, keepdim=True) * _column(list(on.values()), scores)
-    part.masked_fill_(probabilities < threshold, -torch.inf)
+    _forbid(part, _less(probabilities, threshold))
     _put(scores, list(on), part)
 
 
@@ -107,12 +116,21 @@ def typical_p(scores: Tensor, masses: Sequence[float]) -> None:
     part = _take(scores, list(on))
     logprobs = part.log_softmax(dim=-1)
     entropy = -(logprobs * logprobs.exp()).nansum(dim=-1, keepdim=True)
-    distance, token_ids = (-logprobs - entropy).abs_().sort(dim=-1)
-    total = part.gather(1, token_ids).softmax(dim=-1).cumsum(dim=-1)
-    last = (total < _column(list(on.values()), scores)).sum(dim=-1, keepdim=True).clamp_(max=part.shape[1] - 1)
-    cut = distance > distance.gather(1, last)
-    cut[:, 0] = False
-    part.masked_fill_(torch.zeros_like(cut).scatter_(1, token_ids, cut), -torch.inf)
+    distance = (-logprobs - entropy).abs_()
+    column = _column(list(on.values()), scores)
+    full = list(range(len(part)))
+    if part.device.type == "cpu":
+        farthest = [
+            on_cpu.typical(*of) for of in zip(part.numpy(), distance.numpy(), column.numpy()[:, 0], strict=True)
+        ]
+        full = [row for row, most in enumerate(farthest) if most is None]
+        for row, most in enumerate(farthest):
+            if most is not None:
+                on_cpu.forbid(part[row].numpy(), distance[row].numpy() > most)
+    if full:
+        own, apart = _take(part, full), _take(distance, full)
+        _cut_atypical(own, apart, _take(column, full))
+        _put(part, full, own)
     _put(scores, list(on), part)
 
 
@@ -125,8 +143,8 @@ def epsilon_cutoff(scores: Tensor, epsilons: Sequence[float]) -> None:
     if not on:
         return
     part = _take(scores, list(on))
-    unlikely = part.softmax(dim=-1) < _column(list(on.values()), scores)
-    part.masked_fill_(unlikely & (part < part.amax(dim=-1, keepdim=True)), -torch.inf)
+    unlikely = _less(part.softmax(dim=-1), _column(list(on.values()), scores))
+    _forbid(part, unlikely & _less(part, part.amax(dim=-1, keepdim=True)))
     _put(scores, list(on), part)
 
 
@@ -140,8 +158,8 @@ def eta_cutoff(scores: Tensor, epsilons: Sequence[float]) -> None:
         return
     part, epsilon = _take(scores, list(on)), _column(list(on.values()), scores)
     _, entropy = _distribution(part)
-    unlikely = part.softmax(dim=-1) < torch.minimum(epsilon, epsilon.sqrt() * (-entropy).exp())
-    part.masked_fill_(unlikely & (part < part.amax(dim=-1, keepdim=True)), -torch.inf)
+    unlikely = _less(part.softmax(dim=-1), torch.minimum(epsilon, epsilon.sqrt() * (-entropy).exp()))
+    _forbid(part, unlikely & _less(part, part.amax(dim=-1, keepdim=True)))
     _put(scores, list(on), part)
 
 
@@ -212,20 +230,26 @@ def _cut_all(scores: Tensor, mass: Tensor) -> None:
     scores.masked_fill_(torch.zeros_like(cut).scatter_(1, token_ids, cut), -torch.inf)
 
 
-def _cut_few(scores: Tensor, mass: Tensor, width: int) -> list[bool]:
-    """`_cut_all` for rows with at most `width` finite scores; a row is left alone where this is true:
-    the cut falls between equal scores."""
-    values, token_ids = (part.flip(-1) for part in scores.topk(width))
-    ascending = torch.full_like(scores, -torch.inf)
-    ascending[:, -width:] = values
-    cut = (ascending.softmax(dim=-1).cumsum(dim=-1) <= mass)[:, -width:]
-    cut[:, -1] = False
-    edge = cut[:, :-1] & ~cut[:, 1:]
-    tied = (edge & (values[:, :-1] == values[:, 1:])).any(dim=-1)
-    cut &= ~tied[:, None]
-    scores.scatter_(1, token_ids, values.masked_fill(cut, -torch.inf))
-    left_alone: list[bool] = tied.tolist()
-    return left_alone
+def _cut_atypical(scores: Tensor, distance: Tensor, mass: Tensor) -> None:
+    """-inf into each row's tokens that are farther than those that have `mass` [R, 1] together, the nearest first."""
+    ascending, token_ids = distance.sort(dim=-1)
+    total = scores.gather(1, token_ids).softmax(dim=-1).cumsum(dim=-1)
+    last = (total < mass).sum(dim=-1, keepdim=True).clamp_(max=scores.shape[1] - 1)
+    cut = ascending > ascending.gather(1, last)
+    cut[:, 0] = False
+    scores.masked_fill_(torch.zeros_like(cut).scatter_(1, token_ids, cut), -torch.inf)
+
+
+def _less(a: Tensor, b: Tensor) -> Tensor:
+    return a < b if a.device.type != "cpu" else torch.from_numpy(a.numpy() < b.numpy())
+
+
+def _forbid(scores: Tensor, mask: Tensor) -> None:
+    """-inf where the mask [R, V] is."""
+    if scores.device.type != "cpu":
+        scores.masked_fill_(mask, -torch.inf)
+    else:
+        on_cpu.forbid(scores.numpy(), mask.numpy())
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from array import array
 from collections.abc import Collection, Hashable, Sequence
 from hashlib import blake2b
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _LONGEST_TUPLE = 16  # a longer beginning of an n-gram is kept as its digest, or a table would hold n times the context
@@ -100,6 +102,10 @@ def repetition_penalty(scores: Tensor, penalties: Sequence[float], token_ids: Se
     on = {row: penalty for row, penalty in enumerate(penalties) if penalty != 1.0}
     if not on:
         return
+    if scores.device.type == "cpu":
+        for row, penalty in on.items():
+            _penalize(scores[row].numpy(), np.float32(penalty), np.asarray(token_ids[row], dtype=np.int64))
+        return
     seen = flat_indices({row: token_ids[row] for row in on}, scores)
     # a tensor also where it is one number: a GPU divides by a number of Python's with other bits
     alone = next(iter(on.values())) if len(on) == 1 else None
@@ -108,6 +114,14 @@ def repetition_penalty(scores: Tensor, penalties: Sequence[float], token_ids: Se
     flat = scores.view(-1)
     score = flat.index_select(0, seen)
     flat.scatter_(0, seen, torch.where(score < 0, score * factors, score / factors))
+
+
+def _penalize(row: NDArray[np.float32], penalty: np.float32, token_ids: NDArray[np.int64]) -> None:
+    if len(token_ids) and token_ids.max() >= len(row):
+        token_ids = token_ids[token_ids < len(row)]
+    score = row[token_ids]
+    with np.errstate(over="ignore"):
+        row[token_ids] = np.where(score < 0, score * penalty, score / penalty)
 
 
 def encoder_repetition_penalty(

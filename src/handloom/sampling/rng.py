@@ -19,8 +19,11 @@ import secrets
 from collections.abc import Sequence
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from handloom.ops import Perturb, perturb_on_cpu
 
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
 _WEYL_A, _WEYL_B = 0x9E3779B9, 0xBB67AE85
@@ -29,6 +32,7 @@ _LARGEST_UNIFORM = 1 - 2**-24  # the largest float32 below 1
 _CPU_BLOCK = 16384  # elements: the five int64 buffers of a block stay in a core's second-level cache
 _NOISE_RANGE = 25.8  # noise lies in [-2.82, 22.88]: a token further below the best score than this cannot win
 _FEW = 4096  # a row with no more tokens than this is drawn together with others
+_MARGIN, _RELATIVE_MARGIN = 2.0**-10, 2.0**-20  # far more than compiled sums of score and noise are off
 
 
 def fresh_seed() -> int:
@@ -115,8 +119,12 @@ def sample(scores: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> li
 
     `scores` is float32 [R, V] without NaN or +inf, with at least one finite score in every row; it is left as it is.
     `seeds` are in [0, 2^64), `positions` in [0, 2^31). Equal sums go to the lowest token id. Noise is computed only
-    for tokens that can win; rows with few of them are drawn together.
+    for tokens that can win; rows with few of them are drawn together. Compiled code finds out which sums are nearly
+    the highest, in a process that has it.
     """
+    perturb = perturb_on_cpu() if scores.device.type == "cpu" else None
+    if perturb is not None:
+        return _sample_compiled(perturb, scores, seeds, positions)
     key = seed_words(seeds, scores.device)
     places = torch.tensor(positions, dtype=torch.int64, device=scores.device)
     alive = scores >= scores.amax(dim=-1, keepdim=True) - _NOISE_RANGE
@@ -132,6 +140,25 @@ def sample(scores: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> li
             own = slice(group[0], group[0] + 1) if len(group) == 1 else rows[part]  # one row: one key for all tokens
             totals[part] += gumbel_noise([word[own] for word in key], places[own], token_ids[part])
             chosen += token_ids[part][_best_of_each(totals[part], sizes)].tolist()
+    return chosen
+
+
+def _sample_compiled(perturb: Perturb, scores: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
+    """`sample` with sums that are a little off: where that leaves several tokens, theirs are made exactly."""
+    table = scores.numpy()
+    keys = [(seed & _LOW_WORD, seed >> 32, at) for seed, at in zip(seeds, positions, strict=True)]
+    totals = perturb(table, table.max(axis=1) - np.float32(_NOISE_RANGE), np.array(keys))
+    chosen: list[int] = []
+    for row, own in enumerate(totals):
+        token_id = int(own.argmax())
+        highest = float(own[token_id])
+        (near,) = np.nonzero(own >= highest - abs(highest) * _RELATIVE_MARGIN - _MARGIN)
+        if len(near) > 1:
+            low, high, position = torch.tensor(keys[row]).split(1)
+            token_ids = torch.from_numpy(near)
+            exact = scores[row, token_ids] + gumbel_noise((low, high), position, token_ids)
+            token_id = int(near[int(exact.argmax())])
+        chosen.append(token_id)
     return chosen
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from handloom.errors import GrammarError, HandloomError, NonFiniteLogits, RequestFailed
+from handloom.ops.torch_threads import callers_threads
 from handloom.sampling import constraints, contrast, grammar, processors, repetition, watermark
 from handloom.sampling.memory import Memory
 from handloom.sampling.params import GenerationParams, LogitsProcessor
@@ -314,8 +315,10 @@ def _run(processor: LogitsProcessor, row: Row, scores: Tensor) -> RequestFailed 
     """Run a processor of the caller's on `scores` [1, V], in place; returns what it did wrong."""
     input_ids = row.memory.input_ids().to(scores.device)
     name = f"the logits processor {reprlib.repr(processor)}"
+    own = scores.clone()
     try:
-        result: object = processor(input_ids, scores.clone())
+        with callers_threads():
+            result: object = processor(input_ids, own)
     except Exception as cause:
         error = RequestFailed(f"{name} raised {cause!r}")
         error.__cause__ = cause

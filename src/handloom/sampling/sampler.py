@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from handloom.errors import HandloomError, NonFiniteLogits
+from handloom.ops.torch_threads import one_thread
 from handloom.sampling import rng
 from handloom.sampling.rules import Row as Row
 from handloom.sampling.rules import apply_rules, nothing_left
@@ -50,6 +51,7 @@ class Draws:
     count: int
 
 
+@one_thread()
 def choose(logits: Tensor, rows: Sequence[Row], draws: Draws | None = None) -> Choice:
     """Choose one token per row of `logits` [R, V] (any float dtype; left as it is).
 
@@ -171,6 +173,8 @@ def _highest(scores: Tensor) -> tuple[list[float], list[int]]:
 
 
 def _float32_copy(logits: Tensor, rows: list[int]) -> Tensor:
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        return torch.from_numpy(logits.detach().numpy()[rows if len(rows) < len(logits) else slice(None)].copy())
     if len(rows) == logits.shape[0]:
         return logits.to(torch.float32, copy=True)
     return logits[rows].to(torch.float32)

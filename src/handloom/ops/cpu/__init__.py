@@ -14,16 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from handloom.checkpoint.quantization import QuantizedMatrix, QuantizedRows
 from handloom.checkpoint.quantize import not_quantizable
 from handloom.ops.cpu import blocks
 from handloom.ops.cpu.blocks import Scale, Weight, address
-from handloom.ops.cpu.compiled import compiled_step, require
+from handloom.ops.cpu.compiled import compiled_step, is_loaded, require
 from handloom.ops.cpu.instructions import Frame
-from handloom.ops.cpu.machine import run_once
+from handloom.ops.cpu.machine import run_bare, run_once
 from handloom.ops.cpu.program import Program, buffer, heads_of
 from handloom.ops.panels import FORMATS, Panels, format_of
 from handloom.ops.quantized_panels import QuantizedPanels
@@ -37,15 +39,19 @@ __all__ = [
     "embed",
     "format_of",
     "hold",
+    "is_loaded",
     "linear_residual",
     "lm_head",
     "norm_mlp",
     "norm_qkv",
     "paged_attention",
+    "perturb",
     "quantize_rows",
     "require",
     "take",
 ]
+
+FEW_SCORES = 2**17  # no more than this are one thread's work: to call others takes as long
 
 
 def hold(weight: Tensor | QuantizedMatrix) -> Panels | QuantizedPanels:
@@ -182,6 +188,16 @@ def norm_mlp(hidden: Tensor, norm: Norm, weight: Weight, bias: Tensor | None, ac
         {Frame.TOKENS: len(x)},
     )
     return out.to(hidden.dtype)
+
+
+def perturb(scores: NDArray[np.float32], floors: NDArray[np.float32], keys: NDArray[np.int64]) -> NDArray[np.float32]:
+    """`scores` [R, V] with noise added to each, to 1e-5; 16 tokens that are all below `floors` [R] give -inf.
+
+    keys: [R, 3], the words of each row's seed and its position. The noise is that of `handloom.sampling.rng`.
+    """
+    out = np.empty(scores.shape, dtype=np.float32)
+    run_bare(blocks.perturb(scores, floors, keys, out), {Frame.ROWS: len(scores)}, scores.size <= FEW_SCORES)
+    return out
 
 
 def lm_head(hidden: Tensor, norm: Norm, weight: Weight, softcap: float | None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from handloom.checkpoint.quantization import QuantizedRows
@@ -155,6 +156,14 @@ def quantize(weights: Tensor, out: QuantizedRows, failed: Tensor) -> ins.Quantiz
         int(minimum is None), int(form.scale == "float32"), address(out.low), stride(out.low), address(out.scale),
         stride(out.scale), address(minimum), 0 if minimum is None else stride(minimum), address(failed),
     )  # fmt: skip
+
+
+def perturb(
+    scores: NDArray[np.float32], floors: NDArray[np.float32], keys: NDArray[np.int64], out: NDArray[np.float32]
+) -> ins.Perturb:
+    """out [ROWS, V] = scores + noise; floors [ROWS], keys [ROWS, 3]."""
+    first, least, key, noisy = (own.__array_interface__["data"][0] for own in (scores, floors, keys, out))
+    return ins.Perturb(first, scores.strides[0], scores.shape[1], least, key, noisy, out.strides[0])
 
 
 def scratch_bytes(rows: Instructions) -> int:

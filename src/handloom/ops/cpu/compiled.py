@@ -64,6 +64,11 @@ def _compiled_step() -> Function:
         raise _not_let(error) from error
 
 
+def is_loaded() -> bool:
+    """Whether this process has the code in memory."""
+    return _compiled_step.cache_info().currsize > 0
+
+
 def require() -> None:
     """Raises UnsupportedOption where the step cannot be had, as far as can be told without compiling it."""
     if os.path.exists(kept_in()):  # noqa: PTH110 - a folder that may not be looked into is no error

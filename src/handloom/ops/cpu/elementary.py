@@ -31,7 +31,7 @@ ROUNDING = 1.5 * 2.0**23  # adding it leaves the nearest integer in the low bits
 SILU, GELU, GELU_TANH, RELU, RELU2 = (int(x) for x in Activation)
 
 
-def _polynomial(b: Builder, x: Value, coefficients: Sequence[float]) -> Value:
+def polynomial(b: Builder, x: Value, coefficients: Sequence[float]) -> Value:
     total = constant(coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         total = fused(b, total, x, constant(coefficient))
@@ -54,7 +54,7 @@ def _exp(b: Builder, x: Value) -> Value:
     shifted = fused(b, x, constant(1 / math.log(2)), constant(ROUNDING))
     n = b.fsub(shifted, constant(ROUNDING))
     r = fused(b, n, constant(-LN2_LOW), fused(b, n, constant(-LN2_HIGH), x))
-    value = fused(b, b.fmul(r, r), _polynomial(b, r, EXP), b.fadd(r, constant(1.0)))
+    value = fused(b, b.fmul(r, r), polynomial(b, r, EXP), b.fadd(r, constant(1.0)))
     power = b.shl(b.add(b.bitcast(shifted, INTS), ir.Constant(INTS, [127] * LANES)), ir.Constant(INTS, [23] * LANES))
     value = b.fmul(value, b.bitcast(power, VECTOR))
     return b.select(low, constant(0.0), b.select(high, constant(math.inf), value))
@@ -75,7 +75,7 @@ def tanh(b: Builder, x: Value) -> Value:
     """tanh; a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel (|x| < 0.625)"""
     size = _magnitude(b, x)
     square = b.fmul(x, x)
-    near = fused(b, b.fmul(x, square), _polynomial(b, square, TANH), x)
+    near = fused(b, b.fmul(x, square), polynomial(b, square, TANH), x)
     grown = b.fadd(_exp(b, b.fadd(size, size)), constant(1.0))
     far = _with_sign_of(b, b.fsub(constant(1.0), b.fdiv(constant(2.0), grown)), x)
     return b.select(b.fcmp_unordered(">=", size, constant(0.625)), far, near)
@@ -84,9 +84,9 @@ def tanh(b: Builder, x: Value) -> Value:
 def _erf(b: Builder, x: Value) -> Value:
     """erf; beyond 1 from a polynomial of log(1 - erf), which is 1 in float32 past 4."""
     size = _magnitude(b, x)
-    near = b.fmul(x, _polynomial(b, b.fmul(x, x), ERF))
+    near = b.fmul(x, polynomial(b, b.fmul(x, x), ERF))
     capped = b.select(b.fcmp_ordered(">", size, constant(4.0)), constant(4.0), size)
-    far = _with_sign_of(b, b.fsub(constant(1.0), _exp(b, _polynomial(b, capped, LOG_ERFC))), x)
+    far = _with_sign_of(b, b.fsub(constant(1.0), _exp(b, polynomial(b, capped, LOG_ERFC))), x)
     return b.select(b.fcmp_unordered(">=", size, constant(1.0)), far, near)
 
 

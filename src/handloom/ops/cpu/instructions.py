@@ -62,6 +62,7 @@ class Operation(IntEnum):
     ATTENTION = 5
     QUANTIZE = 6
     COMBINE = 7
+    PERTURB = 8
 
 
 class Activation(IntEnum):
@@ -218,6 +219,18 @@ class Combine(NamedTuple):
     out_stride: int
 
 
+class Perturb(NamedTuple):
+    """out [ROWS, width] = scores + Gumbel noise; floors float32 [ROWS]; keys int64 [ROWS, 3]: seed's words, position"""
+
+    scores: int
+    scores_stride: int
+    width: int
+    floors: int
+    keys: int
+    out: int
+    out_stride: int
+
+
 CODES: dict[type, Operation] = {
     Embed: Operation.EMBED,
     NormRows: Operation.NORM,
@@ -227,6 +240,7 @@ CODES: dict[type, Operation] = {
     Attention: Operation.ATTENTION,
     Quantize: Operation.QUANTIZE,
     Combine: Operation.COMBINE,
+    Perturb: Operation.PERTURB,
 }
 
 

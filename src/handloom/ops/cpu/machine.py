@@ -32,15 +32,24 @@ class Machine:
         if len(self._kept) < kept + 64:
             self._kept = torch.empty(2 * kept + 64, dtype=torch.uint8)
         at, kept_at = self._scratch.data_ptr(), self._kept.data_ptr()
-        frame = np.zeros(len(Frame), dtype=np.int64)
-        for entry, value in entries.items():
-            frame[entry] = value
-        frame[Frame.SCRATCH], frame[Frame.SCRATCH_BYTES] = at + -at % 64, scratch
-        frame[Frame.THREADS], frame[Frame.KEPT] = threads, kept_at + -kept_at % 64
-        _teams.of(compiled_step(), threads).run(table, frame)
+        memory = {Frame.SCRATCH: at + -at % 64, Frame.SCRATCH_BYTES: scratch, Frame.KEPT: kept_at + -kept_at % 64}
+        _run(table, {**entries, **memory}, threads)
 
 
 def run_once(rows: Instructions, entries: dict[Frame, int], kept_splits: int = 0) -> None:
     """Run a few instructions."""
     table = np.array([ins.row_of(row) for row in rows], dtype=np.int64)
     Machine().run(table, blocks.scratch_bytes(rows), blocks.kept_bytes(rows) * kept_splits, entries)
+
+
+def run_bare(row: ins.Perturb, entries: dict[Frame, int], alone: bool) -> None:
+    """Run an instruction that needs no memory beside its operands, on this thread alone or on all."""
+    _run(np.array([ins.row_of(row)], dtype=np.int64), entries, 1 if alone else usable_threads())
+
+
+def _run(table: np.ndarray, entries: dict[Frame, int], threads: int) -> None:
+    frame = np.zeros(len(Frame), dtype=np.int64)
+    for entry, value in entries.items():
+        frame[entry] = value
+    frame[Frame.THREADS] = threads
+    _teams.of(compiled_step(), threads).run(table, frame)
