@@ -111,3 +111,19 @@ def add_noise(scores, first, last, floor, key, out):
             simd.store_first(out + 4 * i, simd.add(value, noise(i, position, low, high)), count)
         else:
             simd.store_first(out + 4 * i, simd.splat(NOTHING), count)
+
+
+@kernel(int64, int64)
+def noise_items(width):
+    """Items of a row."""
+    return (width + COLUMNS_PER_ITEM - 1) // COLUMNS_PER_ITEM
+
+
+@kernel(void, *[int64] * 8)
+def noise_item(item, scores, stride, width, floors, keys, out, out_stride):
+    """Some columns of a row; strides in bytes."""
+    row, first = item // noise_items(width), item % noise_items(width) * COLUMNS_PER_ITEM
+    last = min(width, first + COLUMNS_PER_ITEM)
+    add_noise(
+        scores + row * stride, first, last, floors + 4 * row, keys + KEY_BYTES * row, out + row * out_stride
+    )  # fmt: skip

@@ -21,8 +21,7 @@ from handloom.ops.cpu import rows as row
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.attention import attention_item, attention_items, combine_item, combine_items
 from handloom.ops.cpu.codes import BITS, LOW
-from handloom.ops.cpu.gumbel import COLUMNS_PER_ITEM as NOISY_COLUMNS
-from handloom.ops.cpu.gumbel import KEY_BYTES, add_noise
+from handloom.ops.cpu.gumbel import noise_item, noise_items
 from handloom.ops.cpu.instructions import (
     COUNTERS,
     FRAME,
@@ -155,7 +154,7 @@ def count_items(instruction, frame):
     if code == NORM:
         return items_of_rows(read_i64(frame + 8 * operand(instruction, 0)))
     if code == PERTURB:
-        return read_i64(frame + ROWS) * ((operand(instruction, 2) + NOISY_COLUMNS - 1) // NOISY_COLUMNS)
+        return read_i64(frame + ROWS) * noise_items(operand(instruction, 2))
     tokens = read_i64(frame + TOKENS)
     if code == ACTIVATE:
         return tokens * ((operand(instruction, 2) + COLUMNS_PER_ITEM - 1) // COLUMNS_PER_ITEM)
@@ -237,16 +236,6 @@ def do_activate(i, item):
     row.activate_row(x, first, last, width, operand(i, 3), operand(i, 4), out)
 
 
-@kernel(void, int64, int64)
-def do_perturb(i, item):
-    width = operand(i, 2)
-    chunks = (width + NOISY_COLUMNS - 1) // NOISY_COLUMNS
-    at, first = item // chunks, item % chunks * NOISY_COLUMNS
-    last = min(width, first + NOISY_COLUMNS)
-    scores, out = operand(i, 0) + at * operand(i, 1), operand(i, 5) + at * operand(i, 6)
-    add_noise(scores, first, last, operand(i, 3) + 4 * at, operand(i, 4) + KEY_BYTES * at, out)
-
-
 @kernel(void, int64, int64, int64)
 def do_qkv(i, frame, token):
     num_heads, num_kv_heads, head_dim, v_head_dim = operand(i, 2), operand(i, 3), operand(i, 4), operand(i, 5)
@@ -302,7 +291,10 @@ def do_item(instruction, frame, item, scratch):
     elif code == ACTIVATE:
         do_activate(instruction, item)
     elif code == PERTURB:
-        do_perturb(instruction, item)
+        noise_item(
+            item, operand(instruction, 0), operand(instruction, 1), operand(instruction, 2), operand(instruction, 3),
+            operand(instruction, 4), operand(instruction, 5), operand(instruction, 6),
+        )  # fmt: skip
     else:
         count = read_i64(frame + 8 * operand(instruction, 0)) if code == NORM else read_i64(frame + TOKENS)
         for at in range(item * ROWS_PER_ITEM, min(count, (item + 1) * ROWS_PER_ITEM)):
