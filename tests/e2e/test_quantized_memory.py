@@ -1,6 +1,6 @@
 """A GGUF model costs its file's size in memory, not the size of its floats, also while it is read.
 
-In a process of its own; compiling, which is done once on a machine, is not counted; our own modules and the tokenizer are.
+In a process of its own. Compiling, done once on a machine, is not counted; our modules and the tokenizer are.
 """
 
 from __future__ import annotations
