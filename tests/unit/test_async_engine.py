@@ -225,8 +225,10 @@ def test_a_slow_reader_pauses_its_request_which_holds_up_nobody_and_ends_with_th
         found = await asyncio.gather(*(tokens_of(engine.generate(PROMPTS[i], **options(i, 50))) for i in others))
         assert found == [alone(i, 50) for i in others]
         (stream,) = engine._streams.values()
+        held = len(stream.events)
+        assert held in (3, 4), "the first event was taken when four were there, or before"
         for _ in range(5):
-            assert stream.paused and len(stream.events) == 4
+            assert stream.paused and len(stream.events) == held
             await asyncio.sleep(0.002)
         assert any(isinstance(event, Preempted) for event in told) == (num_pages == 24 or max_running == 1)
         rest = await tokens_of(slow)

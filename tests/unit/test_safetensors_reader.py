@@ -58,6 +58,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[SafetensorsFile, di
     return SafetensorsFile(path), load_file(path)
 
 
+def test_metadata_may_be_null_as_in_the_real_library(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(encoded({"__metadata__": None}))
+    assert load_file(path) == {} and SafetensorsFile(path).metadata == {}
+
+
 def test_every_dtype_reads_as_the_real_library_reads_it(saved: Any) -> None:
     file, expected = saved
     assert file.tensors.keys() == expected.keys()

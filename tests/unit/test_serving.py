@@ -93,7 +93,7 @@ def test_every_request_gets_its_tokens_in_time_order_and_progress_ends_at_their_
     assert run.prompt_tokens == sum(len(request.prompt) for request in REQUESTS)
 
 
-def test_nobody_is_served_before_arriving_and_waiting_for_the_engine_counts() -> None:
+def test_nobody_is_served_before_arriving_and_waiting_for_the_engine_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = Asked(random_ids(1, 5), 3, at=0.3), Asked(random_ids(2, 5), 2, at=0.0)
     run = serve(lm_with(), [first, second], max_running=1)
     assert run.served[0].arrived == 0.3 < run.served[0].tokens[0]
@@ -105,7 +105,7 @@ def test_nobody_is_served_before_arriving_and_waiting_for_the_engine_counts() ->
         time.sleep(0.05)
         return forward(*arguments)
 
-    lm.transformer.forward = slow  # type: ignore[method-assign]
+    monkeypatch.setattr(lm.transformer, "forward", slow)
     late = [Asked(random_ids(1, 5), 6), Asked(random_ids(2, 5), 2, at=0.01)]
     run = serve(lm, late, max_running=1)
     assert run.queued == 1

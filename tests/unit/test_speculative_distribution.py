@@ -57,11 +57,12 @@ def assistant(lm: LM) -> LM:
     pool = PagePool(lm.spec, 2000, 4, dtype=lm.dtype, device=lm.device)
     other = LM(lm.transformer, lm.tokenizer, pool, name="assistant")
     noise = torch.randn(lm.spec.vocab_size, generator=torch.Generator().manual_seed(2)) * 0.3
-    forward = other.runner().forward
+    run = other.runner().run
 
     class Noisy:
-        def forward(self, works: Any) -> torch.Tensor:
-            return forward(works) + noise
+        def run(self, works: Any) -> tuple[torch.Tensor, dict[int, Any]]:
+            logits, errors = run(works)
+            return logits + noise, errors
 
     other.runner = lambda: Noisy()  # type: ignore[method-assign, assignment, return-value]
     return other

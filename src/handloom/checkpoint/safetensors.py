@@ -85,7 +85,7 @@ class SafetensorsFile:
         self._fd = _open(path)
         try:
             header, start, size = self._read_header()
-            self.metadata = _metadata(header.pop("__metadata__", {}), path)
+            self.metadata = _metadata(header.pop("__metadata__", None), path)
             self._entries = _entries(header, start, size, path)
         except BaseException:
             self.close()
@@ -207,6 +207,9 @@ def _open(path: Path) -> int:
 
 
 def _metadata(value: object, path: Path) -> dict[str, str]:
+    """Empty where the file has null, which the format's own library writes nowhere and reads."""
+    if value is None:
+        return {}
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
     return value
