@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from handloom.sampling.params import GenerationParams
-from handloom.sampling.sampler import Row
+from handloom.sampling.rules import Row
 
 
 def row(tokens: list[int] | None = None, prompt_length: int = 3, **params: Any) -> Row:

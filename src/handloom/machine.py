@@ -23,7 +23,7 @@ import torch
 
 from handloom.checkpoint import memory
 from handloom.checkpoint.quantization import QuantizedMatrix
-from handloom.model.spec import ModelSpec, model_parameters
+from handloom.model.spec import ModelSpec, looked_up, model_parameters
 from handloom.ops import QuantizedPanels, Weight
 from handloom.ops.cores import cgroup, usable_cores
 
@@ -128,9 +128,8 @@ def weight_bytes_per_token(model: ModelSpec | Loaded, dtype: torch.dtype) -> int
 
 def bytes_per_token(spec: ModelSpec, sizes: Mapping[str, int]) -> int:
     """As weight_bytes_per_token, of weights that take so many bytes each."""
-    looked_up = {"positions.weight"} if spec.tied_head else {"positions.weight", "embed.weight"}
-    shapes = model_parameters(spec)
-    return sum(size // (shapes[name].shape[0] if name in looked_up else 1) for name, size in sizes.items())
+    shapes, by_row = model_parameters(spec), looked_up(spec)
+    return sum(size // (shapes[name].shape[0] if name in by_row else 1) for name, size in sizes.items())
 
 
 def _useful_bytes(weight: Weight) -> int:
@@ -169,7 +168,7 @@ def describe() -> dict[str, Any]:
     last_level_cache; memory: total, available, limit (cgroup, or None); gpus: name, memory,
     capability, driver of each; versions: of Python and packages, None where one is not installed.
     """
-    memory = psutil.virtual_memory()
+    ram = psutil.virtual_memory()
     return {
         "os": platform.platform(),
         "cpu": {
@@ -179,7 +178,7 @@ def describe() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "last_level_cache": last_level_cache_bytes(),
         },
-        "memory": {"total": memory.total, "available": memory.available, "limit": memory_limit()},
+        "memory": {"total": ram.total, "available": ram.available, "limit": memory_limit()},
         "gpus": gpus(),
         "versions": versions(),
     }

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from handloom.errors import ContextOverflow, InvalidParam, UnsupportedOption
 from handloom.sampling import options as names
 from handloom.sampling.params import GenerationParams, resolve_params
-from handloom.sampling.sampler import Row, choose
+from handloom.sampling.rules import Row
+from handloom.sampling.sampler import choose
 
 OURS = sorted({*GenerationParams.__dataclass_fields__, "max_length", "stop", "generation_config"})
 ALL = sorted({*OURS, *names.names_of_transformers()})

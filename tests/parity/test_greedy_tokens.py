@@ -11,6 +11,7 @@ import torch
 import handloom as hl
 from handloom.decoding import loop
 from handloom.decoding.decoder import TokenEvent
+from handloom.engine.prepare import resolve
 from handloom.sampling.params import GenerationParams, resolve_params
 from parity_checks import BACKENDS, Pair, assert_tokens_equal, load_pair
 from tiny_models import TINY, VOCAB_SIZE, ragged_prompts, random_ids, save, tiny_tokenizer
@@ -21,7 +22,7 @@ RAGGED = (1, 5, 17, 33, 64, 2, 16, 48)
 def resolved(lm: hl.LM, prompt: list[int], **options: Any) -> GenerationParams:
     """What the engine makes of these options."""
     with lm.sequence(prompt) as sequence:
-        return hl.Engine(lm).resolve(sequence, options)
+        return resolve(lm, sequence, options)
 
 
 def run_engine(engine: hl.Engine, requests: list[int]) -> list[list[int]]:

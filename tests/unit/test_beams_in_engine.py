@@ -18,6 +18,7 @@ from handloom.decoding.beams import chain
 from handloom.decoding.branches import Branches
 from handloom.decoding.decoder import TokenEvent
 from handloom.engine import Engine
+from handloom.engine.prepare import resolve
 from handloom.lm import LM
 from handloom.output import Output
 from handloom.sampling.rng import sample_without_replacement
@@ -263,4 +264,4 @@ _ENDS: dict[str, Any] = {"eos_token_id": EOS, "length_penalty": 2.0, "early_stop
 
 
 def _params(lm: LM, num_beams: int = 2) -> Any:
-    return Engine(lm).resolve(Sequence(lm.pool, [1, 2]), {"num_beams": num_beams, **_ENDS})
+    return resolve(lm, Sequence(lm.pool, [1, 2]), {"num_beams": num_beams, **_ENDS})

@@ -16,6 +16,7 @@ from engines import Results, all_free, lm_with, loaded, poison, run
 from handloom.cache.sequence import Sequence
 from handloom.decoding import loop
 from handloom.engine import Engine
+from handloom.engine.prepare import resolve
 from handloom.errors import HandloomError, InvalidParam, InvalidPrompt, NonFiniteLogits, OutOfPages, RequestFailed
 from handloom.lm import LM
 from tiny_models import VOCAB_SIZE, random_ids
@@ -79,14 +80,14 @@ def test_requests_that_join_and_leave_midway_change_no_token_of_the_others() -> 
 def test_the_short_loop_is_the_engine(request_index: int) -> None:
     lm = lm_with()
     sequence = Sequence(lm.pool, PROMPTS[request_index])
-    params = Engine(lm).resolve(sequence, OPTIONS[request_index])
+    params = resolve(lm, sequence, OPTIONS[request_index])
     assert list(loop.generate(lm.transformer, lm.pool, PROMPTS[request_index], params)) == alone(request_index)
     assert all_free(lm)
 
 
 def test_a_loop_that_is_left_early_frees_its_pages() -> None:
     lm = lm_with()
-    params = Engine(lm).resolve(Sequence(lm.pool, [5]), {"max_new_tokens": 50})
+    params = resolve(lm, Sequence(lm.pool, [5]), {"max_new_tokens": 50})
     tokens = loop.generate(lm.transformer, lm.pool, PROMPTS[1], params)
     next(tokens)
     assert not all_free(lm)

@@ -18,7 +18,8 @@ from handloom.engine import Engine
 from handloom.errors import HandloomError, InvalidParam, InvalidPrompt, RequestFailed
 from handloom.lm import LM
 from handloom.model.hooks import At
-from handloom.sampling.sampler import Choice, Row, choose
+from handloom.sampling.rules import Row
+from handloom.sampling.sampler import Choice, choose
 from tiny_models import random_ids
 
 PROMPTS = [random_ids(i, length) for i, length in enumerate((9, 14, 3))]

@@ -151,7 +151,7 @@ def test_minimum_lengths_mask_the_end_tokens_as_transformers_does():
     minimums, lengths, eos = [5, 5, 0, 9, 9], [4, 5, 1, 8, 2], [(3,), (3,), (3,), (1, 49), ()]
     mine, new = scores.clone(), scores.clone()
     constraints.min_length(mine, minimums, lengths, eos)
-    constraints.min_new_tokens(new, minimums, lengths, eos)
+    constraints.min_length(new, minimums, lengths, eos)
     for row, (minimum, length, ids) in enumerate(zip(minimums, lengths, eos, strict=True)):
         input_ids, one = torch.zeros(1, length, dtype=torch.int64), scores[row : row + 1]
         assert same_bits(mine[row : row + 1], hf.MinLengthLogitsProcessor(minimum, list(ids))(input_ids, one))
@@ -221,9 +221,7 @@ def test_rules_in_any_combination_give_the_bits_of_transformers_list(rows, vocab
     everyone = [eos] * len(rows)
     repetition.repetition_penalty(mine, [row.repetition_penalty for row in rows], sequences.tolist())
     constraints.min_length(mine, [row.min_length for row in rows], [length] * len(rows), everyone)
-    constraints.min_new_tokens(
-        mine, [row.min_new_tokens for row in rows], [length - prompt_length] * len(rows), everyone
-    )
+    constraints.min_length(mine, [row.min_new_tokens for row in rows], [length - prompt_length] * len(rows), everyone)
     ours.temperature(mine, [row.temperature for row in rows])
     ours.top_k(mine, [row.top_k for row in rows])
     ours.top_p(mine, [row.top_p for row in rows])

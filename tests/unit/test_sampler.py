@@ -13,7 +13,8 @@ from transformers.generation import logits_process as hf
 from handloom.errors import NonFiniteLogits
 from handloom.sampling import sampler
 from handloom.sampling.params import GenerationParams
-from handloom.sampling.sampler import Row, choose, token_logprobs
+from handloom.sampling.rules import Row
+from handloom.sampling.sampler import choose, token_logprobs
 from handloom.sampling.watermark import SynthID, Watermark
 from sampler_rows import MIXED, SAMPLED, random_logits, row
 

@@ -12,7 +12,8 @@ from transformers.generation.watermarking import BayesianDetectorConfig, Bayesia
 
 from handloom.errors import InvalidPrompt
 from handloom.sampling.params import GenerationParams
-from handloom.sampling.sampler import Row, choose
+from handloom.sampling.rules import Row
+from handloom.sampling.sampler import choose
 from handloom.sampling.watermark import SynthID, Watermark
 from handloom.sampling.watermark_detection import (
     detect_synthid,

@@ -81,9 +81,8 @@ class PagePool:
         self._references: list[int] = []  # of the pages handed out so far, which are the lowest ones
         self._free: list[int] = []  # a heap of those that came back
         self.prefixes = PrefixIndex(page_size)
-        self._cached: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # those in the index that nobody holds, the first to go first
+        # those that the index knows and nobody holds, the first to go first
+        self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
     def page_bytes(self) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -154,29 +155,16 @@ def _runs(sequence: Sequence, num_tokens: int, pages: Tensor) -> list[Tensor]:
 
 def _header(entries: Iterable[_Entry], model: dict[str, str]) -> bytes:
     """Length and JSON header of the file, its CRC still zero."""
-    content: dict[str, Any] = {
-        "__metadata__": {
-            "crc32": f"{0:08x}",
-            "format": FORMAT,
-            "version": VERSION,
-            **model,
-        }  # the CRC first: see _write
-    }
+    # the CRC comes first, so that _write finds it
+    content: dict[str, Any] = {"__metadata__": {"crc32": f"{0:08x}", "format": FORMAT, "version": VERSION, **model}}
     at = 0
     for entry in entries:
-        end = at + _nbytes(entry)
+        end = at + entry.dtype.itemsize * math.prod(entry.shape)
         content[entry.name] = {"dtype": _STORAGE[entry.dtype], "shape": entry.shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _nbytes(entry: _Entry) -> int:
-    count = entry.dtype.itemsize
-    for size in entry.shape:
-        count *= size
-    return count
 
 
 def _write(file: BinaryIO, header: bytes, entries: Iterable[_Entry]) -> None:

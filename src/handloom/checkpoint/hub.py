@@ -189,8 +189,8 @@ def select(source: HubSource, files: Iterable[str]) -> tuple[list[str], list[str
     raise ModelNotFound(f"{source.repo} has no {WEIGHTS}, no {INDEX} and no .gguf file; its files: {_listed(names)}")
 
 
-def _listed(names: list[str], most: int = 20) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
 
 
 def _shards(source: HubSource, index: Path, info: ModelInfo) -> list[str]:

@@ -13,8 +13,8 @@ from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence as Cached
 from handloom.model.transformer import Transformer
 from handloom.sampling.params import GenerationParams
-from handloom.sampling.rules import RequestRules
-from handloom.sampling.sampler import Row, choose
+from handloom.sampling.rules import RequestRules, Row
+from handloom.sampling.sampler import choose
 
 
 def generate(model: Transformer, pool: PagePool, prompt: Sequence[int], params: GenerationParams) -> Iterator[int]:

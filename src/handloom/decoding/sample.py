@@ -25,8 +25,8 @@ from handloom.decoding.stream_text import StreamText
 from handloom.errors import HandloomError, InvalidPrompt, RequestFailed
 from handloom.ops.torch_threads import callers_threads, one_thread
 from handloom.sampling.params import GenerationParams
-from handloom.sampling.rules import RequestRules
-from handloom.sampling.sampler import Choice, Row, choose, token_logprobs
+from handloom.sampling.rules import RequestRules, Row
+from handloom.sampling.sampler import Choice, choose, token_logprobs
 from handloom.text.tokenizer import Tokenizer
 
 Choosing = Callable[[Tensor, Seq[Row]], Choice]

@@ -30,7 +30,8 @@ from handloom.decoding.drafters import PromptLookup, SuffixAutomaton, TextDrafte
 from handloom.decoding.sample import SampleDecoder
 from handloom.errors import HandloomError
 from handloom.sampling.params import GenerationParams
-from handloom.sampling.sampler import Choice, Row
+from handloom.sampling.rules import Row
+from handloom.sampling.sampler import Choice
 from handloom.text.tokenizer import Tokenizer
 
 BY_MODEL = 0  # the class of a model's drafts

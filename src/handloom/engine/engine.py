@@ -23,11 +23,10 @@ from handloom.engine.flight import Pilot
 from handloom.engine.guarded import Custom, Guarded
 from handloom.engine.memory import memory_report, smaller_step
 from handloom.engine.model import Model
-from handloom.engine.prepare import guarded, prepare, resolve
+from handloom.engine.prepare import guarded, prepare
 from handloom.engine.runner import Runner
 from handloom.engine.scheduler import Request, Scheduler
 from handloom.errors import EngineError, InvalidParam, InvalidPrompt
-from handloom.sampling.params import GenerationParams
 
 MAX_STEP_TOKENS = 512
 MAX_LOGITS_BYTES = 128 << 20
@@ -101,10 +100,6 @@ class Engine:
     @property
     def _is_asked(self) -> bool:
         return bool(self._arrived or self._leaving or self._pausing)
-
-    def resolve(self, sequence: Sequence, options: dict[str, Any]) -> GenerationParams:
-        """A request's parameters. Raises InvalidPrompt, InvalidParam, UnsupportedOption, ContextOverflow."""
-        return resolve(self.model, sequence, options)
 
     def prepare(self, prompt: Any, options: dict[str, Any], *, cache_salt: str = "") -> RequestDecoder | Custom:
         """The decoder of a request, checked and not queued yet. Arguments and errors are those of `add_request`."""

@@ -79,9 +79,8 @@ def load_transformer(
         return weight.nbytes
 
     by_formulas = isinstance(quantize, Scheme) and backend.quantize is quantize_rows
-    readers = (
-        1 if by_formulas or quantize == "keep" else READERS
-    )  # two would wait for torch's threads, or Python's lock
+    # a second reader would wait for torch's threads, or for Python's lock
+    readers = 1 if by_formulas or quantize == "keep" else READERS
     with ThreadPoolExecutor(readers) as pool:
         for nbytes in pool.map(read, sorted(parameters, key=lambda n: -sizes[n])):
             done += nbytes
@@ -146,7 +145,7 @@ def _check_names(checkpoint: Checkpoint, family: Family, sources: dict[str, Sour
 def _check_shapes(checkpoint: Checkpoint, sources: dict[str, Source], parameters: dict[str, Parameter]) -> None:
     """Before anything is allocated: a config that lies about sizes must not cost memory."""
     for ours, source in sources.items():
-        for name, rows in zip(source.names, _rows(source, parameters[ours]), strict=True):
+        for name, rows in zip(source.names, _parts(parameters[ours], len(source.names)), strict=True):
             shape = (rows, *parameters[ours].shape[1:])
             expected = shape[::-1] if source.transpose else shape
             found = tuple(checkpoint.tensors[name].shape)
@@ -157,12 +156,8 @@ def _check_shapes(checkpoint: Checkpoint, sources: dict[str, Source], parameters
                 )
 
 
-def _rows(source: Source, parameter: Parameter) -> tuple[int, ...]:
-    """How many rows of our weight each of its tensors fills."""
-    return _parts(parameter, len(source.names))
-
-
 def _parts(parameter: Parameter, count: int) -> tuple[int, ...]:
+    """How many rows of our weight each of the `count` tensors that it is made of fills."""
     return parameter.parts if count > 1 else parameter.shape[:1]
 
 
@@ -190,7 +185,7 @@ def _check_memory(
 
 def _read(checkpoint: Checkpoint, source: Source, parameter: Parameter, weight: Tensor) -> None:
     """Fill one weight from its one or several tensors."""
-    for name, part in zip(source.names, weight.split(_rows(source, parameter)), strict=True):
+    for name, part in zip(source.names, weight.split(_parts(parameter, len(source.names))), strict=True):
         checkpoint.read_into(name, part, transpose=source.transpose)
 
 
@@ -279,7 +274,7 @@ def _read_quantized(
     keep: bool,
 ) -> None:
     """Fill one quantised weight from its one or several tensors."""
-    for name, part in zip(source.names, weight.split(_rows(source, parameter)), strict=True):
+    for name, part in zip(source.names, weight.split(_parts(parameter, len(source.names))), strict=True):
         if keep:
             checkpoint.read_quantized(name, part, transpose=source.transpose)
             continue

@@ -9,6 +9,7 @@ This module does not know weight names, files, devices or dtypes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -108,10 +109,7 @@ class Parameter:
 
     @property
     def numel(self) -> int:
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
+        return math.prod(self.shape)
 
 
 def layer_parameters(hidden_size: int, layer: LayerSpec) -> dict[str, Parameter]:
@@ -159,6 +157,11 @@ def model_parameters(spec: ModelSpec) -> dict[str, Parameter]:
     if not spec.tied_head:
         parameters["head.weight"] = Parameter((spec.vocab_size, spec.hidden_size))
     return parameters
+
+
+def looked_up(spec: ModelSpec) -> frozenset[str]:
+    """The tables of which a step reads only its tokens' rows; an embedding that is the head too is read whole."""
+    return frozenset({"positions.weight"} if spec.tied_head else {"positions.weight", "embed.weight"})
 
 
 def num_parameters(spec: ModelSpec) -> int:

@@ -19,7 +19,7 @@ from handloom.model.batch import ForwardBatch
 from handloom.model.hooked import HookedBlock, hooked_embedding, hooked_head
 from handloom.model.hooks import StepHooks
 from handloom.model.rope import inverse_frequencies, rotary_at
-from handloom.model.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from handloom.model.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec, looked_up
 from handloom.ops import Backend, Norm, Ops, QuantizedPanels, Rotary, Weight, matrix
 
 KVPages = Sequence[tuple[Tensor, Tensor]]
@@ -62,8 +62,7 @@ def hold(spec: ModelSpec, backend: Backend, name: str, weight: Weight, *, own: b
 
     own: nobody else uses the weight, and its memory may be taken.
     """
-    looked_up = {"positions.weight"} if spec.tied_head else {"positions.weight", "embed.weight"}
-    if isinstance(weight, Tensor) and (len(weight.shape) != 2 or name in looked_up):
+    if isinstance(weight, Tensor) and (len(weight.shape) != 2 or name in looked_up(spec)):
         return weight
     if not isinstance(weight, Tensor | QuantizedMatrix):
         return weight

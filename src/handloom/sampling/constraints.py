@@ -71,16 +71,12 @@ def diversity_penalty(scores: Tensor, penalties: Sequence[float], taken: Sequenc
 def min_length(
     scores: Tensor, minimums: Sequence[int], lengths: Sequence[int], eos_token_ids: Sequence[Sequence[int]]
 ) -> None:
-    """End-of-sequence tokens to -inf while a row's length, prompt included, is below its minimum. Off: 0."""
+    """End-of-sequence tokens to -inf while a row's length is below its minimum. Off: 0.
+
+    Lengths with the prompt are min_length, without it min_new_tokens.
+    """
     columns = zip(minimums, lengths, eos_token_ids, strict=True)
     forbid(scores, [eos if length < minimum else () for minimum, length, eos in columns])
-
-
-def min_new_tokens(
-    scores: Tensor, minimums: Sequence[int], new_lengths: Sequence[int], eos_token_ids: Sequence[Sequence[int]]
-) -> None:
-    """End-of-sequence tokens to -inf while a row has generated fewer tokens than its minimum. Off: 0."""
-    min_length(scores, minimums, new_lengths, eos_token_ids)
 
 
 class OnlyAllowed:
@@ -144,11 +140,6 @@ def exponential_decay_length_penalty(
         score = scores[row, list(eos)]
         rise = score.abs() * (_power(penalty[1], new_length - penalty[0]) - 1)
         scores[row, list(eos)] = torch.where(score.isfinite(), score + rise, score)
-
-
-def suppress_tokens(scores: Tensor, token_ids: Sequence[Sequence[int] | Tensor]) -> None:
-    """These tokens to -inf. Off: none."""
-    forbid(scores, token_ids)
 
 
 def begin_suppress_tokens(

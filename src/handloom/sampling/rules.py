@@ -141,7 +141,7 @@ BEFORE_THE_CALLERS = (
         lambda row: (row.params.min_length, len(row.token_ids), row.params.eos_token_id), about_eos=True,
     ),
     Rule(
-        "min_new_tokens", 0, "MinNewTokensLengthLogitsProcessor", constraints.min_new_tokens, (0, 0, ()),
+        "min_new_tokens", 0, "MinNewTokensLengthLogitsProcessor", constraints.min_length, (0, 0, ()),
         lambda row: (row.params.min_new_tokens, row.new_length, row.params.eos_token_id), about_eos=True,
     ),
     Rule(
@@ -165,7 +165,7 @@ BEFORE_THE_CALLERS = (
         lambda row: (row.params.exponential_decay_length_penalty, row.new_length, row.params.eos_token_id),
     ),
     Rule(
-        "suppress_tokens", (), "SuppressTokensLogitsProcessor", constraints.suppress_tokens, ((),),
+        "suppress_tokens", (), "SuppressTokensLogitsProcessor", repetition.forbid, ((),),
         lambda row: (row.memory.suppressed,),
     ),
     Rule(

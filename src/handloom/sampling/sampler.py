@@ -21,8 +21,7 @@ from torch import Tensor
 from handloom.errors import HandloomError, NonFiniteLogits
 from handloom.ops.torch_threads import one_thread
 from handloom.sampling import rng
-from handloom.sampling.rules import Row as Row
-from handloom.sampling.rules import apply_rules, nothing_left
+from handloom.sampling.rules import Row, apply_rules, nothing_left
 
 CPU_BLOCK = 2**18  # scores shaped at a time on a CPU, so that they and what is made of them stay in its cache
 LOGPROB_BLOCK = 2**23  # logits turned into log-probabilities at a time

@@ -21,8 +21,6 @@ _NEEDS: dict[str, tuple[tuple[str, ...], Any]] = {
     "num_assistant_tokens_schedule": (("assistant_model",), "constant"),
     "assistant_confidence_threshold": (("assistant_model",), THRESHOLD),
 }
-
-
 # What decodes in another way than one token after another for one output, and the value that does not.
 _OTHER_WAYS = {
     "num_beams": 1,
@@ -56,7 +54,7 @@ def read_speculation(asked: Options, *, torch_draws: bool) -> Speculation:
         prompt_lookup_num_tokens=asked.read("prompt_lookup_num_tokens", length, default=None, off=None),
         max_matching_ngram_size=asked.read("max_matching_ngram_size", length, default=NGRAM, off=NGRAM),
         speculation=asked.read("speculation", _suffix, default=None, off=None),
-        assistant_model=asked.read("assistant_model", _anything, default=None, off=None),
+        assistant_model=asked.given("assistant_model"),
         num_assistant_tokens=asked.read("num_assistant_tokens", length, default=NUM_TOKENS, off=NUM_TOKENS),
         num_assistant_tokens_schedule=asked.read(
             "num_assistant_tokens_schedule", _schedule, default="constant", off="constant"
@@ -104,7 +102,3 @@ def _schedule(value: Any) -> Schedule:
         if value == known:
             return known
     raise Expected("'constant', 'heuristic' or 'heuristic_transient'")
-
-
-def _anything(value: Any) -> Any:
-    return value

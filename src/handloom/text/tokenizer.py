@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 MAX_TEXT_BYTES = 8 * 2**20
 
 
-def check_text(text: object, *, what: str = "the prompt", max_bytes: int = MAX_TEXT_BYTES) -> str:
+def check_text(text: object, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """`text` itself, if it is a str that UTF-8 can hold in `max_bytes`.
 
     Raises InvalidPrompt that says what is wrong and, for a lone surrogate, at which character.
     """
     if not isinstance(text, str):
-        raise InvalidPrompt(f"{what} must be a str, not {type(text).__name__}")
+        raise InvalidPrompt(f"the prompt must be a str, not {type(text).__name__}")
     size = len(text)
     if size <= max_bytes and not text.isascii():
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidPrompt(
-                f"{what} is not text: character {error.start} is a lone surrogate, U+{ord(text[error.start]):04X}"
+                f"the prompt is not text: character {error.start} is a lone surrogate, U+{ord(text[error.start]):04X}"
             ) from None
     if size > max_bytes:
-        raise InvalidPrompt(f"{what} has {size} bytes of UTF-8 or more; the limit is {max_bytes}")
+        raise InvalidPrompt(f"the prompt has {size} bytes of UTF-8 or more; the limit is {max_bytes}")
     return text
 
 

@@ -64,21 +64,22 @@ class ConfigReader:
     def fail(self, key: str, expected: str) -> ConfigError:
         return ConfigError(f"{self.where}: {key} is {shown(self.values.get(key))}; expected {expected}")
 
-    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_WIDTH) -> int:
+    def integer(self, key: str, default: int | None = None, *, high: int = MAX_WIDTH) -> int:
+        """From 1 to high."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.fail(key, f"an integer from {low} to {high}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise self.fail(key, f"an integer from 1 to {high}")
         return value
 
-    def number(self, key: str, default: float | None = None, *, low: float = 0.0, high: float = 1e12) -> float:
-        """A finite float in (low, high]."""
+    def number(self, key: str, default: float | None = None, *, high: float = 1e12) -> float:
+        """A finite float in (0, high]."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
-            raise self.fail(key, f"a number above {low:g} and up to {high:g}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
+            raise self.fail(key, f"a number above 0 and up to {high:g}")
         return float(value)
 
-    def optional_number(self, key: str, *, low: float = 0.0, high: float = 1e12) -> float | None:
-        return None if self.get(key) is None else self.number(key, low=low, high=high)
+    def optional_number(self, key: str) -> float | None:
+        return None if self.get(key) is None else self.number(key)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)

@@ -67,7 +67,7 @@ def read_rope(
     kind_key = "rope_type" if parameters.get("rope_type") is not None else "type"
     scaling = parameters.one_of(kind_key, ROPE_SCALINGS, "default")
     parameters.ignore("rope_type", "type")
-    theta = parameters.number("rope_theta", theta, low=0.0)
+    theta = parameters.number("rope_theta", theta)
     if parameters.number("partial_rotary_factor", 1.0, high=1.0) != 1.0:
         raise UnsupportedModel(f"{parameters.where}: partial_rotary_factor other than 1 is not supported here")
     rope = RopeSpec(theta, head_dim)
