@@ -9,6 +9,7 @@ This module does not know what the step computes.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -24,6 +25,7 @@ from types import ModuleType
 from handloom import kept
 from handloom.errors import UnsupportedOption
 from handloom.ops.cpu import object_code
+from handloom.ops.cpu.instructions import ASKING
 from handloom.ops.cpu.object_code import Function
 
 NAME = "handloom_step"
@@ -62,6 +64,16 @@ def _compiled_step() -> Function:
         return object_code.load(data, NAME)
     except OSError as error:
         raise _not_let(error) from error
+
+
+@cache
+def has_matrix_units() -> bool:
+    """Whether the step has code for matrix units (AMX), or will have: it is not compiled. Raises as `require` does."""
+    if not os.path.exists(kept_in()):  # noqa: PTH110 - as in `require`
+        return bool(_compiler().AMX)
+    answer = ctypes.c_int64(0)
+    compiled_step()(ctypes.addressof(answer), ASKING)
+    return answer.value == 1
 
 
 def is_loaded() -> bool:

@@ -20,6 +20,7 @@ LINE = 64
 OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS = (i * LINE for i in range(6))
 CONTROL_BYTES = 6 * LINE
 OPENING = -1  # in place of a thread's number: open a run
+ASKING = -2  # in place of a thread's number: write 1 where the control block is said to be, if there is code for AMX
 
 BLOCK = 64  # columns of k that a product sums by themselves
 ROWS = 504  # of a product's item at most: a multiple of every tile

@@ -19,10 +19,12 @@ from numba.core.types import UniTuple  # type: ignore[attr-defined]
 
 from handloom.ops.cpu import rows as row
 from handloom.ops.cpu import simd
+from handloom.ops.cpu.amx import AMX
 from handloom.ops.cpu.attention import attention_item, attention_items, combine_item, combine_items
 from handloom.ops.cpu.codes import BITS, LOW
 from handloom.ops.cpu.gumbel import noise_item, noise_items
 from handloom.ops.cpu.instructions import (
+    ASKING,
     COUNTERS,
     FRAME,
     INSIDE,
@@ -386,6 +388,9 @@ def run(control: int, thread: int) -> None:
     """
     if thread == OPENING:
         store_atomic(control + OPEN, 1)
+        return
+    if thread == ASKING:
+        write_i64(control, int(AMX))
         return
     if thread == 0:
         walk(control, 0)
