@@ -10,15 +10,9 @@ This module does not know Python threads or models.
 
 from __future__ import annotations
 
-import platform
-import sys
-
-from llvmlite import ir
-from numba.core import types
 from numba.core.types import UniTuple  # type: ignore[attr-defined]
 
 from handloom.ops.cpu import rows as row
-from handloom.ops.cpu import simd
 from handloom.ops.cpu.amx import AMX
 from handloom.ops.cpu.attention import attention_item, attention_items, combine_item, combine_items
 from handloom.ops.cpu.codes import BITS, LOW
@@ -38,20 +32,9 @@ from handloom.ops.cpu.instructions import (
     Operation,
 )
 from handloom.ops.cpu.linear import group_of, linear_item, linear_items
+from handloom.ops.cpu.meeting import fetch_add, load_atomic, store_atomic, wait_a_little
 from handloom.ops.cpu.quantizing import quantize_nibbles, quantize_octets
-from handloom.ops.cpu.simd import (
-    I32,
-    I64,
-    Builder,
-    Value,
-    as_float,
-    int64,
-    kernel,
-    operation,
-    read_i64,
-    void,
-    write_i64,
-)
+from handloom.ops.cpu.simd import as_float, int64, kernel, read_i64, void, write_i64
 from handloom.ops.cpu.tiles import ask_for
 from handloom.ops.panels import PANEL
 from handloom.ops.quantized_panels import QUANTIZED
@@ -60,7 +43,6 @@ AHEAD_BYTES = 1 << 18  # of weights that a waiting thread asks for: half of a sm
 PIECE = 16  # cache lines of them at a time
 ROWS_PER_ITEM = 4
 COLUMNS_PER_ITEM = 512
-SPINS = 300
 
 TOKENS, SEQUENCES, ROWS = (int(x) * 8 for x in (Frame.TOKENS, Frame.SEQUENCES, Frame.ROWS))
 INPUT_IDS, POSITIONS, CU_SEQLENS, CONTEXT_LENS, PAGE_TABLE, MAX_PAGES, SLOT_MAPPING, LOGITS_ROWS = (
@@ -74,50 +56,6 @@ SCRATCH, SCRATCH_BYTES, THREADS, LOGITS, PAGE_SIZE, KEPT = (
     int(x) * 8 for x in (Frame.SCRATCH, Frame.SCRATCH_BYTES, Frame.THREADS, Frame.LOGITS, Frame.PAGE_SIZE, Frame.KEPT)
 )
 EMBED, NORM, LINEAR, ACTIVATE, QKV, ATTENTION, QUANTIZE, COMBINE, PERTURB = (int(x) for x in Operation)
-
-
-# Threads meeting --------------------------------------------------------------------------------
-
-
-@operation(int64, int64, int64)
-def fetch_add(b: Builder, address: Value, amount: Value) -> Value:
-    """Add atomically; the value before"""
-    return b.atomic_rmw("add", simd.pointer(b, address, I64), amount, "seq_cst")
-
-
-@operation(int64, int64)
-def load_atomic(b: Builder, address: Value) -> Value:
-    """The value, and all that was written before it was"""
-    return b.load_atomic(simd.pointer(b, address, I64), "seq_cst", 8)
-
-
-@operation(void, int64, int64)
-def store_atomic(b: Builder, address: Value, value: Value) -> None:
-    """Write the value after all that was written before"""
-    b.store_atomic(value, simd.pointer(b, address, I64), "seq_cst", 8)
-
-
-@operation(void)
-def pause(b: Builder) -> None:
-    """Tell the processor that this is a waiting loop"""
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        simd.call(b, "llvm.x86.sse2.pause", ir.VoidType())
-
-
-@operation(types.int32)
-def give_way(b: Builder) -> Value:
-    """Let another thread have the core"""
-    return simd.call(b, "SwitchToThread" if sys.platform == "win32" else "sched_yield", I32)
-
-
-@kernel(int64, int64)
-def wait_a_little(spins):
-    """Spin at first, then give the core away each time: whoever is waited for may need it."""
-    if spins < SPINS:
-        pause()
-    else:
-        give_way()
-    return spins + 1
 
 
 # Instructions -----------------------------------------------------------------------------------
