@@ -31,7 +31,7 @@ from handloom.decoding.score import ScoreDecoder
 from handloom.engine import Engine
 from handloom.engine.async_engine import AsyncEngine
 from handloom.engine.guarded import Custom
-from handloom.errors import HandloomError, InvalidParam, InvalidPrompt, RequestFailed
+from handloom.errors import EngineError, HandloomError, InvalidParam, InvalidPrompt, RequestFailed
 from handloom.output import Output, Piece, Score, Timing
 from handloom.sampling.params import GenerationParams
 from handloom.sampling.rng import seed_of_sample
@@ -108,6 +108,10 @@ async def _merged(
             async for event in engine.run(decoder):
                 await came.put((request, event))
         except HandloomError as error:
+            await came.put((request, FinishedEvent("error", error=error)))
+        except Exception as cause:  # whatever it is, who reads must hear of it
+            error = EngineError(f"the engine failed outside of a step: {cause!r}")
+            error.__cause__ = cause
             await came.put((request, FinishedEvent("error", error=error)))
 
     tasks = [asyncio.create_task(run(decoder, request)) for decoder, request in prepared]

@@ -18,6 +18,7 @@ from handloom.errors import ContextOverflow, UnsupportedOption
 from handloom.live import LiveSequence
 from handloom.lm import LM
 from handloom.output import Output, Piece
+from handloom.sampling.options import as_mapping
 
 Message = dict[str, Any]
 
@@ -116,12 +117,14 @@ class Conversation:
         return sequence
 
     def _with_limit(self, sequence: LiveSequence, options: dict[str, Any]) -> dict[str, Any]:
-        """The options, with at most as many new tokens as there is room for."""
+        """The options, with as many new tokens as there is room for where they say nothing, and no more."""
         room, limit = max(1, self._capacity(sequence) - len(sequence)), options.get("max_new_tokens")
-        return {
-            **options,
-            "max_new_tokens": room if limit is None else min(limit, room) if type(limit) is int else limit,
-        }
+        if type(limit) is int:
+            return {**options, "max_new_tokens": min(limit, room)}
+        said = {**as_mapping(options.get("generation_config")), **options}
+        if any(said.get(name) is not None for name in ("max_new_tokens", "max_length")):
+            return options
+        return {**options, "max_new_tokens": room}
 
     def _capacity(self, sequence: LiveSequence) -> int:
         """Tokens the sequence can grow to: the context, or what the cache has free."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any, TypeVar
@@ -158,3 +159,30 @@ def test_a_streamer_that_raises_and_an_engine_that_closes_end_what_they_are_abou
     told = by_output(run(closing()))
     assert all(isinstance(own[-1].error, EngineError) for own in told.values())
     assert len(told) == 3 and all_free(lm)
+
+
+def test_a_mistake_of_the_engine_is_told_and_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def breaks(*_: object, **__: object) -> AsyncIterator[Any]:
+        raise KeyError("lost")
+        yield
+
+    monkeypatch.setattr(hl.AsyncEngine, "run", breaks)
+    pieces = run(listed(lm_with().astream(PROMPTS, max_new_tokens=2)))
+    assert [(piece.index, type(piece.error)) for piece in pieces] == [(i, EngineError) for i in range(3)]
+    assert isinstance(pieces[0].error, EngineError) and isinstance(pieces[0].error.__cause__, KeyError)
+
+
+def test_without_a_thread_a_request_fails_and_a_later_one_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        lm = lm_with()
+        async with hl.AsyncEngine(lm) as engine:
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", none_left)
+                with pytest.raises(EngineError, match="can't start new thread"):
+                    await listed(lm.astream(PROMPTS[0], max_new_tokens=2, engine=engine))
+            assert len(await listed(lm.astream(PROMPTS[0], max_new_tokens=2, eos_token_id=[], engine=engine))) == 3
+
+    run(main())

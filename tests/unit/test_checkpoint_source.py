@@ -205,3 +205,9 @@ def test_an_argument_of_another_library_is_refused_with_what_it_is_here(name: st
     with pytest.raises(InvalidParam, match=rf"{name}.*{says}"):
         LM.from_pretrained("/no/such/folder", **{name: True})  # type: ignore[arg-type]
     assert {here.split("=")[0] for here in ELSEWHERE.values()} <= set(inspect.signature(LM.from_pretrained).parameters)
+
+
+@pytest.mark.parametrize("name", ["~nobody_of_this_name/model", "x" * 5000 + ".gguf", "y" * 300 + "/z.gguf"])
+def test_a_path_that_cannot_be_is_no_model(name: str) -> None:
+    with pytest.raises(ModelNotFound, match="does not exist here"):
+        open_checkpoint(name)

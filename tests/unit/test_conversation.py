@@ -230,3 +230,15 @@ def test_template_options_reach_the_template(tmp_path: Path) -> None:
         with Conversation(lm, thinking=thinking) as conversation:
             prompt = ask(conversation, "Hm?", max_new_tokens=1).prompt_token_ids
             assert lm.decode(prompt).endswith("<none>") is not thinking
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_length": 50}, {"generation_config": {"max_new_tokens": 4}}, {"generation_config": {"max_length": 50}}],
+    ids=str,
+)
+def test_a_limit_counts_wherever_it_is_said(lm: hl.LM, options: dict[str, Any]) -> None:
+    with Conversation(lm) as conversation:
+        prompt_length = len(lm.render_chat([{"role": "user", "content": QUESTIONS[0]}]))
+        new_tokens = len(ask(conversation, QUESTIONS[0], **options, eos_token_id=[]).token_ids)
+        assert new_tokens == (50 - prompt_length if "max_length" in str(options) else 4)

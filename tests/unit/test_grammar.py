@@ -237,3 +237,15 @@ def test_what_is_refused_is_refused_by_name() -> None:
     ):
         with pytest.raises(InvalidParam, match=words):
             start(**options)
+
+
+def test_what_the_deep_stack_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        """As pyo3's: no Exception."""
+
+    def panics(*_: object, **__: object) -> None:
+        raise Panic("in Rust")
+
+    monkeypatch.setattr("llguidance.LLMatcher.__new__", panics)
+    with pytest.raises(Panic, match="in Rust"):
+        Grammars(Tokenizer(tiny_tokenizer()), VOCAB_SIZE).compile("regex", "a+")

@@ -5,6 +5,7 @@ This module does not know any file format, nor how the Hub is spoken to.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -52,7 +53,7 @@ def open_checkpoint(
         CheckpointError, UnsafeCheckpoint, ConfigError: found, but damaged or refused.
         InvalidParam: a `revision` for something that is not on the Hub.
     """
-    options = _HubOptions(revision, token, Path(cache_dir).expanduser() if cache_dir is not None else None)
+    options = _HubOptions(revision, token, None if cache_dir is None else _path(cache_dir))
     if source is not None:
         return _open_path(*_locate(source, options, local_files_only))
     named = os.environ.get(VARIABLE)
@@ -70,12 +71,13 @@ class _HubOptions(NamedTuple):
 
 def _locate(source: str | os.PathLike[str], options: _HubOptions, local_files_only: bool) -> tuple[Path, str, str]:
     """The folder or file for a name, that name, and its origin; downloaded if need be."""
-    path, name = Path(source).expanduser(), os.fspath(source)
+    path, name = _path(source), os.fspath(source)
     if not name:
         raise ModelNotFound(f"an empty name; give {_KINDS}")
-    if options.revision is not None and (path.exists() or name in shipped.SHIPPED):
+    exists = _exists(path)
+    if options.revision is not None and (exists or name in shipped.SHIPPED):
         raise InvalidParam(f"revision={options.revision!r}: {name} is not from the Hub; only the Hub has revisions")
-    if path.exists():
+    if exists:
         return path, name, f"the {'folder' if path.is_dir() else 'file'} {path}"
     if name in shipped.SHIPPED:
         return shipped.shipped_file(name), name, _shipped_origin(name)
@@ -97,6 +99,23 @@ def _locate(source: str | os.PathLike[str], options: _HubOptions, local_files_on
             f"{', '.join(shipped.SHIPPED)}"
         ) from error
     return path, name, origin
+
+
+def _path(name: str | os.PathLike[str]) -> Path:
+    """A path; ~ stands for the home folder, and ~name for itself where nobody has that name."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def _shipped_origin(name: str) -> str:

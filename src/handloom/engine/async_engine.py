@@ -147,12 +147,22 @@ class AsyncEngine:
                 raise EngineFull(
                     f"{self.max_waiting} requests wait, as many as may; ask again later, or with wait=True"
                 )
-            self._line.append(stream)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="handloom engine", daemon=True)
-                self._thread.start()
+                self._thread = self._started()
+            self._line.append(stream)
             self._changed.notify()
         return stream
+
+    def _started(self) -> threading.Thread:
+        """The thread. Raises EngineError where the system has none left."""
+        thread = threading.Thread(target=self._work, name="handloom engine", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise EngineError(
+                f"the engine has no thread to run in: {error}; end others, or raise their limit"
+            ) from error
+        return thread
 
     def _let_go_on(self, stream: _Stream) -> None:
         """Resume a request that was paused, once half of its events are read."""

@@ -19,6 +19,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -323,16 +324,14 @@ def _native_grammar(option: str, source: str) -> str:
 
 def _on_deep_stack(function: Callable[[], T]) -> T:
     """Its result, from a thread of its own: llguidance descends into rules and schemas, a stack frame or more each."""
-    found: list[T] = []
-    thread = threading.Thread(target=lambda: found.append(function()), name="handloom grammar")
-    with _STACK_SIZE:
-        before = threading.stack_size(DEEP_STACK_BYTES)
-        try:
-            thread.start()
-        finally:
-            threading.stack_size(before)
-    thread.join()
-    return found[0]
+    with ThreadPoolExecutor(1, "handloom grammar") as pool:
+        with _STACK_SIZE:
+            before = threading.stack_size(DEEP_STACK_BYTES)
+            try:
+                result = pool.submit(function)
+            finally:
+                threading.stack_size(before)
+        return result.result()
 
 
 def _lark_string(text: str) -> str:

@@ -73,7 +73,7 @@ class Options:
 
     def __init__(self, options: Mapping[str, Any], model: Mapping[str, Any], names: frozenset[str]) -> None:
         caller = {name: value for name, value in options.items() if not (name == "do_sample" and value is None)}
-        passed = _as_mapping(caller.pop("generation_config", None))
+        passed = as_mapping(caller.pop("generation_config", None))
         if (stop := caller.pop("stop", None)) is not None:
             if caller.get("stop_strings") is not None:
                 raise InvalidParam("stop and stop_strings are two names of one option; give one of them")
@@ -81,7 +81,7 @@ class Options:
         self._layers = {
             CALLER: caller,
             PASSED: {name: value for name, value in passed.items() if value is not None},
-            MODEL: {name: value for name, value in _as_mapping(model).items() if value is not None},
+            MODEL: {name: value for name, value in as_mapping(model).items() if value is not None},
         }
         self._names = names - OURS
         self._check_names()
@@ -136,7 +136,7 @@ class Options:
         return f"{show(name)} ({source}) is no generation option; {hint}"
 
 
-def _as_mapping(config: Any) -> Mapping[str, Any]:
+def as_mapping(config: Any) -> Mapping[str, Any]:
     """A `generation_config` option as a mapping. Raises InvalidParam for another kind of object."""
     if config is None:
         return {}
