@@ -114,6 +114,21 @@ def test_a_row_with_nothing_left_or_not_a_number_harms_no_other_row(rule):
     assert bool(mine[2].isnan().any())
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_renormalised_scores_have_the_bits_of_transformers_and_a_row_with_nothing_left_stays(case):
+    scores = random_scores(6, seed=4, **case)
+    scores[1], scores[2, 0], scores[3, -1], scores[4, 0] = -INF, -INF, INF, torch.nan
+    for on in ([True] * 6, [True, True, True, True, True, False]):
+        mine = scores.clone()
+        ours.renormalize_logits(mine, on)
+        for row in (0, 2, 3, 4, 5):
+            if on[row] and bool((scores[row] > -INF).any() | scores[row].isnan().any()):
+                assert same_bits(mine[row], hf.LogitNormalization()(None, scores[row : row + 1])[0])
+            else:
+                assert same_bits(mine[row], scores[row])
+        assert same_bits(mine[1], scores[1])
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("kept", [1, 2, 50, 600])
 def test_top_p_over_few_survivors_sorts_them_alone_and_has_the_bits_of_the_full_sort(kept, ties, monkeypatch):

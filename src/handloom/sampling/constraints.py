@@ -93,17 +93,21 @@ class OnlyAllowed:
         return "prefix_allowed_tokens_fn"
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [1, V] after input_ids int64 [1, n]. Raises ValueError where the function returns no list of ids."""
+        """Scores [1, V] after input_ids int64 [1, n], in place. Raises ValueError where the function returns no list of
+        ids, the scores being as they were."""
         allowed = torch.as_tensor(self.function(0, input_ids[0]), device=scores.device)
         if allowed.dim() != 1 or not len(allowed) or allowed.is_floating_point() or allowed.dtype == torch.bool:
             raise ValueError(f"a list of one or more token ids is needed, not {reprlib.repr(allowed.tolist())}")
         low, high = (int(id_) for id_ in allowed.aminmax())
         if low < 0 or high >= scores.shape[1]:
             raise ValueError(f"token ids from {low} to {high} are not all in [0, {scores.shape[1]}), the vocabulary")
-        mask = torch.full_like(scores, -torch.inf)
-        mask[0, allowed.long()] = 0
-        left = scores + mask
-        return mask if bool(left.amax().isneginf()) else left
+        row, allowed = scores[0], allowed.long()
+        possible = row[allowed].add_(0.0)  # -0.0 to 0.0, as transformers' mask does
+        row.add_(-torch.inf)
+        row[allowed] = possible
+        if bool(row.amax().isneginf()):
+            row[allowed] = 0
+        return scores
 
 
 def forced_bos_token_id(scores: Tensor, token_ids: Sequence[int | None], lengths: Sequence[int]) -> None:

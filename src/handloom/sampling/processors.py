@@ -209,9 +209,18 @@ _BEST: dict[Callable[..., None], Callable[[Tensor, int], Tensor]] = {
 def renormalize_logits(scores: Tensor, flags: Sequence[bool]) -> None:
     """Scores become log-probabilities; a row that is all -inf stays so. Off: False."""
     on = [row for row, flag in enumerate(flags) if flag]
-    if on:
-        own = _take(scores, on)
-        _put(scores, on, torch.where(own.isneginf(), own, own.log_softmax(dim=-1)))
+    if not on:
+        return
+    own = _take(scores, on)
+    if own.device.type == "cpu":
+        table = own.numpy()
+        empty = [at for at, first in enumerate(table[:, 0]) if first == -np.inf and table[at].max() == -np.inf]
+        torch.log_softmax(own, dim=-1, out=own)
+        for at in empty:
+            table[at] = -np.inf
+    else:
+        own = own.log_softmax(dim=-1).masked_fill_(own.amax(dim=-1, keepdim=True).isneginf(), -torch.inf)
+    _put(scores, on, own)
 
 
 def _distribution(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -313,21 +313,24 @@ def _call(
 
 def _run(processor: LogitsProcessor, row: Row, scores: Tensor) -> RequestFailed | None:
     """Run a processor of the caller's on `scores` [1, V], in place; returns what it did wrong."""
-    input_ids = row.memory.input_ids().to(scores.device)
-    name = f"the logits processor {reprlib.repr(processor)}"
-    own = scores.clone()
+    own = scores if isinstance(processor, constraints.OnlyAllowed) else scores.clone()  # ours, where it fails, leaves all
     try:
         with callers_threads():
-            result: object = processor(input_ids, own)
+            result: object = processor(row.memory.input_ids().to(scores.device), own)
     except Exception as cause:
-        error = RequestFailed(f"{name} raised {cause!r}")
+        error = RequestFailed(f"{_shown(processor)} raised {cause!r}")
         error.__cause__ = cause
         return error
     if not isinstance(result, Tensor):
-        return RequestFailed(f"{name} must return a tensor of scores, not {type(result).__name__}")
+        return RequestFailed(f"{_shown(processor)} must return a tensor of scores, not {type(result).__name__}")
     if (result.shape, result.dtype, result.device) != (scores.shape, scores.dtype, scores.device):
         found = f"{list(result.shape)} {result.dtype} on {result.device}"
         wanted = f"{list(scores.shape)} {scores.dtype} on {scores.device}"
-        return RequestFailed(f"{name} must return scores {wanted}, and returned {found}")
-    scores.copy_(result)
+        return RequestFailed(f"{_shown(processor)} must return scores {wanted}, and returned {found}")
+    if result is not scores:
+        scores.copy_(result)
     return None
+
+
+def _shown(processor: LogitsProcessor) -> str:
+    return f"the logits processor {reprlib.repr(processor)}"
