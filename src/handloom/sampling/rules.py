@@ -313,7 +313,8 @@ def _call(
 
 def _run(processor: LogitsProcessor, row: Row, scores: Tensor) -> RequestFailed | None:
     """Run a processor of the caller's on `scores` [1, V], in place; returns what it did wrong."""
-    own = scores if isinstance(processor, constraints.OnlyAllowed) else scores.clone()  # ours, where it fails, leaves all
+    is_ours = isinstance(processor, constraints.OnlyAllowed)  # where it fails, it has changed nothing
+    own = scores if is_ours else scores.clone()
     try:
         with callers_threads():
             result: object = processor(row.memory.input_ids().to(scores.device), own)
