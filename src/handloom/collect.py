@@ -110,9 +110,9 @@ async def _merged(
         except HandloomError as error:
             await came.put((request, FinishedEvent("error", error=error)))
         except Exception as cause:  # whatever it is, who reads must hear of it
-            error = EngineError(f"the engine failed outside of a step: {cause!r}")
-            error.__cause__ = cause
-            await came.put((request, FinishedEvent("error", error=error)))
+            failure = EngineError(f"the engine failed outside of a step: {cause!r}")
+            failure.__cause__ = cause
+            await came.put((request, FinishedEvent("error", error=failure)))
 
     tasks = [asyncio.create_task(run(decoder, request)) for decoder, request in prepared]
     try:
