@@ -140,6 +140,8 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     *,
     query_lens: Sequence[int] | None = None,
 ) -> Tensor:
@@ -157,7 +159,8 @@ def paged_attention(
         Frame.PAGE_SIZE: k_pages.shape[1],
     }
     kept_splits = blocks.kept_splits(starts.numpy(), lengths.numpy())
-    run_once(blocks.attend(queries, k_pages, v_pages, scale, window, softcap, out), frame, kept_splits)
+    features = scale, window, softcap, _vector(sinks), _vector(alibi_slopes)
+    run_once(blocks.attend(queries, k_pages, v_pages, *features, out), frame, kept_splits)
     return out.to(q.dtype)
 
 

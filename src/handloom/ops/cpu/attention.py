@@ -1,40 +1,49 @@
 """Causal attention over paged keys and values, the same for one query and for a prompt.
 
-Keys are taken in splits of SPLIT, and a split in blocks of KEYS, both from position 0 on, whatever the query. The
-blocks of a split take part in an online softmax (Milakov & Gimelshein 2018) in rising order; the sums of splits are
-then added in rising order, relative to the largest score so far, as in Flash-Decoding (Dao et al. 2023). What a query
-does not see changes none of its bits, so it gets the same result alone, in a chunk and in a whole prompt.
+Keys are taken in splits of SPLIT from position 0 on, whatever the query. Of a split a query's head has all scores, then
+weights relative to the largest of them, then the sum of weighted values in blocks of KEYS; the sums of splits are added
+in rising order, relative to the largest score so far, as in Flash-Decoding (Dao et al. 2023). What a query does not see
+changes none of its bits, so it gets the same result alone, in a chunk and in a whole prompt.
 
-An item is a block of queries of one sequence, with all heads that share a KV head. Where a sequence has but one block
-of queries, each split is an item of its own: its sums are kept, and `combine_item` adds them, as the item of several
-splits does. A record of sums is, for a query's head, `v_head_dim` weighted values, LANES partial sums of weights, and
-the largest score, each in whole vectors.
+An item is a block of queries of one sequence, with all heads that share a KV head. Where a sequence has few queries,
+each split is an item of its own: its sums are kept, and `combine_item` adds them, as the item of several splits does. A
+record of sums is, for a query's head, `v_head_dim` weighted values, LANES partial sums of weights, and the largest
+score in powers of two, each in whole vectors.
+
+A row is a head of a query. Few rows read keys and values once, as they lie; for many, the keys of a split are turned to
+columns and its values copied once for all rows of the item, and CHUNK rows at a time go through them in a near cache.
 
 This module does not know threads, or who owns a page.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba.core.types import UniTuple  # type: ignore[attr-defined]
 
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.codes import ZERO
-from handloom.ops.cpu.elementary import exp, tanh
-from handloom.ops.cpu.instructions import KEYS, QUERY_ROWS, SPLIT
+from handloom.ops.cpu.elementary import exp2, tanh
+from handloom.ops.cpu.instructions import CHUNK, ITEM_ROWS, KEYS, QUERY_ROWS, SPLIT
 from handloom.ops.cpu.linear import product_f32
 from handloom.ops.cpu.pages import ask_for_block, gather, places_of, turn_block
 from handloom.ops.cpu.rows import size_of, widen_row
-from handloom.ops.cpu.simd import LANES, float32, float64, int64, kernel, void
-from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, VECTORS, WIDE, scattered_tile_of
+from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
+from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, VECTORS, WIDE, scattered_tile_of, tile_of
 from handloom.ops.panels import PANEL
 
-FEW = 16  # queries times heads of a group, for which values are read where they lie
+FEW = 16  # rows for which values are read where they lie
 AT_ONCE = 4 if WIDE else 2
+SIX, FOUR = 6, 4  # rows and vectors of the tile that needs the fewest loads for its sums
+SCORES = 4 * (SPLIT + LANES)  # bytes from a row of scores to the next: not a multiple of what falls on the same lines
+LOG2_E = 1 / math.log(2)
 position = UniTuple(int64, 3)
-MINUS_INFINITY = np.float32(-np.inf)
+MINUS_INFINITY, ONE = np.float32(-np.inf), np.float32(1)
 
 few_f32, few_bf16, few_f16 = (scattered_tile_of(AT_ONCE, VECTORS, form) for form in FORMATS)
+six_f32 = tile_of(SIX, FOUR, FORMATS[FORMAT_F32])
 
 
 @kernel(int64, int64)
@@ -49,13 +58,20 @@ def record_of(v_head_dim):
     return 4 * (padded(v_head_dim) + 2 * LANES)
 
 
-@kernel(int64, int64)
-def queries_of(group):
-    """How many queries an item has."""
-    return max(1, QUERY_ROWS // group)
-
-
 # Items ------------------------------------------------------------------------------------------
+
+
+@kernel(int64, int64, int64)
+def queries_of(new, group):
+    """How many queries an item has: many share what is done once for keys, if there are items for all threads."""
+    rows = ITEM_ROWS if new * group >= 4 * ITEM_ROWS else QUERY_ROWS
+    return max(1, rows // group)
+
+
+@kernel(int64, int64, int64)
+def are_few(new, group):
+    """Whether a sequence's new queries are one block, of which each split is an item."""
+    return 1 if 0 < new <= max(1, QUERY_ROWS // group) else 0
 
 
 @kernel(int64, int64, int64)
@@ -73,17 +89,18 @@ def splits_of(cu_seqlens, context_lens, s, window):
 
 
 @kernel(int64, *[int64] * 5)
-def pieces_of(cu_seqlens, context_lens, s, per, window):
+def pieces_of(cu_seqlens, context_lens, s, group, window):
     """How many items a sequence has for each KV head: blocks of queries, or the splits of one block."""
     new = simd.read_i64(cu_seqlens + 8 * (s + 1)) - simd.read_i64(cu_seqlens + 8 * s)
-    return splits_of(cu_seqlens, context_lens, s, window) if 0 < new <= per else (new + per - 1) // per
+    per = queries_of(new, group)
+    return splits_of(cu_seqlens, context_lens, s, window) if are_few(new, group) else (new + per - 1) // per
 
 
 @kernel(int64, *[int64] * 5)
-def apart(cu_seqlens, context_lens, s, per, window):
+def apart(cu_seqlens, context_lens, s, group, window):
     """Of how many records a sequence keeps each head's sums: splits times queries; 0 where an item has all splits."""
     new = simd.read_i64(cu_seqlens + 8 * (s + 1)) - simd.read_i64(cu_seqlens + 8 * s)
-    splits = splits_of(cu_seqlens, context_lens, s, window) if 0 < new <= per else 1
+    splits = splits_of(cu_seqlens, context_lens, s, window) if are_few(new, group) else 1
     return splits * new if splits > 1 else 0
 
 
@@ -92,7 +109,7 @@ def attention_items(cu_seqlens, context_lens, num_sequences, num_kv_heads, group
     """How many items there are."""
     pieces = 0
     for s in range(num_sequences):
-        pieces += pieces_of(cu_seqlens, context_lens, s, queries_of(group), window)
+        pieces += pieces_of(cu_seqlens, context_lens, s, group, window)
     return pieces * num_kv_heads
 
 
@@ -101,18 +118,18 @@ def combine_items(cu_seqlens, context_lens, num_sequences, num_kv_heads, group, 
     """How many sequences and KV heads have sums to add."""
     count = 0
     for s in range(num_sequences):
-        count += 1 if apart(cu_seqlens, context_lens, s, queries_of(group), window) > 0 else 0
+        count += 1 if apart(cu_seqlens, context_lens, s, group, window) > 0 else 0
     return count * num_kv_heads
 
 
 @kernel(position, *[int64] * 7)
-def locate(item, cu_seqlens, context_lens, num_sequences, per, window, combining):
+def locate(item, cu_seqlens, context_lens, num_sequences, group, window, combining):
     """(sequence, piece, records before those of the sequence) of an item without its head; combining: of the sequences
     that have sums to add."""
     before = 0
     for s in range(num_sequences):
-        records = apart(cu_seqlens, context_lens, s, per, window)
-        pieces = pieces_of(cu_seqlens, context_lens, s, per, window)
+        records = apart(cu_seqlens, context_lens, s, group, window)
+        pieces = pieces_of(cu_seqlens, context_lens, s, group, window)
         if combining:
             pieces = 1 if records > 0 else 0
         if item < pieces:
@@ -125,14 +142,21 @@ def locate(item, cu_seqlens, context_lens, num_sequences, per, window, combining
 # Sums -------------------------------------------------------------------------------------------
 
 
-@kernel(void, *[int64] * 3)
-def clear(records, count, size):
+@kernel(void, int64, int64)
+def clear(record, size):
     """Sums of nothing."""
-    for row in range(count):
-        at = records + row * size
-        for j in range(0, size, 4 * LANES):
-            simd.store(at + j, simd.splat(ZERO))
-        simd.write_f32(at + size - 4 * LANES, MINUS_INFINITY)
+    for j in range(0, size, 4 * LANES):
+        simd.store(record + j, simd.splat(ZERO))
+    simd.write_f32(record + size - 4 * LANES, MINUS_INFINITY)
+
+
+@kernel(void, *[int64] * 4)
+def begin(record, size, sinks, head):
+    """Sums before the first key; a sink is one more score, which has no value (address 0: there are none)."""
+    clear(record, size)
+    if sinks != 0 and simd.read_f32(sinks + 4 * head) > MINUS_INFINITY:
+        simd.write_f32(record + size - 4 * LANES, np.float32(simd.read_f32(sinks + 4 * head) * LOG2_E))
+        simd.write_f32(record + size - 8 * LANES, ONE)
 
 
 @kernel(void, *[int64] * 3)
@@ -143,7 +167,7 @@ def fold(into, part, size):
         return
     now = before if before > theirs else theirs
     simd.write_f32(into + size - 4 * LANES, now)
-    ours, other = exp(simd.splat(before - now)), exp(simd.splat(theirs - now))
+    ours, other = exp2(simd.splat(before - now)), exp2(simd.splat(theirs - now))
     for j in range(0, size - 4 * LANES, 4 * LANES):
         simd.store(into + j, simd.fma(simd.load(part + j), other, simd.mul(simd.load(into + j), ours)))
 
@@ -156,40 +180,63 @@ def write_mean(record, size, width, target):
         simd.store_first(target + 4 * j, simd.div(simd.load(record + 4 * j), total), width - j)
 
 
-@kernel(float32, int64, int64, int64, float64, float64)
-def score_row(scores, low, high, scale, softcap):
-    """Scale (and cap) one row of KEYS scores; outside low..high they become -inf. Returns the largest."""
-    largest = simd.splat(MINUS_INFINITY)
+@kernel(void, *[int64] * 4, float64, float64, int64)
+def bend_row(scores, first, last, at, scale, softcap, slope):
+    """Scores first..last of a row: scaled, capped, and with the bias of ALiBi; at: the query's place among the keys."""
     factor, cap = simd.splat(np.float32(scale)), simd.splat(np.float32(softcap))
-    for j in range(0, KEYS, LANES):
+    steepness = simd.splat(simd.read_f32(slope) if slope != 0 else ZERO)
+    for j in range(first, last, LANES):
         value = simd.mul(simd.load(scores + 4 * j), factor)
         if softcap != 0.0:
             value = simd.mul(cap, tanh(simd.div(value, cap)))
-        value = simd.keep_first(value, high - j, simd.splat(MINUS_INFINITY))
-        value = simd.keep_first(simd.splat(MINUS_INFINITY), low - j, value)
+        if slope != 0:
+            value = simd.fma(steepness, simd.add(simd.lanes(), simd.splat(np.float32(j - at))), value)
         simd.store(scores + 4 * j, value)
-        largest = simd.larger(largest, value)
-    return simd.max_lanes(largest)
 
 
-@kernel(void, int64, int64, int64, float64, float64, int64, int64)
-def softmax_row(scores, low, high, scale, softcap, record, size):
-    """Turn one row of scores into weights, relative to the largest score so far, and scale what was summed before."""
-    total, state = record + size - 8 * LANES, record + size - 4 * LANES
-    before = simd.read_f32(state)
-    largest = score_row(scores, low, high, scale, softcap)
-    now = before if before > largest else largest
-    simd.write_f32(state, now)
-    base = simd.splat(ZERO if now == MINUS_INFINITY else now)
-    fading = exp(simd.sub(simd.splat(before), base))
-    weights = simd.mul(simd.load(total), fading)
-    for j in range(0, KEYS, LANES):
-        value = exp(simd.sub(simd.load(scores + 4 * j), base))
-        simd.store(scores + 4 * j, value)
-        weights = simd.add(weights, value)
-    simd.store(total, weights)
-    for j in range(0, size - 8 * LANES, 4 * LANES):
-        simd.store(record + j, simd.mul(simd.load(record + j), fading))
+@kernel(void, *[int64] * 5, float64, int64, int64)
+def weigh_row(scores, first, last, low, high, factor, record, size):
+    """Turn scores first..last of a row into weights, zeros outside low..high, and begin its record with their sum.
+
+    A weight is 2^(factor * (score - the largest)).
+    """
+    for j in range(first, min(last, low), LANES):
+        simd.store(scores + 4 * j, simd.keep_first(simd.splat(MINUS_INFINITY), low - j, simd.load(scores + 4 * j)))
+    for j in range(max(first, high // LANES * LANES), last, LANES):
+        simd.store(scores + 4 * j, simd.keep_first(simd.load(scores + 4 * j), high - j, simd.splat(MINUS_INFINITY)))
+    largest = simd.splat(MINUS_INFINITY)
+    for j in range(first, last, LANES):
+        largest = simd.larger(largest, simd.load(scores + 4 * j))
+    scale = np.float32(factor)
+    now = np.float32(simd.max_lanes(largest) * scale)
+    base = simd.splat(ZERO if now == MINUS_INFINITY else -now)
+    total, rate = simd.splat(ZERO), simd.splat(scale)
+    for j in range(first, last, LANES):
+        weight = exp2(simd.fma(simd.load(scores + 4 * j), rate, base))
+        simd.store(scores + 4 * j, weight)
+        total = simd.add(total, weight)
+    clear(record, size)
+    simd.store(record + size - 8 * LANES, total)
+    simd.write_f32(record + size - 4 * LANES, now)
+
+
+@kernel(void, *[int64] * 4, float64, int64, float64, *[int64] * 8)
+def weigh(first, end, rows, group, scale, window, softcap, slopes, position, row, scores, base, parts, size, stride):
+    """Weights of `rows` rows for keys first..end; base: the split's first key; position: of the query of row 0; row: the
+    number of the first row."""
+    last = (end - base + KEYS - 1) // KEYS * KEYS
+    for i in range(rows):
+        at, own = position + (row + i) // group - base, scores + i * stride
+        factor = scale * LOG2_E
+        if softcap != 0.0 or slopes != 0:
+            slope = slopes + 4 * ((row + i) % group) if slopes != 0 else 0
+            bend_row(own, first - base, last, at, scale, softcap, slope)
+            factor = LOG2_E
+        low = at - window + 1 if window > 0 else 0
+        weigh_row(own, first - base, last, low, at + 1, factor, parts + i * size, size)
+
+
+# A split's keys -----------------------------------------------------------------------------------
 
 
 @kernel(void, *[int64] * 11)
@@ -206,62 +253,112 @@ def multiply_few(form, x, x_stride, rows, pieces, offset, w_stride, k, out, out_
         x, out, rows = x + n * x_stride, out + n * out_stride, rows - n
 
 
-@kernel(void, *[int64] * 15, float64, int64, float64, *[int64] * 3)
-def attend(
+@kernel(void, *[int64] * 9)
+def multiply_many(x, x_stride, rows, w, width, k, out, out_stride, accumulate):
+    """x [rows, k] times w [k, width], whole panels side by side, into out [rows, width]."""
+    panels = FOUR // VECTORS if WIDE else 1
+    for j in range(0, width, panels * PANEL):
+        source, target, left = x, out + 4 * j, rows
+        while WIDE and width - j >= panels * PANEL and left >= SIX:
+            six_f32(source, x_stride, w + 4 * j, 4 * width, k, target, out_stride, accumulate)
+            source, target, left = source + SIX * x_stride, target + SIX * out_stride, left - SIX
+        for p in range(0, 4 * min(panels * PANEL, width - j), 4 * PANEL):
+            product_f32(source, x_stride, left, w + 4 * j + p, 4 * width, k, target + p, out_stride, accumulate)
+
+
+@kernel(void, *[int64] * 15, float64, int64, float64, *[int64] * 4)
+def attend_few(
     first, end, rows, group, position, head_dim, v_head_dim, k_pages, v_pages, form, k_stride, v_stride, page_size,
-    table, queries, scale, window, softcap, records, size, scratch,
+    table, queries, scale, window, softcap, slopes, records, size, scratch,
 ):  # fmt: skip
-    """Add keys first..end to the records of `rows` queries' heads; position: of the first query."""
-    d, dv = padded(head_dim), padded(v_head_dim)
-    scores = scratch
-    columns = scores + 4 * rows * KEYS
+    """Add keys first..end, of one split, to the records of a few rows; position: of the first query."""
+    d, dv, base = padded(head_dim), padded(v_head_dim), first // SPLIT * SPLIT
+    parts = scratch
+    scores = parts + rows * size
+    columns = scores + rows * SCORES
     values = columns + 4 * KEYS * d
     copied = values + 4 * KEYS * dv
     pieces = copied + 4 * LANES * d
     column_pieces = pieces + 8 * (KEYS // LANES)
+    begins = first // KEYS * KEYS
     for j in range(0, head_dim, LANES):
         simd.write_i64(column_pieces + j // LANES * 8, columns + 4 * j * KEYS)
-    for base in range(first // KEYS * KEYS, end, KEYS):
-        count = min(KEYS, end - base)
-        if rows <= FEW:
-            ask_for_block(v_pages, v_stride, page_size, table, base, end, v_head_dim * size_of(form))
-            ask_for_block(k_pages, k_stride, page_size, table, base + KEYS, end, head_dim * size_of(form))
-        turn_block(k_pages, form, k_stride, page_size, table, base, end, head_dim, d, copied, columns)
-        for j in range(0, count, PANEL):
-            x, w, out = queries, columns + 4 * j, scores + 4 * j
-            if rows <= FEW:
-                multiply_few(FORMAT_F32, x, 4 * d, rows, column_pieces, 4 * j, 4 * KEYS, head_dim, out, 4 * KEYS, 0)
-            else:
-                product_f32(x, 4 * d, rows, w, 4 * KEYS, head_dim, out, 4 * KEYS, 0)
-        for row in range(rows):
-            at = position + row // group - base
-            low = at - window + 1 if window > 0 else 0
-            softmax_row(scores + 4 * row * KEYS, low, at + 1, scale, softcap, records + row * size, size)
-        if rows <= FEW and places_of(v_pages, v_stride, page_size, table, base, end, v_head_dim, pieces) != 0:
+    for at in range(begins, end, KEYS):
+        ask_for_block(v_pages, v_stride, page_size, table, at, end, v_head_dim * size_of(form))
+        ask_for_block(k_pages, k_stride, page_size, table, at + KEYS, end, head_dim * size_of(form))
+        turn_block(k_pages, form, k_stride, page_size, table, at, end, head_dim, d, copied, columns)
+        for j in range(0, min(KEYS, end - at), PANEL):
+            out = scores + 4 * (at - base + j)
+            multiply_few(
+                FORMAT_F32, queries, 4 * d, rows, column_pieces, 4 * j, 4 * KEYS, head_dim, out, SCORES, 0
+            )  # fmt: skip
+    weigh(begins, end, rows, group, scale, window, softcap, slopes, position, 0, scores, base, parts, size, SCORES)
+    for at in range(begins, end, KEYS):
+        weights, count = scores + 4 * (at - base), min(KEYS, end - at)
+        if places_of(v_pages, v_stride, page_size, table, at, end, v_head_dim, pieces) != 0:
             for j in range(0, dv, PANEL):
-                at, out = size_of(form) * j, records + 4 * j
-                multiply_few(form, scores, 4 * KEYS, rows, pieces, at, v_stride, count, out, size, 1)
+                own = size_of(form) * j
+                multiply_few(form, weights, SCORES, rows, pieces, own, v_stride, count, parts + 4 * j, size, 1)
         else:
-            gather(v_pages, form, v_stride, page_size, table, base, end, KEYS, v_head_dim, values, dv)
-            for j in range(0, dv, PANEL):
-                product_f32(scores, 4 * KEYS, rows, values + 4 * j, 4 * dv, KEYS, records + 4 * j, size, 1)
+            gather(v_pages, form, v_stride, page_size, table, at, end, KEYS, v_head_dim, values, dv)
+            multiply_many(weights, SCORES, rows, values, dv, KEYS, parts, size, 1)
+    for row in range(rows):
+        fold(records + row * size, parts + row * size, size)
+
+
+@kernel(void, *[int64] * 15, float64, int64, float64, *[int64] * 4)
+def attend_many(
+    first, end, rows, group, position, head_dim, v_head_dim, k_pages, v_pages, form, k_stride, v_stride, page_size,
+    table, queries, scale, window, softcap, slopes, records, size, scratch,
+):  # fmt: skip
+    """`attend_few` of many rows: keys and values are made ready once, then CHUNK rows at a time."""
+    d, dv, base = padded(head_dim), padded(v_head_dim), first // SPLIT * SPLIT
+    parts = scratch
+    scores = parts + CHUNK * size
+    columns = scores + CHUNK * SCORES
+    values = columns + 4 * SPLIT * d
+    copied = values + 4 * SPLIT * dv
+    for at in range(first // KEYS * KEYS, end, KEYS):
+        turned, own = columns + 4 * (at - base) * d, values + 4 * (at - base) * dv
+        turn_block(k_pages, form, k_stride, page_size, table, at, end, head_dim, d, copied, turned)
+        gather(v_pages, form, v_stride, page_size, table, at, end, KEYS, v_head_dim, own, dv)
+    for row in range(0, rows, CHUNK):
+        count = min(CHUNK, rows - row)
+        begins = max(first, oldest_of(position + row // group, window)) // KEYS * KEYS
+        ends = min(end, position + (row + count - 1) // group + 1)
+        if begins >= ends:
+            continue
+        for at in range(begins, ends, KEYS):
+            own, out = columns + 4 * (at - base) * d, scores + 4 * (at - base)
+            multiply_many(queries + 4 * row * d, 4 * d, count, own, KEYS, head_dim, out, SCORES, 0)
+        weigh(
+            begins, ends, count, group, scale, window, softcap, slopes, position, row, scores, base, parts, size, SCORES
+        )  # fmt: skip
+        for at in range(begins, ends, KEYS):
+            own = values + 4 * (at - base) * dv
+            multiply_many(scores + 4 * (at - base), SCORES, count, own, dv, KEYS, parts, size, 1)
+        for i in range(count):
+            fold(records + (row + i) * size, parts + i * size, size)
 
 
 # What items do ----------------------------------------------------------------------------------
 
 
-@kernel(void, *[int64] * 16, float64, int64, float64, *[int64] * 4)
+@kernel(void, *[int64] * 16, float64, int64, float64, *[int64] * 6)
 def attention_item(
     item, q, q_stride, num_heads, num_kv_heads, head_dim, v_head_dim, k_pages, v_pages, form, page_size, page_table,
-    max_pages, cu_seqlens, context_lens, num_sequences, scale, window, softcap, out, out_stride, kept, scratch,
+    max_pages, cu_seqlens, context_lens, num_sequences, scale, window, softcap, sinks, slopes, out, out_stride, kept,
+    scratch,
 ):  # fmt: skip
-    """Attention of one item's queries; window 0, softcap 0.0: none; kept: records of sums that are yet to be added."""
+    """Attention of one item's queries; window 0, softcap 0.0, sinks and slopes 0: none; kept: records of sums that are
+    yet to be added."""
     group = num_heads // num_kv_heads
-    kv_head, per = item % num_kv_heads, queries_of(group)
-    s, piece, before = locate(item // num_kv_heads, cu_seqlens, context_lens, num_sequences, per, window, 0)
+    kv_head = item % num_kv_heads
+    s, piece, before = locate(item // num_kv_heads, cu_seqlens, context_lens, num_sequences, group, window, 0)
     start, length = simd.read_i64(cu_seqlens + 8 * s), simd.read_i64(context_lens + 8 * s)
     new = simd.read_i64(cu_seqlens + 8 * (s + 1)) - start
-    first = piece * per if new > per else 0
+    few, per = are_few(new, group), queries_of(new, group)
+    first = 0 if few else piece * per
     count = min(per, new - first)
     position = length - new + first  # of the first query
     oldest, end = oldest_of(position, window), position + count
@@ -270,32 +367,34 @@ def attention_item(
     v_stride = num_kv_heads * v_head_dim * size_of(form)
     k_pages = k_pages + kv_head * head_dim * size_of(form)
     v_pages = v_pages + kv_head * v_head_dim * size_of(form)
+    slopes = slopes + 4 * kv_head * group if slopes != 0 else 0
 
     rows, d, size = count * group, padded(head_dim), record_of(v_head_dim)
     queries = scratch
     records = queries + 4 * rows * d
-    parts = records + rows * size
-    scratch = parts + rows * size
+    scratch = records + rows * size
+    lowest, highest = oldest // SPLIT, (end - 1) // SPLIT
+    alone = few and highest > lowest
+    if alone:
+        records = kept + (before * num_heads + (piece * num_kv_heads + kv_head) * rows) * size
+        lowest, highest = lowest + piece, lowest + piece
     for row in range(rows):
         head = kv_head * group + row % group
         source = q + (start + first + row // group) * q_stride + 4 * head * head_dim
         widen_row(source, head_dim, 0, queries + 4 * row * d, d)
-    lowest, highest = oldest // SPLIT, (end - 1) // SPLIT
-    alone = new <= per and highest > lowest
-    if alone:
-        parts = kept + (before * num_heads + (piece * num_kv_heads + kv_head) * rows) * size
-        lowest, highest = lowest + piece, lowest + piece
-    clear(records, rows, size)
+        begin(records + row * size, size, 0 if alone else sinks, head)
     for split in range(lowest, highest + 1):
-        clear(parts, rows, size)
-        attend(
-            max(oldest, split * SPLIT), min(end, (split + 1) * SPLIT), rows, group, position, head_dim, v_head_dim,
-            k_pages, v_pages, form, k_stride, v_stride, page_size, table, queries, scale, window, softcap, parts, size,
-            scratch,
-        )  # fmt: skip
-        if not alone:
-            for row in range(rows):
-                fold(records + row * size, parts + row * size, size)
+        earliest, latest = max(oldest, split * SPLIT), min(end, (split + 1) * SPLIT)
+        if rows <= FEW:
+            attend_few(
+                earliest, latest, rows, group, position, head_dim, v_head_dim, k_pages, v_pages, form, k_stride,
+                v_stride, page_size, table, queries, scale, window, softcap, slopes, records, size, scratch,
+            )  # fmt: skip
+        else:
+            attend_many(
+                earliest, latest, rows, group, position, head_dim, v_head_dim, k_pages, v_pages, form, k_stride,
+                v_stride, page_size, table, queries, scale, window, softcap, slopes, records, size, scratch,
+            )  # fmt: skip
     if not alone:
         for row in range(rows):
             head = kv_head * group + row % group
@@ -303,21 +402,21 @@ def attention_item(
             write_mean(records + row * size, size, v_head_dim, target)
 
 
-@kernel(void, *[int64] * 12)
+@kernel(void, *[int64] * 13)
 def combine_item(
-    item, num_heads, num_kv_heads, v_head_dim, cu_seqlens, context_lens, num_sequences, window, out, out_stride, kept,
-    scratch,
+    item, num_heads, num_kv_heads, v_head_dim, cu_seqlens, context_lens, num_sequences, window, sinks, out, out_stride,
+    kept, scratch,
 ):  # fmt: skip
     """Add the sums that a sequence's items kept for one KV head."""
     group = num_heads // num_kv_heads
-    kv_head, per, size = item % num_kv_heads, queries_of(group), record_of(v_head_dim)
-    s, _, before = locate(item // num_kv_heads, cu_seqlens, context_lens, num_sequences, per, window, 1)
+    kv_head, size = item % num_kv_heads, record_of(v_head_dim)
+    s, _, before = locate(item // num_kv_heads, cu_seqlens, context_lens, num_sequences, group, window, 1)
     start = simd.read_i64(cu_seqlens + 8 * s)
     rows = (simd.read_i64(cu_seqlens + 8 * (s + 1)) - start) * group
     for row in range(rows):
-        clear(scratch, 1, size)
+        head = kv_head * group + row % group
+        begin(scratch, size, sinks, head)
         for split in range(splits_of(cu_seqlens, context_lens, s, window)):
             at = before * num_heads + (split * num_kv_heads + kv_head) * rows + row
             fold(scratch, kept + at * size, size)
-        target = out + (start + row // group) * out_stride + 4 * (kv_head * group + row % group) * v_head_dim
-        write_mean(scratch, size, v_head_dim, target)
+        write_mean(scratch, size, v_head_dim, out + (start + row // group) * out_stride + 4 * head * v_head_dim)

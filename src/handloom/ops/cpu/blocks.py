@@ -134,16 +134,18 @@ def finish_qkv(
 
 
 def attend(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float, window: int | None, softcap: float | None, out: Tensor
-) -> Instructions:
-    """out [TOKENS, num_heads * v_head_dim] of q [TOKENS, num_heads, head_dim]."""
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float, window: int | None, softcap: float | None,
+    sinks: Tensor | None, slopes: Tensor | None, out: Tensor,
+) -> Instructions:  # fmt: skip
+    """out [TOKENS, num_heads * v_head_dim] of q [TOKENS, num_heads, head_dim]; sinks, slopes float32 [num_heads]."""
     (num_heads, head_dim), num_kv_heads, v_head_dim = q.shape[1:], k_pages.shape[2], v_pages.shape[-1]
     return [
         ins.Attention(
             address(q), stride(q), num_heads, num_kv_heads, head_dim, v_head_dim, address(k_pages), address(v_pages),
-            format_of(k_pages.dtype), scale, window or 0, softcap or 0.0, address(out), stride(out),
+            format_of(k_pages.dtype), scale, window or 0, softcap or 0.0, address(sinks), address(slopes), address(out),
+            stride(out),
         ),
-        ins.Combine(num_heads, num_kv_heads, v_head_dim, window or 0, address(out), stride(out)),
+        ins.Combine(num_heads, num_kv_heads, v_head_dim, window or 0, address(sinks), address(out), stride(out)),
     ]  # fmt: skip
 
 
@@ -172,9 +174,9 @@ def scratch_bytes(rows: Instructions) -> int:
     for row in rows:
         if isinstance(row, ins.Attention):
             group = row.num_heads // row.num_kv_heads
-            queries = max(1, ins.QUERY_ROWS // group) * group
+            queries = max(1, ins.ITEM_ROWS // group) * group
             d, dv = (-(-width // PANEL) * PANEL for width in (row.head_dim, row.v_head_dim))
-            floats = queries * (d + 2 * (dv + 32) + ins.KEYS) + ins.KEYS * (d + dv) + 16 * d
+            floats = queries * (d + dv + 32) + ins.CHUNK * (dv + ins.SPLIT + 48) + ins.SPLIT * (d + dv) + 16 * d
             most = max(most, 4 * floats + 8 * (ins.KEYS + d) // 16)
     return -(-most // 64) * 64
 

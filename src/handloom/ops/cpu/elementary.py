@@ -19,6 +19,7 @@ from handloom.ops.cpu.instructions import Activation
 from handloom.ops.cpu.simd import INTS, LANES, VECTOR, Builder, Value, constant, fused, int64, kernel, operation, vector
 
 EXP = (0.50000006, 0.166666701, 0.0416655205, 0.0083324993, 0.00139921368, 0.000203777716)
+EXP2 = (0.693147182, 0.240226477, 0.0555033237, 0.00961843692, 0.0013398875, 0.000153533620)
 TANH = (-0.333333284, 0.133331209, -0.0539361648, 0.0216437466, -0.00803962629, 0.00201986427)
 ERF = (1.12837911, -0.37612626, 0.112835854, -0.026853811, 0.00518832775, -0.000801019254, 7.8538571e-05)
 LOG_ERFC = (0.000188035934, -1.12957835, -0.633219898, -0.108418547, 0.0252082404, -0.00420455635, 0.000441335345, -2.1686772e-05)  # fmt: skip # noqa: E501
@@ -64,6 +65,17 @@ def _exp(b: Builder, x: Value) -> Value:
 def exp(b: Builder, x: Value) -> Value:
     """e^x; exactly 1 at 0; results below the smallest normal number are 0"""
     return _exp(b, x)
+
+
+@operation(vector, vector)
+def exp2(b: Builder, x: Value) -> Value:
+    """2^x for x of at most 1; exactly 1 at 0; results below the smallest normal number are 0"""
+    low = b.fcmp_ordered("<", x, constant(-126.0))
+    shifted = b.fadd(x, constant(ROUNDING))
+    r = b.fsub(x, b.fsub(shifted, constant(ROUNDING)))
+    value = polynomial(b, r, (1.0, *EXP2))
+    power = b.shl(b.bitcast(shifted, INTS), ir.Constant(INTS, [23] * LANES))
+    return b.select(low, constant(0.0), b.bitcast(b.add(b.bitcast(value, INTS), power), VECTOR))
 
 
 def _sigmoid(b: Builder, x: Value) -> Value:

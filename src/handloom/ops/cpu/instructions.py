@@ -27,7 +27,9 @@ ROWS = 504  # of a product's item at most: a multiple of every tile
 GROUP = 4  # panels of a product's item at most
 KEYS = 64  # of a block of attention
 SPLIT = 256  # keys whose sums attention takes apart from others'
-QUERY_ROWS = 64  # queries times heads of a group that an item of attention has at most, if it has several queries
+QUERY_ROWS = 64  # queries times heads of a group of which attention makes each split an item, if there are several
+ITEM_ROWS = 192  # of an item of attention that has many of them
+CHUNK = 48  # of them whose scores over a split are held at once
 
 
 class Frame(IntEnum):
@@ -169,6 +171,8 @@ class Qkv(NamedTuple):
 class Attention(NamedTuple):
     """out [TOKENS, num_heads * v_head_dim] = attention of q over the pages; window 0, softcap 0: none
 
+    sinks, slopes (of ALiBi): float32 [num_heads], 0: none.
+
     Of some sequences only the sums over splits of the keys, which the next instruction adds.
     """
 
@@ -184,6 +188,8 @@ class Attention(NamedTuple):
     scale: float
     window: int
     softcap: float
+    sinks: int
+    slopes: int
     out: int
     out_stride: int
 
@@ -216,6 +222,7 @@ class Combine(NamedTuple):
     num_kv_heads: int
     v_head_dim: int
     window: int
+    sinks: int
     out: int
     out_stride: int
 

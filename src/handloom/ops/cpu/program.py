@@ -124,11 +124,14 @@ class Recorder:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
         *,
         query_lens: Sequence[int] | None = None,
     ) -> Tensor:
         out = self.matrix("attended", q.shape[1] * v_pages.shape[-1])
-        self.rows += blocks.attend(q, k_pages, v_pages, scale, window, softcap, out)
+        features = scale, window, softcap, self._float(sinks), self._float(alibi_slopes)
+        self.rows += blocks.attend(q, k_pages, v_pages, *features, out)
         return out
 
     def linear_residual(

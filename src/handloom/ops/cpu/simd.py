@@ -234,6 +234,12 @@ def splat(b: Builder, scalar: Value) -> Value:
     return splat_of(b, scalar, VECTOR)
 
 
+@operation(vector)
+def lanes(b: Builder) -> Value:
+    """0, 1, 2 and so on"""
+    return ir.Constant(VECTOR, [float(i) for i in range(LANES)])
+
+
 @operation(vector, vector, vector)
 def add(b: Builder, x: Value, y: Value) -> Value:
     """x + y"""

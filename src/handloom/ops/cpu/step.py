@@ -126,7 +126,7 @@ def do_attention(i, frame, item, scratch):
         operand(i, 7), operand(i, 8), read_i64(frame + PAGE_SIZE), read_i64(frame + PAGE_TABLE),
         read_i64(frame + MAX_PAGES), read_i64(frame + CU_SEQLENS), read_i64(frame + CONTEXT_LENS),
         read_i64(frame + SEQUENCES), as_float(operand(i, 9)), operand(i, 10), as_float(operand(i, 11)), operand(i, 12),
-        operand(i, 13), read_i64(frame + KEPT), scratch,
+        operand(i, 13), operand(i, 14), operand(i, 15), read_i64(frame + KEPT), scratch,
     )  # fmt: skip
 
 
@@ -134,7 +134,8 @@ def do_attention(i, frame, item, scratch):
 def do_combine(i, frame, item, scratch):
     combine_item(
         item, operand(i, 0), operand(i, 1), operand(i, 2), read_i64(frame + CU_SEQLENS), read_i64(frame + CONTEXT_LENS),
-        read_i64(frame + SEQUENCES), operand(i, 3), operand(i, 4), operand(i, 5), read_i64(frame + KEPT), scratch,
+        read_i64(frame + SEQUENCES), operand(i, 3), operand(i, 4), operand(i, 5), operand(i, 6), read_i64(frame + KEPT),
+        scratch,
     )  # fmt: skip
 
 
