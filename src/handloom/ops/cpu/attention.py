@@ -6,9 +6,7 @@ in rising order, relative to the largest score so far, as in Flash-Decoding (Dao
 changes none of its bits, so it gets the same result alone, in a chunk and in a whole prompt.
 
 An item is a block of queries of one sequence, with all heads that share a KV head. Where a sequence has few queries,
-each split is an item of its own: its sums are kept, and `combine_item` adds them, as the item of several splits does. A
-record of sums is, for a query's head, `v_head_dim` weighted values, LANES partial sums of weights, and the largest
-score in powers of two, each in whole vectors.
+each split is an item of its own: its sums are kept, and `combine_item` adds them, as the item of several splits does.
 
 A row is a head of a query. Few rows read keys and values once, as they lie; for many, the keys of a split are turned to
 columns and its values copied once for all rows of the item, and CHUNK rows at a time go through them in a near cache.
@@ -18,44 +16,24 @@ This module does not know threads, or who owns a page.
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 from numba.core.types import UniTuple  # type: ignore[attr-defined]
 
 from handloom.ops.cpu import simd
-from handloom.ops.cpu.codes import ZERO
-from handloom.ops.cpu.elementary import exp2, tanh
+from handloom.ops.cpu.attention_sums import begin, fold, padded, record_of, weigh, write_mean
 from handloom.ops.cpu.instructions import CHUNK, ITEM_ROWS, KEYS, QUERY_ROWS, SPLIT
-from handloom.ops.cpu.linear import product_f32
+from handloom.ops.cpu.linear import product_f32, product_pair
 from handloom.ops.cpu.pages import ask_for_block, gather, places_of, turn_block
 from handloom.ops.cpu.rows import size_of, widen_row
 from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
-from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, VECTORS, WIDE, scattered_tile_of, tile_of
+from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, VECTORS, WIDE, scattered_tile_of
 from handloom.ops.panels import PANEL
 
 FEW = 16  # rows for which values are read where they lie
 AT_ONCE = 4 if WIDE else 2
-SIX, FOUR = 6, 4  # rows and vectors of the tile that needs the fewest loads for its sums
 SCORES = 4 * (SPLIT + LANES)  # bytes from a row of scores to the next: not a multiple of what falls on the same lines
-LOG2_E = 1 / math.log(2)
 position = UniTuple(int64, 3)
-MINUS_INFINITY, ONE = np.float32(-np.inf), np.float32(1)
 
 few_f32, few_bf16, few_f16 = (scattered_tile_of(AT_ONCE, VECTORS, form) for form in FORMATS)
-six_f32 = tile_of(SIX, FOUR, FORMATS[FORMAT_F32])
-
-
-@kernel(int64, int64)
-def padded(width):
-    """A head's columns in scratch: whole panels."""
-    return (width + PANEL - 1) // PANEL * PANEL
-
-
-@kernel(int64, int64)
-def record_of(v_head_dim):
-    """Bytes of a record of sums."""
-    return 4 * (padded(v_head_dim) + 2 * LANES)
 
 
 # Items ------------------------------------------------------------------------------------------
@@ -139,103 +117,6 @@ def locate(item, cu_seqlens, context_lens, num_sequences, group, window, combini
     return num_sequences, 0, 0
 
 
-# Sums -------------------------------------------------------------------------------------------
-
-
-@kernel(void, int64, int64)
-def clear(record, size):
-    """Sums of nothing."""
-    for j in range(0, size, 4 * LANES):
-        simd.store(record + j, simd.splat(ZERO))
-    simd.write_f32(record + size - 4 * LANES, MINUS_INFINITY)
-
-
-@kernel(void, *[int64] * 4)
-def begin(record, size, sinks, head):
-    """Sums before the first key; a sink is one more score, which has no value (address 0: there are none)."""
-    clear(record, size)
-    if sinks != 0 and simd.read_f32(sinks + 4 * head) > MINUS_INFINITY:
-        simd.write_f32(record + size - 4 * LANES, np.float32(simd.read_f32(sinks + 4 * head) * LOG2_E))
-        simd.write_f32(record + size - 8 * LANES, ONE)
-
-
-@kernel(void, *[int64] * 3)
-def fold(into, part, size):
-    """Add a record of sums over later keys; one of no keys changes nothing."""
-    before, theirs = simd.read_f32(into + size - 4 * LANES), simd.read_f32(part + size - 4 * LANES)
-    if theirs == MINUS_INFINITY:
-        return
-    now = before if before > theirs else theirs
-    simd.write_f32(into + size - 4 * LANES, now)
-    ours, other = exp2(simd.splat(before - now)), exp2(simd.splat(theirs - now))
-    for j in range(0, size - 4 * LANES, 4 * LANES):
-        simd.store(into + j, simd.fma(simd.load(part + j), other, simd.mul(simd.load(into + j), ours)))
-
-
-@kernel(void, *[int64] * 4)
-def write_mean(record, size, width, target):
-    """Weighted values over the sum of weights."""
-    total = simd.splat(simd.sum_lanes(simd.load(record + size - 8 * LANES)))
-    for j in range(0, width, LANES):
-        simd.store_first(target + 4 * j, simd.div(simd.load(record + 4 * j), total), width - j)
-
-
-@kernel(void, *[int64] * 4, float64, float64, int64)
-def bend_row(scores, first, last, at, scale, softcap, slope):
-    """Scores first..last of a row: scaled, capped, and with the bias of ALiBi; at: the query's place among the keys."""
-    factor, cap = simd.splat(np.float32(scale)), simd.splat(np.float32(softcap))
-    steepness = simd.splat(simd.read_f32(slope) if slope != 0 else ZERO)
-    for j in range(first, last, LANES):
-        value = simd.mul(simd.load(scores + 4 * j), factor)
-        if softcap != 0.0:
-            value = simd.mul(cap, tanh(simd.div(value, cap)))
-        if slope != 0:
-            value = simd.fma(steepness, simd.add(simd.lanes(), simd.splat(np.float32(j - at))), value)
-        simd.store(scores + 4 * j, value)
-
-
-@kernel(void, *[int64] * 5, float64, int64, int64)
-def weigh_row(scores, first, last, low, high, factor, record, size):
-    """Turn scores first..last of a row into weights, zeros outside low..high, and begin its record with their sum.
-
-    A weight is 2^(factor * (score - the largest)).
-    """
-    for j in range(first, min(last, low), LANES):
-        simd.store(scores + 4 * j, simd.keep_first(simd.splat(MINUS_INFINITY), low - j, simd.load(scores + 4 * j)))
-    for j in range(max(first, high // LANES * LANES), last, LANES):
-        simd.store(scores + 4 * j, simd.keep_first(simd.load(scores + 4 * j), high - j, simd.splat(MINUS_INFINITY)))
-    largest = simd.splat(MINUS_INFINITY)
-    for j in range(first, last, LANES):
-        largest = simd.larger(largest, simd.load(scores + 4 * j))
-    scale = np.float32(factor)
-    now = np.float32(simd.max_lanes(largest) * scale)
-    base = simd.splat(ZERO if now == MINUS_INFINITY else -now)
-    total, rate = simd.splat(ZERO), simd.splat(scale)
-    for j in range(first, last, LANES):
-        weight = exp2(simd.fma(simd.load(scores + 4 * j), rate, base))
-        simd.store(scores + 4 * j, weight)
-        total = simd.add(total, weight)
-    clear(record, size)
-    simd.store(record + size - 8 * LANES, total)
-    simd.write_f32(record + size - 4 * LANES, now)
-
-
-@kernel(void, *[int64] * 4, float64, int64, float64, *[int64] * 8)
-def weigh(first, end, rows, group, scale, window, softcap, slopes, position, row, scores, base, parts, size, stride):
-    """Weights of `rows` rows for keys first..end; base: the split's first key; position: of the query of row 0; row: the
-    number of the first row."""
-    last = (end - base + KEYS - 1) // KEYS * KEYS
-    for i in range(rows):
-        at, own = position + (row + i) // group - base, scores + i * stride
-        factor = scale * LOG2_E
-        if softcap != 0.0 or slopes != 0:
-            slope = slopes + 4 * ((row + i) % group) if slopes != 0 else 0
-            bend_row(own, first - base, last, at, scale, softcap, slope)
-            factor = LOG2_E
-        low = at - window + 1 if window > 0 else 0
-        weigh_row(own, first - base, last, low, at + 1, factor, parts + i * size, size)
-
-
 # A split's keys -----------------------------------------------------------------------------------
 
 
@@ -256,14 +137,12 @@ def multiply_few(form, x, x_stride, rows, pieces, offset, w_stride, k, out, out_
 @kernel(void, *[int64] * 9)
 def multiply_many(x, x_stride, rows, w, width, k, out, out_stride, accumulate):
     """x [rows, k] times w [k, width], whole panels side by side, into out [rows, width]."""
-    panels = FOUR // VECTORS if WIDE else 1
-    for j in range(0, width, panels * PANEL):
-        source, target, left = x, out + 4 * j, rows
-        while WIDE and width - j >= panels * PANEL and left >= SIX:
-            six_f32(source, x_stride, w + 4 * j, 4 * width, k, target, out_stride, accumulate)
-            source, target, left = source + SIX * x_stride, target + SIX * out_stride, left - SIX
-        for p in range(0, 4 * min(panels * PANEL, width - j), 4 * PANEL):
-            product_f32(source, x_stride, left, w + 4 * j + p, 4 * width, k, target + p, out_stride, accumulate)
+    paired = width // (2 * PANEL) * 2 * PANEL
+    for j in range(0, paired, 2 * PANEL):
+        w_at, at = w + 4 * j, out + 4 * j
+        product_pair(x, x_stride, rows, w_at, 4 * PANEL, 4 * width, k, at, 4 * PANEL, out_stride, accumulate, 0)
+    if paired < width:
+        product_f32(x, x_stride, rows, w + 4 * paired, 4 * width, k, out + 4 * paired, out_stride, accumulate)
 
 
 @kernel(void, *[int64] * 15, float64, int64, float64, *[int64] * 4)

@@ -23,7 +23,7 @@ OPENING = -1  # in place of a thread's number: open a run
 ASKING = -2  # in place of a thread's number: write 1 where the control block is said to be, if there is code for AMX
 
 BLOCK = 64  # columns of k that a product sums by themselves
-ROWS = 504  # of a product's item at most: a multiple of every tile
+ROWS = 264  # of a product's item at most: a multiple of every tile
 GROUP = 4  # panels of a product's item at most
 KEYS = 64  # of a block of attention
 SPLIT = 256  # keys whose sums attention takes apart from others'

@@ -23,13 +23,25 @@ from handloom.ops.cpu.codes import (
     unpack_block,
 )  # fmt: skip
 from handloom.ops.cpu.elementary import tanh
-from handloom.ops.cpu.instructions import BLOCK, GROUP, ROWS
+from handloom.ops.cpu.instructions import BLOCK, GROUP, LINE, ROWS
 from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
-from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, TILE_ROWS, VECTORS, WIDE, tile_of
+from handloom.ops.cpu.tiles import (
+    FORMAT_BF16,
+    FORMAT_F32,
+    FORMATS,
+    TILE_ROWS,
+    VECTORS,
+    WIDE,
+    ask_for,
+    pair_tile_of,
+    tile_of,
+)
 from handloom.ops.panels import PANEL
 from handloom.ops.quantized_panels import QUANTIZED
 
 MANY = 64
+ASKED = 4  # cache lines of each of two panels that a tile of them asks for
+SIX = 6  # rows of the tile of two panels, which needs the fewest loads for its sums
 FEW = 16 if WIDE else 2  # rows for which codes are made floats in registers, again for each tile
 ITEM_BYTES = 1 << 17  # of weights that an item is to read: less is lost in handing out items
 SCRATCH = ROWS * GROUP * PANEL * 4
@@ -74,6 +86,25 @@ def _product(form):
 
 
 product_f32, product_bf16, product_f16 = (_product(form) for form in FORMATS)
+six_f32 = pair_tile_of(SIX, FORMATS[FORMAT_F32])
+
+
+@kernel(void, *[int64] * 12)
+def product_pair(x, x_stride, rows, w, w_next, w_stride, k, out, out_next, out_stride, accumulate, ahead):
+    """x [rows, k] times two panels of float32 as `product_f32` times each: six rows at a time where registers allow.
+
+    ahead: bytes from these weights to those that come next, which are asked for meanwhile; 0: there are none.
+    """
+    asked = ahead
+    while WIDE and rows >= SIX:
+        for _ in range(ASKED if 0 < asked < ahead + k * w_stride else 0):
+            ask_for(w + asked)
+            ask_for(w + w_next + asked)
+            asked += LINE
+        six_f32(x, x_stride, w, w_next, w_stride, k, out, out_next, out_stride, accumulate)
+        x, out, rows = x + SIX * x_stride, out + SIX * out_stride, rows - SIX
+    product_f32(x, x_stride, rows, w, w_stride, k, out, out_stride, accumulate)
+    product_f32(x, x_stride, rows, w + w_next, w_stride, k, out + out_next, out_stride, accumulate)
 
 
 @kernel(void, *[int64] * 8)
@@ -96,14 +127,23 @@ def group_of(columns, depth, size, rows, threads):
     """
     panels = (columns + PANEL - 1) // PANEL
     wanted = GROUP if rows > MANY else ITEM_BYTES // (depth * PANEL * size)
-    return max(1, min(wanted, GROUP, panels // (4 * threads)))
+    group = max(1, min(wanted, GROUP, panels // (4 * threads)))
+    return group // 2 * 2 if rows > MANY and group > 1 else group
+
+
+@kernel(int64, int64)
+def rows_of(rows):
+    """How many rows an item has: chunks as even as whole tiles let them be, for threads to have the same work."""
+    chunks = (rows + ROWS - 1) // ROWS
+    return max(1, (rows + SIX * chunks - 1) // (SIX * chunks) * SIX)
 
 
 @kernel(int64, int64, int64, int64)
 def linear_items(columns, rows, group):
     """How many items a product has."""
     panels = (columns + PANEL - 1) // PANEL
-    return (panels + group - 1) // group * ((rows + ROWS - 1) // ROWS)
+    per = rows_of(rows)
+    return (panels + group - 1) // group * ((rows + per - 1) // per)
 
 
 @kernel(void, *[int64] * 10)
@@ -142,6 +182,17 @@ def add_block(form, size, data, panel, depth, k, x, x_stride, rows, scales, out)
         product(FORMAT_F32, x, x_stride, rows, block, count, out, k)
 
 
+@kernel(void, *[int64] * 6)
+def finish(x, rows, residual, residual_stride, out, out_stride):
+    """out [rows, PANEL] = x [rows, PANEL] + residual (address 0: none)"""
+    for _ in range(rows):
+        for v in range(0, PANEL * 4, LANES * 4):
+            value = simd.load(x + v)
+            simd.store(out + v, value if residual == 0 else simd.add(simd.load(residual + v), value))
+        x, out = x + PANEL * 4, out + out_stride
+        residual += residual_stride if residual != 0 else 0
+
+
 @kernel(void, *[int64] * 13, float64, int64, int64, int64)
 def linear_item(
     item, form, size, group, x, x_stride, rows, data, columns, depth, bias, residual, residual_stride, softcap, out,
@@ -153,13 +204,21 @@ def linear_item(
     """
     panels = (columns + PANEL - 1) // PANEL
     groups = (panels + group - 1) // group
-    first_row, first = item // groups * ROWS, item % groups * group
-    count = min(ROWS, rows - first_row)
+    per = rows_of(rows)
+    first_row, first = item // groups * per, item % groups * group
+    count = min(per, rows - first_row)
     last = min(panels, first + group)
     x, scales, width = x + first_row * x_stride, scratch + SCRATCH, ROWS * PANEL * 4
     if count > MANY:
+        paired = first + (last - first) // 2 * 2 if form == FORMAT_F32 else first
         for k in range(0, depth, BLOCK):
-            for p in range(first, last):
+            for p in range(first, paired, 2):
+                w, into = data + (p * depth + k) * PANEL * 4, scratch + (p - first) * width
+                product_pair(
+                    x + 4 * k, x_stride, count, w, depth * PANEL * 4, PANEL * 4, min(BLOCK, depth - k), into, width,
+                    PANEL * 4, k, BLOCK * PANEL * 4,
+                )  # fmt: skip
+            for p in range(paired, last):
                 into = scratch + (p - first) * width
                 add_block(form, size, data, p, depth, k, x + 4 * k, x_stride, count, scales, into)
     else:
@@ -168,6 +227,11 @@ def linear_item(
                 into = scratch + (p - first) * width
                 add_block(form, size, data, p, depth, k, x + 4 * k, x_stride, count, scales, into)
     for panel in range(first, last):
+        if bias == 0 and softcap == 0.0 and (panel + 1) * PANEL <= columns:
+            from_, to = scratch + (panel - first) * width, out + first_row * out_stride + panel * PANEL * 4
+            added = residual + first_row * residual_stride + panel * PANEL * 4 if residual != 0 else 0
+            finish(from_, count, added, residual_stride, to, out_stride)
+            continue
         for row in range(count):
             at = first_row + row
             for v in range(VECTORS):

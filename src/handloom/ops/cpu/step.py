@@ -132,10 +132,10 @@ def do_attention(i, frame, item, scratch):
 
 @kernel(void, *[int64] * 4)
 def do_combine(i, frame, item, scratch):
+    lengths, kept = read_i64(frame + CONTEXT_LENS), read_i64(frame + KEPT)
     combine_item(
-        item, operand(i, 0), operand(i, 1), operand(i, 2), read_i64(frame + CU_SEQLENS), read_i64(frame + CONTEXT_LENS),
-        read_i64(frame + SEQUENCES), operand(i, 3), operand(i, 4), operand(i, 5), operand(i, 6), read_i64(frame + KEPT),
-        scratch,
+        item, operand(i, 0), operand(i, 1), operand(i, 2), read_i64(frame + CU_SEQLENS), lengths,
+        read_i64(frame + SEQUENCES), operand(i, 3), operand(i, 4), operand(i, 5), operand(i, 6), kept, scratch,
     )  # fmt: skip
 
 

@@ -130,6 +130,60 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
     return tile
 
 
+def pair_tile_of(rows: int, form: Format) -> Any:
+    """A numba function that multiplies x [rows, k] with two panels at once, for which it loads each x once.
+
+    tile(x, x_stride, w, w_next, w_stride, k, out, out_next, out_stride, accumulate): as `tile_of`; w_next, out_next:
+    bytes from a panel, and from its product, to the other. Nothing is asked for ahead.
+    """
+
+    @operation(void, *[int64] * 10)
+    def tile(
+        b: Builder,
+        x: Value,
+        x_stride: Value,
+        w: Value,
+        w_next: Value,
+        w_stride: Value,
+        k: Value,
+        out: Value,
+        out_next: Value,
+        stride: Value,
+        add: Value,
+    ) -> None:
+        """Rows of x times two panels"""
+        function, entry = b.function, b.block
+        loop, done = function.append_basic_block("k"), function.append_basic_block("tile")
+        starts, places = [x], [out]
+        for _ in range(rows - 1):
+            starts.append(b.add(starts[-1], x_stride))
+            places.append(b.add(places[-1], stride))
+        b.branch(loop)
+        b.position_at_end(loop)
+        at, column = b.phi(I64), b.phi(I64)
+        at.add_incoming(I64(0), entry)
+        column.add_incoming(w, entry)
+        sums = [[b.phi(VECTOR) for _ in range(2 * VECTORS)] for _ in starts]
+        panels = column, b.add(column, w_next)
+        weights = [form.load(b, simd.offset(b, p, LANES * form.size * v)) for p in panels for v in range(VECTORS)]
+        after = []
+        for start, totals in zip(starts, sums, strict=True):
+            value = simd.splat_of(b, simd.load_at(b, b.add(start, b.shl(at, I64(2))), F32, 4), VECTOR)
+            after.append([simd.fused(b, value, weight, total) for weight, total in zip(weights, totals, strict=True)])
+            for total, new in zip(totals, after[-1], strict=True):
+                total.add_incoming(simd.constant(0.0), entry)
+                total.add_incoming(new, loop)
+        following = b.add(at, I64(1))
+        at.add_incoming(following, loop)
+        column.add_incoming(b.add(column, w_stride), loop)
+        b.cbranch(b.icmp_signed("<", following, k), loop, done)
+        b.position_at_end(done)
+        places += [b.add(place, out_next) for place in places]
+        _finish(b, [each[:VECTORS] for each in after] + [each[VECTORS:] for each in after], places, add)
+
+    return tile
+
+
 def scattered_tile_of(rows: int, columns: int, form: Format) -> Any:
     """A numba function that multiplies n rows of x with w [k, columns * LANES], which lies in pieces of LANES rows.
 
