@@ -54,7 +54,7 @@ def test_times_are_those_of_the_definitions() -> None:
 
 def test_rates_and_goodput_are_per_second_of_the_whole_run() -> None:
     fast, slow = Served(0.0, None, [0.1, 0.2]), Served(0.0, None, [1.0, 4.0])
-    run = ServingRun([fast, slow], 20, 4.0, 3, 9, 0.0, 0, 0)
+    run = ServingRun(2, 20, 4, 4.0, [fast, slow], 3, 9, 0.0, 0, 0)
     assert (run.output_rate, run.total_rate, run.request_rate) == (1.0, 6.0, 0.5)
     assert [run.goodput(*slo) for slo in ((None, None), (0.5, None), (None, 0.1), (1.0, 2.9), (0.05, None))] == [
         0.5, 0.25, 0.25, 0.25, 0.0,

@@ -49,8 +49,6 @@ NOTES = (
     "int8 and int4 each engine makes its own",
 )
 
-Sizes = Annotated[str, typer.Option(help="Prompts at once, between commas.")]
-
 
 def cpu(
     model: ModelArgument = None,
@@ -60,7 +58,7 @@ def cpu(
             help="Of fp32,bf16,fp16,int8,int4 and gguf (as the .gguf file has it). Default: all.", show_default=False
         ),
     ] = None,
-    batch: Sizes = "1,4,8,32",
+    batch: Annotated[str, typer.Option(help="Prompts at once, between commas.")] = "1,4,8,32",
     pp: Annotated[int, typer.Option(help="Tokens of each prompt; 0: leave that test out.", min=0)] = 512,
     tg: Annotated[int, typer.Option(help="Tokens to generate for each; 0: leave that test out.", min=0)] = 128,
     peers: Annotated[
@@ -87,7 +85,7 @@ def cpu(
 ) -> None:
     """Measure every precision and batch size on the CPU beside other engines: rates, memory, time to a first token."""
     bench_table.check_output(output)
-    sizes = _sizes(batch)
+    sizes = bench_table.sizes("--batch", batch)
     with common.waiting("starting", quiet):
         import torch
 
@@ -158,13 +156,6 @@ def _measure(
 def _label(checkpoint: Checkpoint) -> str:
     """The Hub's name of a model; of a file or folder the last part."""
     return Path(checkpoint.name).name if Path(checkpoint.name).exists() else checkpoint.name
-
-
-def _sizes(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and len(part) < 5 and 0 < int(part) <= 1024 for part in parts):
-        raise InvalidParam(f"--batch {text[:40]!r}: expected sizes from 1 to 1024, as 1,4,8")
-    return sorted({int(part) for part in parts})
 
 
 def _precisions(text: str | None, checkpoint: Checkpoint) -> list[str]:

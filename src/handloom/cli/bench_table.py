@@ -28,7 +28,6 @@ Threads = Annotated[
     int | None, typer.Option(help="CPU threads; default: as many as PyTorch takes.", min=1, show_default=False)
 ]
 
-
 TIMES = ("s", "ms")
 
 
@@ -88,6 +87,14 @@ def check_output(output: Path | None) -> None:
     """Before anything is measured. Raises InvalidParam."""
     if output is not None and not output.parent.is_dir():
         raise InvalidParam(f"--output {output}: there is no folder {output.parent}")
+
+
+def sizes(option: str, text: str) -> list[int]:
+    """Numbers from 1 to 1024 between commas, each once, the smallest first. Raises InvalidParam."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and len(part) < 5 and 0 < int(part) <= 1024 for part in parts):
+        raise InvalidParam(f"{option} {text[:40]!r}: expected sizes from 1 to 1024, as 1,4,8")
+    return sorted({int(part) for part in parts})
 
 
 def write(

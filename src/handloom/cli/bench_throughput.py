@@ -5,8 +5,6 @@ This module does not know how anything is measured.
 
 from __future__ import annotations
 
-import io
-from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -21,7 +19,6 @@ from handloom.errors import InvalidParam
 
 if TYPE_CHECKING:
     from handloom.lm import LM
-    from handloom.measure.peer import Transformers
     from handloom.measure.peer_serving import Comparison
     from handloom.measure.workload import Asked
 
@@ -92,7 +89,7 @@ def throughput(
     if threads is not None:
         torch.set_num_threads(threads)
     prompts, outputs = workload.Lengths.parse(prompt_tokens), workload.Lengths.parse(new_tokens)
-    sizes = batch_sizes(peer_batches)
+    sizes = bench_table.sizes("--peer-batches", peer_batches)
     busy = machine.is_busy()
     path = Path()
     if peers:  # both read the very same files
@@ -115,7 +112,7 @@ def throughput(
         lambda who, total: common.tokens_bar(who, total, quiet),
         repeat=repeat,
         max_running=max_running,
-        load_peer=(lambda: load_peer(path, lm, quiet)) if peers else None,
+        load_peer=(lambda: common.load_peer(path, lm, quiet=quiet)) if peers else None,
         batch_sizes=sizes,
     )
     with common.waiting("measuring the machine", quiet):
@@ -124,27 +121,6 @@ def throughput(
     failed = [f"not measured: {name}: {why}" for name, why in found.failed.items()]
     notes = (what, *NOTES, *(PEER_NOTES if peers else ()), *failed)
     bench_table.write(rows, environment, notes, format, output, quiet)
-
-
-def batch_sizes(text: str) -> list[int]:
-    """Numbers between commas. Raises InvalidParam."""
-    parts = text.split(",")
-    if not all(part.isdecimal() and 0 < len(part) < 6 and int(part) for part in parts):
-        raise InvalidParam(f"--peer-batches {text[:40]!r}: expected sizes as 8,16,32")
-    return [int(part) for part in parts]
-
-
-def load_peer(path: Path, lm: LM, quiet: bool) -> Transformers:
-    """transformers with the same checkpoint."""
-    import transformers
-
-    from handloom.measure.peer import Transformers
-
-    transformers.logging.set_verbosity_error()
-    slow = ", which takes tens of seconds for a GGUF file" if path.suffix == ".gguf" else ""
-    common.say(f"transformers loads the same{slow}", quiet)
-    with redirect_stderr(io.StringIO()) if quiet else nullcontext():  # it has progress bars of its own
-        return Transformers.load(path, lm.dtype, lm.device)
 
 
 def _rows(

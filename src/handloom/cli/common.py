@@ -9,6 +9,7 @@ This module does not know any command. torch and transformers are imported only 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -16,8 +17,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from handloom.errors import InvalidPrompt
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from handloom.cli.arguments import Generation, Loading
     from handloom.lm import LM
+    from handloom.measure.peer import Transformers
     from handloom.model.loading import Progress
     from handloom.output import Output
 
@@ -168,7 +171,7 @@ def decode_input(data: bytes, max_bytes: int, *, what: str = "standard input") -
 # Loading ---------------------------------------------------------------------------------------
 
 
-def load_model(model: str | None, loading: Loading, *, quiet: bool = False) -> LM:
+def load_model(model: str | None, loading: Loading, *, quiet: bool) -> LM:
     """Load a model, with a bar on a terminal; say which it is and why. Raises what LM.from_pretrained raises."""
     started = time.perf_counter()
     with waiting("starting", quiet):
@@ -185,7 +188,7 @@ def load_model(model: str | None, loading: Loading, *, quiet: bool = False) -> L
     return lm
 
 
-def load_draft(asked: Generation, loading: Loading, *, quiet: bool = False) -> dict[str, Any]:
+def load_draft(asked: Generation, loading: Loading, *, quiet: bool) -> dict[str, Any]:
     """The draft model as an option of `LM.generate`, if one is asked for.
 
     It is loaded first: on a GPU the other one's cache takes what is left.
@@ -196,8 +199,21 @@ def load_draft(asked: Generation, loading: Loading, *, quiet: bool = False) -> d
     return {"assistant_model": load_model(asked.draft_model, own, quiet=quiet)}
 
 
+def load_peer(path: Path, lm: LM, *, quiet: bool) -> Transformers:
+    """transformers with the checkpoint that the model was loaded from. Raises what Transformers.load raises."""
+    import transformers
+
+    from handloom.measure.peer import Transformers
+
+    transformers.logging.set_verbosity_error()
+    slow = ", which takes tens of seconds for a GGUF file" if path.suffix == ".gguf" else ""
+    say(f"transformers loads the same{slow}", quiet)
+    with redirect_stderr(io.StringIO()) if quiet else nullcontext():  # it has progress bars of its own
+        return Transformers.load(path, lm.dtype, lm.device)
+
+
 @contextmanager
-def notices(quiet: bool = False) -> Iterator[None]:
+def notices(quiet: bool) -> Iterator[None]:
     """What handloom logs meanwhile, such as that it compiles, as lines for people."""
 
     class Said(logging.Handler):
@@ -216,7 +232,7 @@ def notices(quiet: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def waiting(what: str, quiet: bool = False) -> Iterator[None]:
+def waiting(what: str, quiet: bool) -> Iterator[None]:
     """A spinner on standard error while something runs; nothing where that is no terminal."""
     console = error_console()
     if quiet or not console.is_terminal:
@@ -227,7 +243,7 @@ def waiting(what: str, quiet: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def tokens_bar(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+def tokens_bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A callback for how many of `total` tokens there are, which shows them and their rate until the block ends."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -249,7 +265,7 @@ def tokens_bar(what: str, total: int, quiet: bool = False) -> Iterator[Callable[
 
 
 @contextmanager
-def weights_bar(quiet: bool = False) -> Iterator[Progress]:
+def weights_bar(quiet: bool) -> Iterator[Progress]:
     """A progress callback that shows itself at its first call, and goes when the block ends."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 

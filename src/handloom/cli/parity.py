@@ -7,8 +7,6 @@ This module does not know how anything is compared or measured.
 
 from __future__ import annotations
 
-import io
-from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,23 +62,17 @@ def parity(
     lines = _read_lines(prompts) if prompts is not None else None
     with common.waiting("starting", quiet):
         import torch
-        import transformers
 
         from handloom.checkpoint import open_checkpoint
         from handloom.measure import parity as comparing
-        from handloom.measure.peer import Transformers
     if threads is not None:
         torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
     checkpoint = open_checkpoint(model, revision=revision)
     checkpoint.close()
     path = str(checkpoint.path)  # both read the very same files
     lm = common.load_model(path, Loading(device=device, dtype=dtype, backend=backend), quiet=quiet)
     ids = [lm.encode(prompt).token_ids for prompt in _prompts(lm, lines)]
-    slow = ", which takes tens of seconds for a GGUF file" if checkpoint.path.suffix == ".gguf" else ""
-    common.say(f"transformers loads the same{slow}", quiet)
-    with redirect_stderr(io.StringIO()) if quiet else nullcontext():  # it has progress bars of its own
-        peer = Transformers.load(checkpoint.path, lm.dtype, lm.device)
+    peer = common.load_peer(checkpoint.path, lm, quiet=quiet)
     with common.waiting(f"generating {max_new_tokens} tokens for each of {len(ids)} prompts, twice", quiet):
         found = comparing.compare(lm, peer, ids, max_new_tokens)
     report = _report(checkpoint, lm, found)

@@ -19,7 +19,7 @@ from handloom.engine.engine import MAX_STEP_TOKENS
 from handloom.errors import MissingDependency, RequestFailed
 from handloom.lm import LM
 from handloom.measure.peer import Transformers
-from handloom.measure.serving import Progress, ServingRun, check_served, serve
+from handloom.measure.serving import Progress, Rates, ServingRun, check_served, serve, totals
 from handloom.measure.speed import peak_memory
 from handloom.measure.workload import Asked
 
@@ -29,37 +29,8 @@ STEP_TOKENS = 512
 STALLED_SECONDS = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class PeerRun:
-    """Seconds for all requests, and the tokens they asked for."""
-
-    num_requests: int
-    prompt_tokens: int
-    new_tokens: int
-    seconds: float
-
-    @property
-    def output_rate(self) -> float:
-        """New tokens per second."""
-        return self.new_tokens / self.seconds
-
-    @property
-    def total_rate(self) -> float:
-        """Prompt and new tokens per second."""
-        return (self.prompt_tokens + self.new_tokens) / self.seconds
-
-    @property
-    def request_rate(self) -> float:
-        return self.num_requests / self.seconds
-
-
-def _run(requests: Sequence[Asked], seconds: float) -> PeerRun:
-    prompt_tokens = sum(len(request.prompt) for request in requests)
-    return PeerRun(len(requests), prompt_tokens, sum(request.new_tokens for request in requests), seconds)
-
-
 @torch.no_grad()
-def padded(peer: Transformers, requests: Sequence[Asked], batch_size: int, progress: Progress | None = None) -> PeerRun:
+def padded(peer: Transformers, requests: Sequence[Asked], batch_size: int, progress: Progress | None = None) -> Rates:
     """`generate` on batches padded on the left, each run until its longest output is done.
 
     Requests of like output, then like prompt length share a batch, which wastes least. Raises RequestFailed where a row
@@ -77,11 +48,11 @@ def padded(peer: Transformers, requests: Sequence[Asked], batch_size: int, progr
         done += sum(request.new_tokens for request in batch)
         if progress is not None:
             progress(done)
-    return _run(requests, time.perf_counter() - started)
+    return Rates(*totals(requests), time.perf_counter() - started)
 
 
 @torch.no_grad()
-def continuous(peer: Transformers, requests: Sequence[Asked], progress: Progress | None = None) -> PeerRun:
+def continuous(peer: Transformers, requests: Sequence[Asked], progress: Progress | None = None) -> Rates:
     """transformers' continuous batching; making its cache is not in the time. On a CPU that holds all requests at once,
     on a GPU it is what transformers finds room for.
 
@@ -122,7 +93,7 @@ def continuous(peer: Transformers, requests: Sequence[Asked], progress: Progress
     finally:
         peer.model.set_attn_implementation(before)
     check_served("transformers", requests, [counts.get(name, 0) for name in names])
-    return _run(requests, seconds)
+    return Rates(*totals(requests), seconds)
 
 
 def _results(manager: Any, count: int) -> Iterator[Any]:
@@ -139,7 +110,7 @@ def _results(manager: Any, count: int) -> Iterator[Any]:
             raise RequestFailed(f"continuous batching of transformers failed after {done} of {count} requests: {why}")
 
 
-Runner = Callable[[Sequence[Asked], Progress | None], PeerRun]
+Runner = Callable[[Sequence[Asked], Progress | None], Rates]
 Watch = Callable[[str, int], AbstractContextManager[Progress]]
 """Called with who is about to run and how many tokens there will be."""
 
@@ -150,7 +121,7 @@ class Comparison:
     bytes this process had held before a peer was loaded."""
 
     ours: list[ServingRun] = field(default_factory=list)
-    theirs: dict[str, list[PeerRun]] = field(default_factory=dict)
+    theirs: dict[str, list[Rates]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     peak_memory: int = 0
 
@@ -197,7 +168,7 @@ def in_turn(
 
 def _attempt(
     name: str, runner: Runner, requests: Sequence[Asked], progress: Progress | None, found: Comparison
-) -> PeerRun | None:
+) -> Rates | None:
     """A peer's run; None where it fails, which is noted."""
     try:
         return runner(requests, progress)

@@ -57,26 +57,13 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
-class ServingRun:
-    """What was served, in the order of the requests.
+class Rates:
+    """Requests that were served with all the tokens they asked for; seconds: from the start to the last token."""
 
-    seconds: from the start to the last token; peak_pages of num_pages: most that requests held after any step, those
-    taken ahead included; hit_rate: share of the prompts' tokens that were cached; num_preempted: times that a request
-    lost its pages; queued: most requests that waited at a time.
-    """
-
-    served: list[Served]
+    num_requests: int
     prompt_tokens: int
+    new_tokens: int
     seconds: float
-    peak_pages: int
-    num_pages: int
-    hit_rate: float
-    num_preempted: int
-    queued: int
-
-    @property
-    def new_tokens(self) -> int:
-        return sum(len(request.tokens) for request in self.served)
 
     @property
     def output_rate(self) -> float:
@@ -90,7 +77,24 @@ class ServingRun:
 
     @property
     def request_rate(self) -> float:
-        return len(self.served) / self.seconds
+        return self.num_requests / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class ServingRun(Rates):
+    """A run of handloom; served: in the order of the requests.
+
+    peak_pages of num_pages: most that requests held after any step, those taken ahead included; hit_rate: share of the
+    prompts' tokens that were cached; num_preempted: times that a request lost its pages; queued: most requests that
+    waited at a time.
+    """
+
+    served: list[Served]
+    peak_pages: int
+    num_pages: int
+    hit_rate: float
+    num_preempted: int
+    queued: int
 
     def goodput(self, ttft: float | None, tpot: float | None) -> float:
         """Requests per second that kept within these seconds; None is no limit (Zhong et al. 2024, DistServe)."""
@@ -159,12 +163,19 @@ def _serve(engine: Engine, requests: Sequence[Asked], progress: Progress | None)
             progress(chosen)
     seconds, stats = time.perf_counter() - started, engine.stats()
     check_served("handloom", requests, [len(request.tokens) for request in served])
-    prompt_tokens = sum(len(request.prompt) for request in requests)
-    return ServingRun(served, prompt_tokens, seconds, peak, pool.num_pages, stats.hit_rate, stats.num_preempted, queued)
+    return ServingRun(
+        *totals(requests), seconds, served, peak, pool.num_pages, stats.hit_rate, stats.num_preempted, queued
+    )
 
 
 def _add(engine: Engine, request: Asked) -> int:
     return engine.add_request(request.prompt, max_new_tokens=request.new_tokens, do_sample=False, eos_token_id=None)
+
+
+def totals(requests: Sequence[Asked]) -> tuple[int, int, int]:
+    """How many requests, and how many prompt and new tokens they have together."""
+    prompts, new = (sum(counts) for counts in zip(*((len(r.prompt), r.new_tokens) for r in requests), strict=True))
+    return len(requests), prompts, new
 
 
 def check_served(who: str, requests: Sequence[Asked], counts: Sequence[int]) -> None:

@@ -5,10 +5,12 @@ This module does not know what is measured.
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+
+import numpy as np
 
 T = TypeVar("T")
 
@@ -27,19 +29,13 @@ class Summary:
 
 def summarize(values: Sequence[float]) -> Summary:
     """Mean, spread and percentiles of at least one value."""
-    n = len(values)
-    mean = sum(values) / n
-    sd = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1)) if n > 1 else 0.0
-    return Summary(n, mean, sd, *(percentile(values, at) for at in (20, 50, 80)))
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Summary(len(values), statistics.fmean(values), sd, *(percentile(values, at) for at in (20, 50, 80)))
 
 
 def percentile(values: Sequence[float], at: float) -> float:
-    """The value below which `at` percent lie, interpolated linearly between neighbours (numpy's default)."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * at / 100
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    """The value below which `at` percent lie, interpolated linearly between neighbours."""
+    return float(np.percentile(values, at))
 
 
 def interleave(peers: Mapping[str, Callable[[], T]], *, rounds: int, warmup: int = 1) -> dict[str, list[T]]:
