@@ -46,8 +46,8 @@ def to_sequence(
         _check_values(prompt)
     if isinstance(prompt, Tensor) and prompt.dim() == 2 and not (prompt.is_floating_point() or prompt.is_complex()):
         raise InvalidPrompt(
-            f"a tensor of shape {list(prompt.shape)} with integers looks like a batch of token ids; pass one prompt as "
-            "ids[0], or several as a list of lists without padding"
+            f"a tensor of shape {list(prompt.shape)} with integers looks like a batch of token ids; pass it as "
+            "input_ids=ids, beside its attention_mask, or one prompt as ids[0]"
         )
     if isinstance(prompt, Tensor) and prompt.dim() == 2:
         _check_length(prompt, max_context)
@@ -176,7 +176,11 @@ def _take_prompts(prompts: Any, options: Mapping[str, Any]) -> tuple[Any, dict[s
         )
     if prompts is not None:
         return prompts, options
-    return _unpadded(first, named[first], options.pop("attention_mask", None)), options
+    items = _unpadded(first, named[first], options.pop("attention_mask", None))
+    negative = options.get("negative_prompt_ids")
+    if isinstance(negative, Tensor) and negative.dim() == 2 and isinstance(items, list) and len(negative) == len(items):
+        options["negative_prompt_ids"] = list(negative)  # as those of the prompts, a row for each
+    return items, options
 
 
 def _unpadded(name: str, values: Any, mask: Any) -> Any:
@@ -228,9 +232,8 @@ def _seen(row: Any, mask: Any, at: int) -> Any:
 def _options_of_each(
     params: Seq[Mapping[str, Any]] | None, options: Mapping[str, Any], items: Seq[Any]
 ) -> list[dict[str, Any]]:
-    """The options of each prompt: those of all, of which `streamer` may be a list with one for each; then its own.
-
-    Raises InvalidParam.
+    """The options of each prompt: those of all, of which `streamer` may be a list with one for each, and
+    `negative_prompt_ids` a list of tensors; then its own. Raises InvalidParam.
     """
     streamer = options.get("streamer")
     streamers = streamer if isinstance(streamer, list | tuple) else [streamer] * len(items)
@@ -238,6 +241,9 @@ def _options_of_each(
         count = f"{len(streamers)} streamers" if streamers is streamer else "one streamer"
         raise InvalidParam(f"{count} for {len(items)} prompts; give a list with one for each, or use lm.stream")
     shared = [{**options, "streamer": own} for own in streamers]
+    negative = options.get("negative_prompt_ids")
+    if isinstance(negative, list) and len(negative) == len(items) and all(isinstance(row, Tensor) for row in negative):
+        shared = [{**ours, "negative_prompt_ids": row} for ours, row in zip(shared, negative, strict=True)]
     return [{**ours, **own} for ours, own in zip(shared, _own_options(params, items), strict=True)]
 
 

@@ -135,6 +135,18 @@ def test_every_beam_is_guided_by_its_own_tokens(pair: Pair, negative: list[int] 
         assert set(tokens[len(output.token_ids) :]) <= {330}
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_may_have_a_row_of_negative_ids_for_each_prompt(pair: Pair, batch: int) -> None:
+    ids, negative = (torch.tensor([random_ids(seed + i, 9) for i in range(batch)]) for seed in (5, 50))
+    options = {**BASE, "guidance_scale": 1.7, "negative_prompt_ids": negative}
+    ours = pair.lm().generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    for row, output in zip(pair.hf.generate(ids, **options)[:, 9:].tolist(), ours, strict=True):
+        assert output.token_ids == row[: len(output.token_ids)]
+        assert {*row[len(output.token_ids) :]} <= {pair.hf.generation_config.pad_token_id}
+    with pytest.raises(InvalidParam, match="negative_prompt_ids"):
+        pair.lm().generate(input_ids=ids[:1], **{**options, "negative_prompt_ids": negative.repeat(2, 1)})
+
+
 def test_a_negative_text_is_its_ids(pair: Pair) -> None:
     text = "There was once a happy dragon"
     ids = pair.lm().encode(text).token_ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     StopStringCriteria,
 )
 
+from handloom.errors import HandloomError
 from parity_checks import Pair, hf_generate
 from tiny_models import ragged_prompts, random_ids, tiny_tokenizer
 
@@ -203,3 +205,51 @@ def test_stopping_criteria_stop_where_generate_stops(pair: Pair, criteria: list[
         assert output.token_ids == theirs
         assert output.finish_reason == ("criteria" if len(theirs) < COUNT else output.finish_reason)
     assert any(len(output.token_ids) < COUNT for output in outputs)
+
+
+@pytest.mark.parametrize("lengths", [[30], [60, 45], [7]])
+def test_a_length_that_only_a_criterion_says_is_the_length(pair: Pair, lengths: list[int]) -> None:
+    """More than the 20 new tokens of a request that says nothing, and no fewer than one."""
+    prompt = random_ids(8, 9)
+    criteria = [MaxLengthCriteria(max_length=length) for length in lengths]
+    ours = pair.lm().generate(prompt, eos_token_id=None, stopping_criteria=criteria).token_ids
+    options = {"eos_token_id": None, "stopping_criteria": StoppingCriteriaList(criteria)}
+    assert ours == hf_generate(pair.hf, prompt, do_sample=False, **options)
+    assert len(ours) == max(1, min(lengths) - 9)
+
+
+EOS = list(range(0, 331, 13))
+
+
+def test_criteria_that_say_what_the_options_say_go_beside_them(pair: Pair) -> None:
+    prompt = random_ids(8, 9)
+    for options in (
+        {"eos_token_id": EOS, "stopping_criteria": StoppingCriteriaList([EosTokenCriteria(EOS[::-1])])},
+        {"max_length": 30, "eos_token_id": None, "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(14)])},
+    ):
+        theirs = hf_generate(pair.hf, prompt, do_sample=False, **options)
+        assert pair.lm().generate(prompt, **options).token_ids == theirs
+
+
+REPLACING: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "eos": (EosTokenCriteria([7]), {"eos_token_id": EOS}, r"eos_token_id=\[7\]"),
+    "max_new_tokens": (MaxLengthCriteria(30), {"max_new_tokens": 4}, "max_length=30"),
+    "max_length": (MaxLengthCriteria(30), {"max_length": 12}, "max_length=30"),
+    "a config": (MaxLengthCriteria(30), {"generation_config": {"max_new_tokens": 4}}, "max_length=30"),
+    "forced": (MaxLengthCriteria(40), {"forced_eos_token_id": 1}, "max_length=40"),
+    "beams": (MaxLengthCriteria(40), {"num_beams": 2}, "max_length=40"),
+    "past the context": (MaxLengthCriteria(10**6), {}, "context holds 256"),
+    "no length": (MaxLengthCriteria("9"), {}, "no integer"),
+    "time": (MaxTimeCriteria(9.0), {"max_time": 1.0}, "one of the two"),
+    "stop strings": (StopStringCriteria(tiny_tokenizer(), ["a"]), {"stop_strings": "b"}, "one of the two"),
+}
+
+
+@pytest.mark.parametrize("name", REPLACING)
+def test_a_criterion_that_would_replace_what_an_option_says_is_refused(
+    tiny_pair: Callable[..., Pair], name: str
+) -> None:
+    """transformers leaves the option out, silently."""
+    criterion, options, says = REPLACING[name]
+    with pytest.raises(HandloomError, match=says):
+        tiny_pair("llama").lm().generate(random_ids(8, 9), stopping_criteria=[criterion], **options)

@@ -6,6 +6,7 @@ This module does not know when a request ends.
 from __future__ import annotations
 
 from handloom.errors import ContextOverflow, InvalidParam
+from handloom.sampling.criteria_options import longest_by_criteria
 from handloom.sampling.options import Options, integer, show
 
 DEFAULT_NEW_TOKENS = 20
@@ -35,7 +36,13 @@ def read_lengths(asked: Options, prompt_length: int, max_context: int) -> tuple[
             f"{prompt_length} prompt tokens and {show(new_tokens)} new ones exceed the context of {max_context}; "
             f"max_new_tokens can be at most {room} for this prompt"
         )
-    new_tokens = min(new_tokens, room)
+    total = longest_by_criteria(asked, prompt_length + min(new_tokens, room))
+    if total > max_context:
+        raise ContextOverflow(
+            f"stopping_criteria: a MaxLengthCriteria allows {total} tokens and the context holds {max_context}; lower "
+            "it, or load the model with a larger max_context"
+        )
+    new_tokens = total - prompt_length
     min_new = asked.read("min_new_tokens", integer(0), default=None, off=None)
     min_total = asked.read("min_length", integer(0), default=0, off=0)
     name = "min_length" if min_new is None else "min_new_tokens"

@@ -21,6 +21,7 @@ import torch
 
 from handloom.errors import InvalidParam, UnsupportedOption
 from handloom.sampling.contrast_options import DolaLayers, is_contrastive, read_contrast
+from handloom.sampling.criteria_options import StoppingCriterion, read_criteria
 from handloom.sampling.forced_words import Constraint
 from handloom.sampling.grammar import Grammar
 from handloom.sampling.length_options import read_lengths
@@ -49,7 +50,6 @@ from handloom.sampling.watermark import SynthID, Watermark
 from handloom.text.stop import check_stop_strings
 
 LogitsProcessor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-StoppingCriterion = Callable[..., Any]
 
 MAX_LOGPROBS = 100
 # The options that only sampling has a use for, and the values that ask for nothing.
@@ -288,7 +288,7 @@ def resolve_params(
         logprobs=asked.read("logprobs", logprobs, default=None, off=None),
         prompt_logprobs=asked.read("prompt_logprobs", logprobs, default=None, off=None),
         logits_processor=asked.read("logits_processor", callables, default=(), off=()),
-        stopping_criteria=asked.read("stopping_criteria", callables, default=(), off=()),
+        stopping_criteria=read_criteria(asked, eos),
         output_scores=asked.read("output_scores", flag, default=False, off=False),
         output_logits=asked.read("output_logits", flag, default=False, off=False),
         output_hidden_states=asked.read("output_hidden_states", flag, default=False, off=False),

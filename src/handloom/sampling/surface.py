@@ -127,7 +127,8 @@ NOTES: dict[str, str] = {
     "output_logits": "per step float32 [vocab_size], before the rules; under beams see `Output.beams`",
     "guidance_scale": "each output and its twin after the negative prompt run in one step; with beams every beam has "
     "its own twin, where transformers mixes them up; refused beside prompt_logprobs, and for a sequence to continue",
-    "negative_prompt_ids": "token ids [n]; or a text, `negative_prompt`; refused without a guidance_scale",
+    "negative_prompt_ids": "token ids [n], or beside `input_ids` a tensor [batch, n]; or a text, `negative_prompt`; "
+    "refused without a guidance_scale",
     "output_hidden_states": "per step and layer [n, hidden_size], all of the prompt at first; of a sequence, what is "
     "computed then",
     "output_attentions": "per step and layer [num_heads, n, context], whatever the backend",
@@ -158,8 +159,10 @@ NOTES: dict[str, str] = {
     "attention_mask": "of `input_ids` or `inputs_embeds`: what it hides is taken off, on either side, and no rule or "
     "limit counts it; a tensor of several rows of ids needs one",
     "logits_processor": "transformers' or any callable; one of a built-in class takes that one's place",
-    "stopping_criteria": "transformers' or any callable",
+    "stopping_criteria": "transformers' or any callable; refused where one of transformers' classes would take the "
+    "place of an option there, and says something else",
     "streamer": "transformers' own, or anything with put and end; for several prompts a list with one each; with beams "
     "it gets what cannot change any more; one that raises ends its own request",
-    "prefix_allowed_tokens_fn": "called with the prompt's place in the call, and its ids",
+    "prefix_allowed_tokens_fn": "called with the prompt's place in the call, and its ids; also with "
+    "num_return_sequences, where transformers counts outputs",
 }
