@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 from handloom.ops import cpu
 from handloom.ops.cpu.instructions import SPLIT
 from handloom_kernels import reference
+from handloom_kernels.reference import Norm
 from kernel_testing import assert_as_exact_as
 from paged import Paged, draw
 
@@ -76,3 +80,75 @@ def test_of_equal_keys_a_long_context_is_the_mean_and_of_one_seen_key_its_value(
     assert (mean - v.double().mean((0, 1)).repeat(3)).abs().max() < 1e-7
     alone = cpu.paged_attention(*paged.arguments(), 1.0, 1)
     assert torch.equal(alone, v[-2:].flatten(1).repeat(1, 3))
+
+
+# Sinks and ALiBi ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", ["sinks", "slopes", "sinks slopes"])
+@pytest.mark.parametrize("new", [1, 5, 40, LENGTH])
+@pytest.mark.parametrize("window", [None, 300])
+def test_sinks_and_alibi_are_as_exact_as_the_formula(features: str, new: int, window: int | None) -> None:
+    torch.manual_seed(new)
+    paged = Paged.make(lengths=[LENGTH, 70], new=[new, 3], num_heads=6, num_kv_heads=2, head_dim=20)
+    sinks = draw(6) + 4.0 if "sinks" in features else None
+    slopes = 2.0 ** -torch.arange(1.0, 7.0) if "slopes" in features else None
+    for softcap in (None, 5.0):
+        args = *paged.arguments(), 20**-0.5, window, softcap, sinks, slopes
+        ours = cpu.paged_attention(*args)
+        assert_as_exact_as(reference.paged_attention, *args, ours=ours)
+        without = cpu.paged_attention(*args[:-2])
+        assert (ours - without).abs().max() > 1e-2, "they change nothing"
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_with_sinks_and_alibi_a_query_has_the_same_bits_alone_and_in_a_prompt(window: int | None) -> None:
+    paged = Paged.make(lengths=[LENGTH], new=[LENGTH], num_heads=6, num_kv_heads=2, head_dim=64)
+    features = 64**-0.5, window, None, draw(6), 2.0 ** -torch.arange(1.0, 7.0)
+    q, *pages, _, _ = paged.arguments()
+    whole = cpu.paged_attention(*paged.arguments(), *features)
+    for first, last in ((LENGTH - 1, LENGTH), (SPLIT + 3, SPLIT + 40), (100, 400)):
+        starts = torch.tensor([0, last - first])
+        got = cpu.paged_attention(q[first:last], *pages, starts, torch.tensor([last]), *features)
+        assert torch.equal(got, whole[first:last]), (first, last)
+
+
+def test_a_sink_far_below_every_score_changes_nothing_and_one_far_above_takes_all() -> None:
+    paged = Paged.make(lengths=[LENGTH, 9], new=[1, 9], num_heads=2, num_kv_heads=1, head_dim=32)
+    plain = cpu.paged_attention(*paged.arguments(), 0.2)
+    for low in (-math.inf, -1e4):
+        assert torch.equal(cpu.paged_attention(*paged.arguments(), 0.2, sinks=torch.full((2,), low)), plain)
+    taken = cpu.paged_attention(*paged.arguments(), 0.2, sinks=torch.tensor([1e4, -1e4])).unflatten(1, (2, 32))
+    assert torch.equal(taken[:, 0], torch.zeros(10, 32))
+    assert torch.equal(taken[:, 1], plain.unflatten(1, (2, 32))[:, 1])
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 90])
+def test_a_recorded_step_computes_sinks_and_alibi_as_the_op_does(tokens: int) -> None:
+    """As it would a model's: embedding, q k v, attention, projection and head of one layer."""
+    torch.manual_seed(tokens)
+    norm = Norm("rms", torch.ones(48), None, 1e-5)
+    table, qkv, out = draw(50, 48), cpu.hold(0.2 * draw(64 + 2 * 32, 48)), cpu.hold(0.2 * draw(48, 64))
+    head, sinks, slopes = cpu.hold(table), draw(4), 2.0 ** -torch.arange(1.0, 5.0)
+    length = SPLIT + 100
+    old = [draw(30, 16, 2, 16) for _ in "kv"]
+    numbers = torch.arange(length - tokens, length)
+    batch = SimpleNamespace(
+        input_ids=torch.arange(tokens) % 50, positions=numbers, cu_seqlens=torch.tensor([0, tokens]),
+        context_lens=torch.tensor([length]), page_table=torch.randperm(30)[None], logits_rows=torch.arange(tokens),
+        slot_mapping=torch.empty(0),
+    )  # fmt: skip
+    batch.slot_mapping = batch.page_table[0, numbers // 16] * 16 + numbers % 16
+
+    def compute(ops: Any, _: Any, kv: Any) -> Tensor:
+        (pages,) = kv
+        hidden = ops.embed(batch.input_ids, head, 1.0, batch.positions, None)
+        q = ops.norm_qkv(hidden, norm, qkv, None, None, None, None, *pages, batch.slot_mapping)
+        rest = batch.page_table, batch.cu_seqlens, batch.context_lens
+        attended = ops.paged_attention(q, *pages, *rest, 0.25, None, None, sinks, slopes, query_lens=[tokens])
+        result: Tensor = ops.lm_head(ops.linear_residual(attended, out, None, None, hidden), norm, head, None)
+        return result
+
+    one_by_one = compute(cpu, None, [tuple(x.clone() for x in old)])
+    together = cpu.Program().run(compute, batch, lambda _: [], [tuple(x.clone() for x in old)])
+    assert torch.equal(together, one_by_one)
