@@ -39,11 +39,10 @@ few_f32, few_bf16, few_f16 = (scattered_tile_of(AT_ONCE, VECTORS, form) for form
 # Items ------------------------------------------------------------------------------------------
 
 
-@kernel(int64, int64, int64)
-def queries_of(new, group):
-    """How many queries an item has: many share what is done once for keys, if there are items for all threads."""
-    rows = ITEM_ROWS if new * group >= 4 * ITEM_ROWS else QUERY_ROWS
-    return max(1, rows // group)
+@kernel(int64, int64, int64, int64)
+def item_rows(tokens, num_heads, threads):
+    """How many rows an item has: many share what is done once for keys, few leave items for all threads."""
+    return min(ITEM_ROWS, max(QUERY_ROWS, tokens * num_heads // (4 * threads)))
 
 
 @kernel(int64, int64, int64)
@@ -66,11 +65,11 @@ def splits_of(cu_seqlens, context_lens, s, window):
     return (length - 1) // SPLIT - oldest_of(length - new, window) // SPLIT + 1
 
 
-@kernel(int64, *[int64] * 5)
-def pieces_of(cu_seqlens, context_lens, s, group, window):
+@kernel(int64, *[int64] * 6)
+def pieces_of(cu_seqlens, context_lens, s, group, window, most):
     """How many items a sequence has for each KV head: blocks of queries, or the splits of one block."""
     new = simd.read_i64(cu_seqlens + 8 * (s + 1)) - simd.read_i64(cu_seqlens + 8 * s)
-    per = queries_of(new, group)
+    per = max(1, most // group)
     return splits_of(cu_seqlens, context_lens, s, window) if are_few(new, group) else (new + per - 1) // per
 
 
@@ -82,12 +81,12 @@ def apart(cu_seqlens, context_lens, s, group, window):
     return splits * new if splits > 1 else 0
 
 
-@kernel(int64, *[int64] * 6)
-def attention_items(cu_seqlens, context_lens, num_sequences, num_kv_heads, group, window):
-    """How many items there are."""
+@kernel(int64, *[int64] * 7)
+def attention_items(cu_seqlens, context_lens, num_sequences, num_kv_heads, group, window, most):
+    """How many items there are; most: rows of one."""
     pieces = 0
     for s in range(num_sequences):
-        pieces += pieces_of(cu_seqlens, context_lens, s, group, window)
+        pieces += pieces_of(cu_seqlens, context_lens, s, group, window, most)
     return pieces * num_kv_heads
 
 
@@ -101,15 +100,13 @@ def combine_items(cu_seqlens, context_lens, num_sequences, num_kv_heads, group, 
 
 
 @kernel(position, *[int64] * 7)
-def locate(item, cu_seqlens, context_lens, num_sequences, group, window, combining):
-    """(sequence, piece, records before those of the sequence) of an item without its head; combining: of the sequences
-    that have sums to add."""
+def locate(item, cu_seqlens, context_lens, num_sequences, group, window, most):
+    """(sequence, piece, records before those of the sequence) of an item without its head; most: rows of an item, 0: of
+    the sequences that have sums to add."""
     before = 0
     for s in range(num_sequences):
         records = apart(cu_seqlens, context_lens, s, group, window)
-        pieces = pieces_of(cu_seqlens, context_lens, s, group, window)
-        if combining:
-            pieces = 1 if records > 0 else 0
+        pieces = pieces_of(cu_seqlens, context_lens, s, group, window, most) if most > 0 else min(1, records)
         if item < pieces:
             return s, item, before
         item -= pieces
@@ -223,21 +220,23 @@ def attend_many(
 # What items do ----------------------------------------------------------------------------------
 
 
-@kernel(void, *[int64] * 16, float64, int64, float64, *[int64] * 6)
+@kernel(void, *[int64] * 17, float64, int64, float64, *[int64] * 6)
 def attention_item(
-    item, q, q_stride, num_heads, num_kv_heads, head_dim, v_head_dim, k_pages, v_pages, form, page_size, page_table,
-    max_pages, cu_seqlens, context_lens, num_sequences, scale, window, softcap, sinks, slopes, out, out_stride, kept,
-    scratch,
+    item, most, q, q_stride, num_heads, num_kv_heads, head_dim, v_head_dim, k_pages, v_pages, form, page_size,
+    page_table, max_pages, cu_seqlens, context_lens, num_sequences, scale, window, softcap, sinks, slopes, out,
+    out_stride, kept, scratch,
 ):  # fmt: skip
     """Attention of one item's queries; window 0, softcap 0.0, sinks and slopes 0: none; kept: records of sums that are
     yet to be added."""
     group = num_heads // num_kv_heads
     kv_head = item % num_kv_heads
-    s, piece, before = locate(item // num_kv_heads, cu_seqlens, context_lens, num_sequences, group, window, 0)
+    s, piece, before = locate(item // num_kv_heads, cu_seqlens, context_lens, num_sequences, group, window, most)
     start, length = simd.read_i64(cu_seqlens + 8 * s), simd.read_i64(context_lens + 8 * s)
     new = simd.read_i64(cu_seqlens + 8 * (s + 1)) - start
-    few, per = are_few(new, group), queries_of(new, group)
-    first = 0 if few else piece * per
+    few, per = are_few(new, group), max(1, most // group)
+    # of blocks of queries, late ones see more keys: each thread's own items shall be early and late ones
+    block = piece // 2 if piece % 2 == 0 else (new + per - 1) // per - 1 - piece // 2
+    first = 0 if few else block * per
     count = min(per, new - first)
     position = length - new + first  # of the first query
     oldest, end = oldest_of(position, window), position + count
@@ -289,7 +288,7 @@ def combine_item(
     """Add the sums that a sequence's items kept for one KV head."""
     group = num_heads // num_kv_heads
     kv_head, size = item % num_kv_heads, record_of(v_head_dim)
-    s, _, before = locate(item // num_kv_heads, cu_seqlens, context_lens, num_sequences, group, window, 1)
+    s, _, before = locate(item // num_kv_heads, cu_seqlens, context_lens, num_sequences, group, window, 0)
     start = simd.read_i64(cu_seqlens + 8 * s)
     rows = (simd.read_i64(cu_seqlens + 8 * (s + 1)) - start) * group
     for row in range(rows):

@@ -28,7 +28,7 @@ GROUP = 4  # panels of a product's item at most
 KEYS = 64  # of a block of attention
 SPLIT = 256  # keys whose sums attention takes apart from others'
 QUERY_ROWS = 64  # queries times heads of a group of which attention makes each split an item, if there are several
-ITEM_ROWS = 192  # of an item of attention that has many of them
+ITEM_ROWS = 384  # of any item of attention at most
 CHUNK = 48  # of them whose scores over a split are held at once
 
 

@@ -14,7 +14,7 @@ from numba.core.types import UniTuple  # type: ignore[attr-defined]
 
 from handloom.ops.cpu import rows as row
 from handloom.ops.cpu.amx import AMX
-from handloom.ops.cpu.attention import attention_item, attention_items, combine_item, combine_items
+from handloom.ops.cpu.attention import attention_item, attention_items, combine_item, combine_items, item_rows
 from handloom.ops.cpu.codes import BITS, LOW
 from handloom.ops.cpu.gumbel import noise_item, noise_items
 from handloom.ops.cpu.instructions import (
@@ -83,7 +83,7 @@ def count_items(instruction, frame):
         group = operand(instruction, 2) // operand(instruction, 3)
         return attention_items(
             read_i64(frame + CU_SEQLENS), read_i64(frame + CONTEXT_LENS), read_i64(frame + SEQUENCES),
-            operand(instruction, 3), group, operand(instruction, 10),
+            operand(instruction, 3), group, operand(instruction, 10), attention_rows(instruction, frame),
         )  # fmt: skip
     if code == COMBINE:
         group = operand(instruction, 0) // operand(instruction, 1)
@@ -109,6 +109,11 @@ def linear_group(instruction, frame):
     )
 
 
+@kernel(int64, int64, int64)
+def attention_rows(instruction, frame):
+    return item_rows(read_i64(frame + TOKENS), operand(instruction, 2), read_i64(frame + THREADS))
+
+
 @kernel(void, *[int64] * 4)
 def do_linear(i, frame, item, scratch):
     out = read_i64(frame + LOGITS) if operand(i, 12) != 0 else operand(i, 13)
@@ -122,11 +127,12 @@ def do_linear(i, frame, item, scratch):
 @kernel(void, *[int64] * 4)
 def do_attention(i, frame, item, scratch):
     attention_item(
-        item, operand(i, 0), operand(i, 1), operand(i, 2), operand(i, 3), operand(i, 4), operand(i, 5), operand(i, 6),
-        operand(i, 7), operand(i, 8), read_i64(frame + PAGE_SIZE), read_i64(frame + PAGE_TABLE),
-        read_i64(frame + MAX_PAGES), read_i64(frame + CU_SEQLENS), read_i64(frame + CONTEXT_LENS),
-        read_i64(frame + SEQUENCES), as_float(operand(i, 9)), operand(i, 10), as_float(operand(i, 11)), operand(i, 12),
-        operand(i, 13), operand(i, 14), operand(i, 15), read_i64(frame + KEPT), scratch,
+        item, attention_rows(i, frame), operand(i, 0), operand(i, 1), operand(i, 2), operand(i, 3), operand(i, 4),
+        operand(i, 5), operand(i, 6), operand(i, 7), operand(i, 8), read_i64(frame + PAGE_SIZE),
+        read_i64(frame + PAGE_TABLE), read_i64(frame + MAX_PAGES), read_i64(frame + CU_SEQLENS),
+        read_i64(frame + CONTEXT_LENS), read_i64(frame + SEQUENCES), as_float(operand(i, 9)), operand(i, 10),
+        as_float(operand(i, 11)), operand(i, 12), operand(i, 13), operand(i, 14), operand(i, 15),
+        read_i64(frame + KEPT), scratch,
     )  # fmt: skip
 
 
