@@ -68,15 +68,15 @@ class Rates:
 
     @classmethod
     def measure(cls, dtype: torch.dtype, device: torch.device) -> Rates:
+        read, copy = machine.read_bandwidth(device=device), copy_bandwidth(device)
+        return cls.known(read, copy, limits.matmul_rate(dtype, device), dtype, device)
+
+    @classmethod
+    def known(cls, read: float, copy: float, matmul: float, dtype: torch.dtype, device: torch.device) -> Rates:
+        """What was measured, and what is nominal beside it."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        bandwidth, matmul = next((rates for card, rates in NOMINAL.items() if card in name), (None, None))
-        return cls(
-            machine.read_bandwidth(device=device),
-            copy_bandwidth(device),
-            limits.matmul_rate(dtype, device),
-            bandwidth,
-            matmul if dtype.itemsize == 2 else None,
-        )
+        bandwidth, matmul_nominal = next((rates for card, rates in NOMINAL.items() if card in name), (None, None))
+        return cls(read, copy, matmul, bandwidth, matmul_nominal if dtype.itemsize == 2 else None)
 
     @property
     def bandwidth(self) -> float:

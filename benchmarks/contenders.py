@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -155,15 +155,28 @@ def contenders(lm: hl.LM, rows: int, room: int, wanted: Iterable[str]) -> dict[s
     return found | {PEERS[kind]: peer(PEERS[kind], generate) for kind, generate in generates.items()}
 
 
+class Failure(NamedTuple):
+    """who: handloom, where nothing of the case could be measured any more, or a peer."""
+
+    where: str
+    who: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.who}: {self.why}"
+
+
 @dataclass
 class Failures:
     """What could not be measured, and why."""
 
-    lines: list[str] = field(default_factory=list)
+    found: list[Failure] = field(default_factory=list)
 
-    def add(self, what: str, error: BaseException) -> None:
-        traceback.print_exception(error)
-        self.lines.append(f"{what}: {type(error).__name__}: {error}"[:300])
+    def add(self, where: str, who: str, error: BaseException | str) -> None:
+        if isinstance(error, BaseException):
+            traceback.print_exception(error)
+            error = f"{type(error).__name__}: {error}"
+        self.found.append(Failure(where, who, " ".join(error.split())[:300]))
 
 
 def in_turn(
@@ -181,7 +194,7 @@ def in_turn(
         try:
             run(prompts, new)
         except Exception as error:
-            failures.add(f"{case}: {name}", error)
+            failures.add(case, name, error)
             gc.collect()
         else:
             ready[name] = lambda run=run: run(prompts, new)  # type: ignore[misc]

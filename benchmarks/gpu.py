@@ -16,8 +16,9 @@ dynamic and static (transformers' generate with either cache; static is compiled
 PyTorch's operators), continuous (transformers' continuous batching, in `throughput`). MBU and MFU: bytes and operations
 that the work needs, over the time, against what this run measured and what is nominal. The host's share: of decoding,
 the time in which the host did not just wait for the device. Before anything is timed handloom's logits and tokens are
-compared with transformers'. A case that fails is said, and does not keep the next from being measured; --resume skips
-what the table has of this revision, --seconds ends the run before the next case.
+compared with transformers'. A case that fails is a row that says why, and does not keep the next from being measured;
+the rows of a case are written together; --resume skips what the table has of this revision, --seconds ends the run
+before the next case.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from handloom.loading import DTYPES, PAGE_SIZE
 from handloom.measure import limits
 from handloom.measure.peer import Transformers
 from handloom.measure.speed import random_ids
+from kernel_report import FAILED
 from random_llama import SHAPES, as_transformers, make
 from step_parts import step_parts
 
@@ -74,9 +76,12 @@ class Session:
         kept = report_gpu.read(arguments.output) if arguments.resume and arguments.output.is_file() else []
         mine = self.results("", "").labels
         same = ("device", "dtype", "revision")
-        self.done = {
-            (row["suite"], row["model"], row["case"]) for row in kept if all(row[key] == mine[key] for key in same)
-        }
+        self.done: set[tuple[str, str, str]] = set()
+        for row in kept:
+            if all(row[key] == mine[key] for key in same):
+                key = row["suite"], row["model"], row["case"]
+                again = (row["peer"], row["metric"]) == (OURS, FAILED)
+                (self.done.discard if again else self.done.add)(key)
 
     def results(self, suite: str, model: str) -> Results:
         return common.open_results(f"gpu {suite}", self.arguments.output, self.device, self.dtype, model=model)
@@ -89,19 +94,22 @@ class Session:
         if time.monotonic() - self.started > self.arguments.seconds:
             self.not_reached.append(f"{suite}: {model}: {name}")
             return True
-        before, failed = len(results.rows), len(self.failures.lines)
+        before, failed = len(results.rows), len(self.failures.found)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        try:
-            measure()
-        except (Exception, SystemExit) as error:
-            self.failures.add(f"{suite}: {model}: {name}", error)
-        if self.device.type == "cuda" and len(results.rows) > before:
-            peak = torch.cuda.max_memory_reserved(self.device) / 2**20
-            results.add("all", name, "peak memory", "MiB", [peak])
+        with results.together():
+            try:
+                measure()
+            except (Exception, SystemExit) as error:
+                self.failures.add(f"{suite}: {model}: {name}", OURS, error)
+            if self.device.type == "cuda" and len(results.rows) > before:
+                peak = torch.cuda.max_memory_reserved(self.device) / 2**20
+                results.add("all", name, "peak memory", "MiB", [peak])
+            for failure in self.failures.found[failed:]:
+                results.add(failure.who, name, FAILED, "", [1], why=failure.why)
         self.rows += results.rows[before:]
         gc.collect()
-        return len(self.failures.lines) == failed
+        return len(self.failures.found) == failed
 
 
 # Latency, batch, prefill -----------------------------------------------------------------------
@@ -253,11 +261,11 @@ def main() -> None:
             run_suite(suite, session)
     finally:  # also when interrupted
         print(report_gpu.markdown(session.rows), report_gpu.in_short(session.rows), sep="\n", end="")
-        print(*(f"failed: {each}\n" for each in session.failures.lines), sep="", end="")
+        print(*(f"failed: {each}\n" for each in session.failures.found), sep="", end="")
         print(
             *(f"no time for {each}: go on with --resume\n" for each in session.not_reached), sep="", end="", flush=True
         )
-    sys.exit(1 if session.failures.lines or session.not_reached else 0)
+    sys.exit(1 if session.failures.found or session.not_reached else 0)
 
 
 if __name__ == "__main__":

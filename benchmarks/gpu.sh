@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # The GPU check, from a plain checkout: nothing is installed, no network is used, under ten minutes on an H100.
 # Needs Python 3.12, torch 2.11, triton 3.6, transformers 5.17, a C compiler (Triton's), and of pyproject.toml's packages
-# all but gguf; pytest. pytest-xdist, pytest-timeout and matplotlib are used where they are there.
+# all but gguf and llguidance; pytest. pytest-xdist and pytest-timeout are used where they are there.
 #   benchmarks/gpu.sh                                   on a GPU: every step, the most telling first, 560 s together
 #   RESUME=1 benchmarks/gpu.sh                          once more: the steps that did not end well, of these what is left
+#   RESUME=FOLDER RESULTS=OTHER benchmarks/gpu.sh       the same, going on from the results in another folder
 #   STEPS="kernels latency" benchmarks/gpu.sh           some of the steps; the time is theirs
 #   STEPS=batch BATCH="1 16" PEERS="plain" SHAPES=1b benchmarks/gpu.sh
 #   STEPS=tests TESTS=tests/kernels/test_norm.py benchmarks/gpu.sh
-#   RESULTS=/tmp/out benchmarks/gpu.sh                  tables, logs and pictures elsewhere than benchmarks/results
 #   DEVICE=cpu SHAPES=tiny SMALL=1 benchmarks/gpu.sh    to see that it runs; kernels through Triton's interpreter
-# Every result is written as it comes. A step that fails or overruns its share does not keep the next from running; the
-# end of the output sums up all of them, and the exit status says whether all went well.
+# Every result is written as it comes, into five files in RESULTS: gpu.jsonl (all rows), gpu.md (their tables), log.txt
+# (what everybody said), summary.txt, done (the steps that ended well). A step that fails or overruns its share does not
+# keep the next from running. The end of the output says what became of each step, and what was wrong first; the exit
+# status says whether all went well. Pictures: python -m benchmarks.report RESULTS/gpu.jsonl --pictures FOLDER
 set -uo pipefail
 cd "$(dirname "$0")/.."
 STEPS=${STEPS:-answers latency batch throughput prefill tests kernels sampling pdl load}
@@ -20,52 +22,78 @@ BATCH=${BATCH:-$([ -n "$SMALL" ] && echo 1 3 || echo 1 16 64 4 256)} PEERS=${PEE
 DTYPE=${DTYPE:-$([ "$DEVICE" = cpu ] && echo float32 || echo bfloat16)}
 BACKEND=${BACKEND:-$([ "$DEVICE" = cpu ] && echo reference || echo triton)}
 export PYTHONPATH=src:kernels/torch-ext:tests${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export HANDLOOM_TEST_DEVICE=$DEVICE
 [ "$DEVICE" = cpu ] && export TRITON_INTERPRET=1
+MOST_LOGGED=4000000 # bytes of a step
 mkdir -p "$RESULTS"
-status=0 summary=$RESULTS/summary.txt revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+log=$RESULTS/log.txt summary=$RESULTS/summary.txt verdicts=()
+revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+[ -d "$RESUME" ] && ! [ "$RESUME" -ef "$RESULTS" ] && cp "$RESUME"/gpu.jsonl "$RESUME"/done "$RESULTS"
 : >"$summary"
-if [ -n "$RESUME" ]; then
-    for step in $STEPS; do
-        grep -qsx "$step $revision" "$RESULTS/done" || rest="${rest:-} $step"
-    done
-    STEPS=${rest:-}
-fi
+[ -n "$RESUME" ] || : >"$log"
+for step in $STEPS; do
+    case $step in
+    answers | latency | batch | throughput | prefill | tests | kernels | sampling | pdl | load) ;;
+    *)
+        echo "no step is called $step; there are answers, latency, batch, throughput, prefill, tests, kernels, sampling, pdl, load" >&2
+        exit 2
+        ;;
+    esac
+    [ -n "$RESUME" ] && grep -qsx "$step $revision" "$RESULTS/done" || rest="${rest:-} $step"
+done
+STEPS=${rest:-}
 
-# limited SECONDS COMMAND...: interrupted then, so that it can say how far it came, and killed 20 s later
-limited() { timeout --signal=INT --kill-after=20 "$@"; }
+# limited SECONDS COMMAND...: interrupted then, so that it can say how far it came, and killed 15 s later
+limited() { timeout --signal=INT --kill-after=15 "$@"; }
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 # budget STEP LEFT: seconds for a step: a share of those that are left, all of them for the last
 budget() {
     local percent=100
     [ "$2" -gt 1 ] && case $1 in
-    answers) percent=16 ;;  # of 560 s: 90
-    latency) percent=34 ;;  # of 470 s: 160
-    batch) percent=26 ;;    # of 310 s: 80
-    throughput) percent=40 ;; # of 230 s: 90
+    answers) percent=20 ;;  # of 560 s: 112
+    latency) percent=34 ;;  # of 450 s: 150
+    batch) percent=26 ;;    # of 300 s: 78
+    throughput) percent=40 ;; # of 220 s: 88
     prefill) percent=20 ;;
     tests) percent=60 ;;
     kernels) percent=60 ;;
     *) percent=50 ;;
     esac
-    local seconds=$(((SECONDS_IN_ALL - SECONDS) * percent / 100))
-    echo $((seconds > 1 ? seconds : 1))
+    echo $(((SECONDS_IN_ALL - SECONDS) * percent / 100))
 }
-# check SECONDS NAME PATHS...: pytest
+# logged COMMAND...: what it says to the end of the log, the middle left out of very much
+logged() {
+    local result size
+    "$@" >"$log.step" 2>&1
+    result=$?
+    size=$(wc -c <"$log.step")
+    if [ "$size" -gt $MOST_LOGGED ]; then
+        { head -c $((MOST_LOGGED / 2)) && echo && echo "[of $size bytes the middle is left out]"; } <"$log.step"
+        tail -c $((MOST_LOGGED / 2)) "$log.step"
+    else
+        cat "$log.step"
+    fi >>"$log"
+    return $result
+}
+# check SECONDS PATHS...: pytest
 check() {
-    local seconds=$1 name=$2 plugins=() result verdicts
-    shift 2
+    local seconds=$1 plugins=() result
+    shift
     has xdist && plugins+=(-p xdist.plugin -n "$JOBS" --dist worksteal)
     has pytest_timeout && plugins+=(-p pytest_timeout --timeout 100)
-    PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 limited "$seconds" "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider \
-        "${plugins[@]}" "$@" >"$RESULTS/$name.log" 2>&1
+    PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 logged limited "$seconds" "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider \
+        --maxfail 100 "${plugins[@]}" "$@"
     result=$?
-    verdicts=$(grep -aE '(::.* |\] )(PASSED|FAILED|ERROR|SKIPPED)( |$)' "$RESULTS/$name.log")
+    grep -aE '(::.* |\] )(PASSED|FAILED|ERROR|SKIPPED)( |$)' "$log.step" >"$log.verdicts"
     {
-        grep -oE '(PASSED|FAILED|ERROR|SKIPPED)' <<<"$verdicts" | sort | uniq -c | tr -s ' \n' ' '
-        echo "(status $result; all in $name.log)"
-        grep -E '(::.* |\] )(FAILED|ERROR)' <<<"$verdicts" | cut -c1-140 | head -n 15
-        grep -aE '^(E  |!!)' "$RESULTS/$name.log" | cut -c1-140 | uniq | head -n 10
+        grep -oE '(PASSED|FAILED|ERROR|SKIPPED)' "$log.verdicts" | sort | uniq -c | tr -s ' \n' ' '
+        echo
+        grep -E '(::.* |\] )(FAILED|ERROR)' "$log.verdicts" | cut -c1-140 | head -n 15
     } >>"$summary"
+    [ $result = 0 ] || {
+        grep -E '(::.* |\] )(FAILED|ERROR)' "$log.verdicts"
+        grep -aE '^(E  |!!|ERROR)' "$log.step"
+    } | uniq | head -n 8 >"$log.wrong"
     return $result
 }
 # suite SECONDS NAME SHAPES...: of gpu.py
@@ -73,14 +101,41 @@ suite() {
     local seconds=$1 name=$2 result
     shift 2
     # shellcheck disable=SC2086  # lists of words
-    limited $((seconds + 5)) "$PYTHON" benchmarks/gpu.py "$name" --device "$DEVICE" --dtype "$DTYPE" \
+    logged limited $((seconds + 5)) "$PYTHON" benchmarks/gpu.py "$name" --device "$DEVICE" --dtype "$DTYPE" \
         --backend "$BACKEND" --shapes ${SHAPES:-$@} --batch $BATCH --peers $PEERS --seconds "$seconds" \
-        ${SMALL:+--small --rounds 2} ${RESUME:+--resume} --output "$RESULTS/gpu.jsonl" \
-        2>"$RESULTS/$name.log" >"$RESULTS/$name.md"
+        ${SMALL:+--small --rounds 2} ${RESUME:+--resume} --output "$RESULTS/gpu.jsonl"
     result=$?
-    sed -n '/^In short/,$p' "$RESULTS/$name.md" | sed 1d | cut -c1-320 | head -n 24 >>"$summary"
-    [ $result = 0 ] || tail -n 5 "$RESULTS/$name.log" | cut -c1-240 >>"$summary"
+    sed -n '/^In short/,$p' "$log.step" | sed 1d | grep -aE '^[a-z]+: |^failed|^no time' | cut -c1-260 | head -n 24 >>"$summary"
+    [ $result = 0 ] || grep -aE '^(failed|no time)' "$log.step" >"$log.wrong"
     return $result
+}
+# script SECONDS NAME ARGUMENTS...: another of benchmarks/
+script() {
+    local seconds=$1 name=$2 result
+    shift 2
+    logged limited "$seconds" "$PYTHON" "benchmarks/$name.py" --device "$DEVICE" --dtype "$DTYPE" ${SMALL:+--small} \
+        --output "$RESULTS/gpu.jsonl" "$@"
+    result=$?
+    sed -n '/^kernel  \|^| case/,$p' "$log.step" | cut -c1-180 | head -n 40 >>"$summary"
+    [ $result = 0 ] || sed -n '/^kernel  /,$p' "$log.step" | grep -aE ': handloom: |did not suffice' >"$log.wrong"
+    return $result
+}
+# tell STEP SECONDS STATUS: what became of it
+tell() {
+    local verdict="$1: ok, $2 s"
+    case $3 in
+    0) ;;
+    none) verdict="$1: NOT BEGUN, the time is over" ;;
+    124 | 137) verdict="$1: OUT OF TIME after $2 s, what was done is kept" ;;
+    *) verdict="$1: FAILED after $2 s, status $3" ;;
+    esac
+    if [ "$3" != 0 ] && [ "$3" != none ]; then
+        [ -s "$log.wrong" ] || grep -av '^ *$' "$log.step" | tail -n 4 >"$log.wrong"
+        verdict+=$'\n'$(cut -c1-180 "$log.wrong" | head -n 5 | sed 's/^/    /')
+    fi
+    verdicts+=("$verdict")
+    echo "== $verdict"
+    echo "== $1: $2 s, status $3" >>"$summary"
 }
 
 "$PYTHON" - "$DEVICE" <<'PYTHON' || exit
@@ -90,53 +145,49 @@ if sys.argv[1] == "cuda":
     print(torch.cuda.get_device_name(), f"{torch.cuda.mem_get_info()[0] / 2**30:.0f} GiB free")
 PYTHON
 
-left=$(wc -w <<<"$STEPS")
+status=0 left=$(wc -w <<<"$STEPS")
 for step in $STEPS; do
-    started=$SECONDS seconds=$(budget "$step" "$left")
+    started=$SECONDS seconds=$(budget "$step" "$left") left=$((left - 1))
+    if [ "$seconds" -lt 8 ]; then
+        tell "$step" 0 none
+        status=1
+        continue
+    fi
+    echo "== $step, $seconds s" >>"$log"
+    : >"$log.wrong"
     case $step in
     # tiny models of every family on the device, beside transformers there
-    answers) check "$seconds" answers tests/parity/test_same_answers.py tests/parity/test_captured_steps.py ;;
+    answers) check "$seconds" tests/parity/test_same_answers.py tests/parity/test_captured_steps.py ;;
     latency) suite "$seconds" latency 8b 0.6b 1b ;;
     batch) suite "$seconds" batch 1b 0.6b 8b ;;
     throughput) suite "$seconds" throughput 0.6b ;;
     prefill) suite "$seconds" prefill 1b 8b ;;
-    # every kernel on the device against its reference, and a model of them op by op
+    # every kernel on the device against its reference, and a model of them op by op; what is of the CPU is not
     tests)
         # shellcheck disable=SC2086
-        check "$seconds" tests ${TESTS:-tests/kernels tests/parity/test_triton_backend.py} \
-            --ignore tests/kernels/test_ahead_of_time.py
+        check "$seconds" ${TESTS:-tests/parity/test_triton_backend.py tests/kernels --ignore-glob tests/kernels/test_cpu_*
+            --ignore-glob tests/kernels/test_torch_ops.py --ignore-glob tests/kernels/test_reference_ops.py
+            --ignore-glob tests/kernels/test_few_rows.py --ignore-glob tests/kernels/test_compiled_step.py
+            --ignore-glob tests/kernels/test_ahead_of_time.py}
         ;;
+    # many processes compile side by side, each in one thread
     kernels)
-        # many processes compile side by side, each in one thread
-        OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
-            limited $((seconds + 10)) "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --dtype "$DTYPE" --jobs $(((JOBS + 1) / 2)) \
-            ${SMALL:+--small} ${RESUME:+--resume} --seconds "$seconds" --output "$RESULTS/kernels.csv" \
-            --pictures "$RESULTS/kernels" 2>"$RESULTS/kernels.log" >>"$summary"
+        OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 script $((seconds + 5)) kernels \
+            --jobs $(((JOBS + 1) / 2)) --seconds "$seconds" ${RESUME:+--resume}
         ;;
     sampling) suite "$seconds" sampling 1b ;;
-    pdl)
-        limited "$seconds" "$PYTHON" benchmarks/pdl.py --device "$DEVICE" --dtype "$DTYPE" ${SMALL:+--small} \
-            --output "$RESULTS/gpu.jsonl" 2>"$RESULTS/pdl.log" | tail -n +6 >>"$summary"
-        ;;
+    pdl) script "$seconds" pdl ;;
     load) suite "$seconds" load 1b ;;
-    *)
-        echo "no step is called $step; there are answers, tests, kernels, latency, batch, throughput, prefill, sampling, pdl, load" >&2
-        exit 2
-        ;;
     esac
     result=$?
-    if [ $result = 0 ]; then
-        echo "$step $revision" >>"$RESULTS/done"
-    else
-        status=1
-    fi
-    left=$((left - 1))
-    echo "== $step: $((SECONDS - started)) s, status $result" | tee -a "$summary"
+    [ $result = 0 ] && echo "$step $revision" >>"$RESULTS/done" || status=1
+    tell "$step" $((SECONDS - started)) $result
 done
+rm -f "$log.step" "$log.wrong" "$log.verdicts"
 if [ -f "$RESULTS/gpu.jsonl" ]; then
-    drawing=$(has matplotlib && echo "--pictures $RESULTS/gpu")
-    # shellcheck disable=SC2086
-    "$PYTHON" -m benchmarks.report "$RESULTS/gpu.jsonl" $drawing >"$RESULTS/gpu.md" || status=1
+    "$PYTHON" -m benchmarks.report "$RESULTS/gpu.jsonl" >"$RESULTS/gpu.md" || status=1
 fi
-head -c 11000 "$summary"
+verdict=$(printf '%s\n' "${verdicts[@]:-nothing was left to do}")
+head -c $((11000 - ${#verdict})) "$summary"
+printf '\n== In %s s:\n%s\n' "$SECONDS" "$verdict"
 exit $status

@@ -79,7 +79,7 @@ def _serve(session: Session, lm: hl.LM, requests: Sequence[Asked], name: str, re
         with_continuous="continuous" in arguments.peers,
     )
     for peer, why in found.failed.items():
-        session.failures.lines.append(f"{name}: {peer}: {why}"[:300])
+        session.failures.add(name, peer, why)
         print(f"{name}: {peer}: {why}", file=sys.stderr)
     add_comparison(found, lm, requests, name, session.rates.bandwidth, session.rates.matmul, results)
     assert lm.graphs is not None

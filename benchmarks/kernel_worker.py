@@ -1,9 +1,9 @@
 """Measures kernels in a process of its own, which may hang or die: kernels.py starts it and listens.
 
-Line by line of JSON on stdout: {"begin": [kernel, case, who]} before anything that may fail, {"row": {...}} for us and
-each peer, and first of all {"labels": {...}}, what all rows share. A call that fails is a row that says why; after an
-error that leaves the GPU unusable the process ends with status LOST. On stdin: the cases that are done already,
-[[kernel, case], ...].
+Line by line of JSON on stdout: {"labels": {...}} first of all, what all rows of the long table share; {"begin":
+[kernel, case, who]} before anything that may fail; {"rows": [{...}, ...]} of us or a peer. A call that fails is a row
+that says why; after an error that leaves the GPU unusable the process ends with status LOST. On stdin: the cases that
+are done already, [[kernel, case, device, dtype, revision], ...].
 """
 
 from __future__ import annotations
@@ -11,70 +11,66 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+import common
+from common import Rates, Results, add_use
 from kernel_case import KernelCase
 from kernel_clock import Clock, ceilings
-from kernel_report import COLUMNS, DTYPES, NEXT, OURS, failed
+from kernel_report import DTYPES, NEXT, OURS, SUITE, TIME, add_failure
 
 LOST = 3
-Row = dict[str, Any]
+TESTS = Path(__file__).resolve().parent.parent / "tests"
 
 
 def say(**message: Any) -> None:
     print(json.dumps(message), flush=True, file=sys.__stdout__)
 
 
-def measure(kernel: str, case: KernelCase, clock: Clock, roofs: tuple[float, float] | None) -> Iterator[Row]:
-    """One row for us and one for each peer; without roofs (to fill the compilers' caches) only for what fails."""
+def say_rows(results: Results) -> None:
+    """Those that are not said yet."""
+    say(rows=results.rows)
+    results.rows.clear()
+
+
+def measure(kernel: str, case: KernelCase, clock: Clock, rates: Rates | None, results: Results) -> None:
+    """Say rows of us and of each peer; without rates (to fill the compilers' caches) only of what fails."""
     peers = {name: run for name, run in case.peers.items() if clock.on_gpu or "compile" not in name}
-    results: dict[str, object] = {}
+    found: dict[str, object] = {}
     works: dict[str, Callable[[], object]] = {}
     for peer, run in {OURS: case.run, **peers}.items():
         say(begin=[kernel, case.name, peer])
         try:
-            results[peer] = run()
+            found[peer] = run()
             works[peer] = run
             if clock.on_gpu:
                 torch.cuda.synchronize()
         except Exception as error:  # whatever a compiler or a device throws: it becomes the row, and the run goes on
             works.pop(peer, None)
-            yield failed(kernel, case.name, peer, error)
+            add_failure(results, peer, case.name, error)
+            say_rows(results)
             if is_lost(clock):
                 return
-    if roofs is None:
+    if rates is None:
         return
-    differences = {peer: "" if peer == OURS else difference(results.get(OURS), results[peer]) for peer in works}
-    results.clear()
+    differences = {peer: difference(found.get(OURS), found[peer]) for peer in works if peer != OURS}
+    found.clear()
+    for peer, why in case.missing.items():
+        add_failure(results, peer, case.name, why)
     say(begin=[kernel, case.name, OURS])
-    for (peer, _), (times, method) in zip(works.items(), clock.in_turn(list(works.values())), strict=True):
-        median = statistics.median(times)
-        spread = statistics.quantiles(times, n=5) if len(times) > 1 else [median] * 4
-        shown = (
-            f"{median:.3f}",
-            f"{spread[0]:.3f}",
-            f"{spread[3]:.3f}",
-            f"{case.bytes_moved / median / 1e3:.1f}",
-            f"{case.flops / median / 1e6:.3f}",
-            f"{1e8 * case.bytes_moved / median / roofs[0]:.1f}",
-            f"{1e8 * case.flops / median / roofs[1]:.1f}",
-            differences[peer],
-        )
-        yield {
-            "kernel": kernel,
-            "case": case.name,
-            "peer": peer,
-            **dict(zip(COLUMNS, shown, strict=True)),
-            "method": method,
-        }
+    for (peer, _), (us, method) in zip(works.items(), clock.in_turn(list(works.values())), strict=True):
+        results.add(peer, case.name, TIME, "us", us, method=method)
+        add_use(results, peer, case.name, [each / 1e6 for each in us], case.bytes_moved, case.flops, rates)
+        apart = differences.get(peer)
+        if apart is not None:
+            results.add(peer, case.name, "difference from ours", "", [apart])
+    say_rows(results)
 
 
 def is_lost(clock: Clock) -> bool:
@@ -88,34 +84,20 @@ def is_lost(clock: Clock) -> bool:
     return False
 
 
-def difference(ours: object, theirs: object) -> str:
-    """Largest difference over largest value; empty where the two are not laid out alike."""
+def difference(ours: object, theirs: object) -> float | None:
+    """Largest difference over largest value; None where the two are not laid out alike."""
     if isinstance(ours, (tuple, list)) and isinstance(theirs, (tuple, list)):
-        found = [float(part) for pair in zip(ours, theirs, strict=False) if (part := difference(*pair))]
-        return f"{max(found):.2g}" if found else ""
+        found = [part for pair in zip(ours, theirs, strict=False) if (part := difference(*pair)) is not None]
+        return max(found, default=None)
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor) or not ours.is_floating_point():
-        return ""
+        return None
     if ours.shape != theirs.shape or not ours.numel():
-        return ""
+        return None
     mine, other = ours.double().flatten(), theirs.double().flatten()
     finite = mine.isfinite() & other.isfinite()
-    return f"{((mine - other)[finite].abs().max() / other[finite].abs().max()).item():.2g}" if finite.any() else ""
-
-
-def labels(device: torch.device, dtype: torch.dtype, roofs: tuple[float, float]) -> Row:
-    """What all rows share."""
-    import common
-
-    return {
-        "copy GB/s": f"{roofs[0] / 1e9:.0f}",
-        "matmul TFLOP/s": f"{roofs[1] / 1e12:.1f}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter",
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "revision": common.revision(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    if not finite.any():
+        return None
+    return ((mine - other)[finite].abs().max() / other[finite].abs().max().clamp(min=1e-30)).item()
 
 
 def compile_for_each_shape() -> None:
@@ -127,26 +109,33 @@ def compile_for_each_shape() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
-def work(kernel: str, clock: Clock, dtype: torch.dtype, small: bool, roofs: Any, done: set[tuple[str, str]]) -> None:
-    """All cases of a kernel that are not done."""
+def work(
+    kernel: str, clock: Clock, arguments: argparse.Namespace, rates: Rates | None, results: Results, done: set[str]
+) -> None:
+    """All cases of a kernel that are not done, the roofs before the first."""
     cases: Iterator[KernelCase] | None = None
+    dtype, told = getattr(torch, arguments.dtype), False
     while True:
         say(begin=[kernel, NEXT, OURS])
         try:
-            cases = cases or importlib.import_module(f"kernel_cases.{kernel}").cases(clock.device, dtype, small)
+            of_kernel = importlib.import_module(f"kernel_cases.{kernel}")
+            cases = cases or of_kernel.cases(clock.device, dtype, arguments.small)
             case = next(cases, None)
         except Exception as error:  # as in `measure`: a case that cannot be made ends its kernel, not the run
-            say(row=failed(kernel, NEXT, OURS, error))
+            add_failure(results, OURS, NEXT, error)
+            say_rows(results)
             case = None
         if case is None:
             return
-        if (kernel, case.name) in done:
+        if case.name in done:
             continue
-        for row in measure(kernel, case, clock, roofs):
-            say(row=row)
+        if rates is not None and not told:
+            rates.tell(results)
+            told = True
+        measure(kernel, case, clock, rates, results)
         if is_lost(clock):
             sys.exit(LOST)
-        if clock.on_gpu and roofs is None:
+        if clock.on_gpu and rates is None:
             torch.cuda.empty_cache()  # others are at work beside
 
 
@@ -161,17 +150,26 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     sys.stdout = sys.stderr  # whatever others print is not for who listens
-    done = {(kernel, case) for kernel, case in json.loads(sys.stdin.read() or "[]")}
+    kept = json.loads(sys.stdin.read() or "[]")
     torch.manual_seed(0)
     clock, dtype = Clock(torch.device(arguments.device)), getattr(torch, arguments.dtype)
-    roofs = None
+    shared = common.open_results(SUITE, None, clock.device, dtype).labels
     if clock.on_gpu:
         compile_for_each_shape()
+    else:
+        sys.path.append(str(TESTS))
+        from interpreter import mend_interpreter
+
+        mend_interpreter()
+    rates = None
+    say(labels=shared)
     if not arguments.once:
-        roofs = ceilings(clock, dtype, arguments.small)
-        say(labels=labels(clock.device, dtype, roofs))
+        copied, multiplied = ceilings(clock, dtype, arguments.small)
+        rates = Rates.known(copied, copied, multiplied, dtype, clock.device)
+    here = [shared[name] for name in ("device", "dtype", "revision")]
     for kernel in arguments.kernels:
-        work(kernel, clock, dtype, arguments.small, roofs, done)
+        done = {case for other, case, *where in kept if other == kernel and where == here}
+        work(kernel, clock, arguments, rates, Results(None, {**shared, "model": kernel}, show=lambda _: None), done)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Every kernel against what a user would call instead, beside the copy and matrix-product rates of the same run.
 
-    python benchmarks/kernels.py                            all; writes results/kernels.csv and pictures
+    python benchmarks/kernels.py                            all; adds rows to results/gpu.jsonl
     python benchmarks/kernels.py --kernels norm linear      some of them
-    python benchmarks/kernels.py --resume                   what the table lacks or has as failed; the rest stays
-    python benchmarks/kernels.py --draw results/kernels.csv pictures and a summary from a table, without a GPU
+    python benchmarks/kernels.py --resume                   the cases of which the table has no time of ours
+    python -m benchmarks.report benchmarks/results/gpu.jsonl --pictures benchmarks/results/gpu
     TRITON_INTERPRET=1 python benchmarks/kernels.py --device cpu --dtype float32 --small    only to see that it runs
 
 On a GPU, processes side by side first run every call once, for most of the time goes into compiling, and Triton and
@@ -15,7 +15,6 @@ that it was at. Peers that are compiled are left out under the interpreter. The 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import queue
@@ -28,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import kernel_report
-from kernel_report import DTYPES, NEXT, OURS, failed
+from handloom.measure.results import Results
+from kernel_report import DTYPES, FAILED, NEXT, OURS, SUITE, TIME, add_failure
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -43,11 +43,11 @@ Message = dict[str, Any]
 class Worker:
     """A process of kernel_worker.py and what it says, until it ends, hangs, or the time is over."""
 
-    def __init__(self, kernels: Sequence[str], options: Sequence[str], done: set[tuple[str, str]]) -> None:
+    def __init__(self, kernels: Sequence[str], options: Sequence[str], done: Sequence[Sequence[str]]) -> None:
         command = [sys.executable, str(HERE / "kernel_worker.py"), *kernels, *options]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(sorted(done)))
+        self.process.stdin.write(json.dumps(done))
         self.process.stdin.close()
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -81,33 +81,47 @@ class Worker:
 
 
 class Table:
-    """The rows of one file, written as they come."""
+    """The rows of one run, added to a file as they come, and those that the file had of kernels.
+
+    done: (kernel, case, device, dtype, revision) of which it had a time of ours.
+    """
 
     def __init__(self, path: Path, resume: bool) -> None:
-        kept = kernel_report.read(path) if resume and path.is_file() else []
-        self.path, self.rows = path, [row for row in kept if row["case"] != NEXT]
-        self._again = {(row["kernel"], row["case"]) for row in self.rows if not row["us"]}
-        self.done = {(row["kernel"], row["case"]) for row in self.rows} - self._again
+        kept = [json.loads(line) for line in path.read_text().splitlines()] if resume and path.is_file() else []
+        self.path, self.rows = path, [row for row in kept if row["suite"] == SUITE]
+        self.labels: Row = {"command": "python benchmarks/kernels.py " + " ".join(sys.argv[1:])}
+        names = ("model", "case", "device", "dtype", "revision")
+        timed = [row for row in self.rows if (row["peer"], row["metric"]) == (OURS, TIME)]
+        self.done = [[row[name] for name in names] for row in timed]
 
-    def has_failed(self, kernel: str, case: str, who: str) -> bool:
-        """Is that what the last row says?"""
-        last = self.rows[-1] if self.rows else {}
-        return [last.get(key) for key in ("kernel", "case", "peer", "us")] == [kernel, case, who, ""]
+    def begin(self, labels: Row) -> None:
+        """Take what the rows of a process share."""
+        self.labels = {**labels, "command": self.labels["command"]}
 
-    def add(self, row: Row) -> None:
-        case = row["kernel"], row["case"]
-        if case in self._again:  # its old rows have had their time
-            self._again.discard(case)
-            self.rows = [old for old in self.rows if (old["kernel"], old["case"]) != case]
-        self.rows.append(row)
-        self.done.add(case)
+    def add(self, rows: Sequence[Row]) -> None:
+        new = [{**row, "command": self.labels["command"]} for row in rows]
+        self.rows += new
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(max(self.rows, key=len)), restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        shown = ("kernel", "case", "peer", "us", "GB/s", "TFLOP/s", "% of copy", "% of matmul", "method")
-        print("  ".join(str(row[key]) for key in shown), file=sys.stderr, flush=True)
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in new)
+        for row in new:
+            if row["metric"] in (TIME, FAILED):
+                said = row.get("why") or f"{row['p50']:.4g} {row['unit']}"
+                print(f"{row['model']}: {row['case']}: {row['peer']}: {said}", file=sys.stderr, flush=True)
+
+    def leave(self, kernel: str, case: str, who: str, why: str) -> None:
+        """Say why there is no time of a case, unless the process did, and never begin it again in this run.
+
+        Raises SystemExit if the process had not even said where it is.
+        """
+        if "device" not in self.labels:
+            raise SystemExit(f"a process that measures ended before it began: {why}")
+        self.done.append([kernel, case, *(self.labels[name] for name in ("device", "dtype", "revision"))])
+        last = self.rows[-1] if self.rows else {}
+        if [last.get(key) for key in ("model", "case", "peer", "metric")] != [kernel, case, who, FAILED]:
+            one = Results(None, {**self.labels, "model": kernel}, show=lambda _: None)
+            add_failure(one, who, case, why)
+            self.add(one.rows)
 
 
 def warm_up(kernels: Sequence[str], options: Sequence[str], jobs: int, seconds: float) -> None:
@@ -123,11 +137,11 @@ def warm_up(kernels: Sequence[str], options: Sequence[str], jobs: int, seconds: 
                 kernel = left.get_nowait()
             except queue.Empty:
                 return
-            for message in Worker([kernel], [*options, "--once"], set()).messages(deadline):
-                if "row" in message or message.get("end"):
+            for message in Worker([kernel], [*options, "--once"], ()).messages(deadline):
+                if message.get("rows") or message.get("end"):
                     print(f"  compiling {kernel}: {message}"[:400], file=sys.stderr, flush=True)
 
-    threads = [threading.Thread(target=run) for _ in range(min(jobs, len(kernels)))]
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(min(jobs, len(kernels)))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -136,25 +150,23 @@ def warm_up(kernels: Sequence[str], options: Sequence[str], jobs: int, seconds: 
 
 def measure(kernels: Sequence[str], options: Sequence[str], table: Table, seconds: float) -> list[str]:
     """Fill the table; returns the kernels that the time did not suffice for, wholly or in part."""
-    deadline = time.monotonic() + seconds
-    left, labels = list(kernels), Row()
+    deadline, left = time.monotonic() + seconds, list(kernels)
     while left:
         kernel, case, who = left[0], NEXT, OURS
         for message in Worker(left, options, table.done).messages(deadline):
             if "labels" in message:
-                labels = {**message["labels"], "command": " ".join(["python benchmarks/kernels.py", *sys.argv[1:]])}
-                print(f"copy {labels['copy GB/s']} GB/s, matmul {labels['matmul TFLOP/s']} TFLOP/s", file=sys.stderr)
+                table.begin(message["labels"])
             elif "begin" in message:
                 kernel, case, who = message["begin"]
                 left = left[left.index(kernel) :]
-            elif "row" in message:
-                table.add({**message["row"], **labels})
+            elif "rows" in message:
+                table.add(message["rows"])
             elif message["end"] == "time":
                 return left
             elif not message["end"]:
                 return []
-            elif not table.has_failed(kernel, case, who):  # else it said why before it ended
-                table.add({**failed(kernel, case, who, message["end"]), **labels})
+            else:
+                table.leave(kernel, case, who, message["end"])
         if case == NEXT:  # nothing behind it in this kernel can be reached
             left = left[1:]
     return []
@@ -166,30 +178,25 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--resume", action="store_true", help="keep what the table has and measure what it lacks")
+    parser.add_argument("--resume", action="store_true", help="measure only what the table lacks")
     parser.add_argument("--seconds", type=float, default=3600, help="for everything; what is not reached is said")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.csv")
-    parser.add_argument("--pictures", type=Path, default=RESULTS / "kernels")
-    parser.add_argument("--draw", type=Path, metavar="CSV", help="only pictures and a summary of this table")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.jsonl")
     arguments = parser.parse_args()
     started = time.monotonic()
-    table = Table(arguments.draw or arguments.output, arguments.draw is not None or arguments.resume)
-    not_reached: list[str] = []
-    if not arguments.draw:
-        options = ["--device", arguments.device, "--dtype", arguments.dtype, *(["--small"] if arguments.small else [])]
+    table = Table(arguments.output, arguments.resume)
+    not_reached = ["whatever it was at"]
+    options = ["--device", arguments.device, "--dtype", arguments.dtype, *(["--small"] if arguments.small else [])]
+    try:
         if arguments.device != "cpu":
             warm_up(arguments.kernels, options, arguments.jobs, arguments.seconds / 2)
             print(f"compiled in {time.monotonic() - started:.0f} s", file=sys.stderr)
         rest = started + arguments.seconds - time.monotonic()
         not_reached = measure(arguments.kernels, options, table, rest)
-    print(kernel_report.summary(table.rows))
-    if not_reached:
-        print(f"the time did not suffice for {', '.join(not_reached)}: go on with --resume")
-    try:
-        kernel_report.draw(table.rows, arguments.pictures)
-    except ImportError as error:
-        print(f"no pictures ({error}): draw them elsewhere with --draw {arguments.output}")
+    finally:  # also when interrupted
+        print(kernel_report.summary(table.rows))
+        if not_reached:
+            print(f"the time did not suffice for {', '.join(not_reached)}: go on with --resume", flush=True)
     sys.exit(1 if not_reached or kernel_report.own_failures(table.rows) else 0)
 
 

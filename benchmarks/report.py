@@ -111,13 +111,14 @@ def picture(rows: Iterable[Row], file: Path) -> None:
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))  # run as a module it would not find its neighbours
+    import kernel_report
     import report_cpu
     import report_gpu
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--picture", type=Path, help="of the suites of a CPU")
-    parser.add_argument("--pictures", type=Path, help="a folder, for those of the suites of a GPU")
+    parser.add_argument("--pictures", type=Path, help="a folder, for those of the suites and kernels of a GPU")
     arguments = parser.parse_args()
     rows = [row for file in arguments.files for row in read(file)]
     gpu = [row for row in rows if row["suite"].startswith(report_gpu.SUITE)]
@@ -132,6 +133,7 @@ def main() -> None:
         (report_cpu.picture if cpu else picture)(cpu or ours, arguments.picture)
     if arguments.pictures:
         report_gpu.pictures(gpu, arguments.pictures)
+        kernel_report.draw(gpu, arguments.pictures)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kernel_report import FAILED
 from report import LIMIT, OURS, Cases, Row, newest, number, ratio, read, spread, versions
 
 __all__ = ["SUITE", "Row", "markdown", "pictures", "read"]
@@ -34,7 +35,7 @@ def markdown(rows: Iterable[Row]) -> str:
         lines += ["The machine was busy: too low, and uneven.", ""] if row["machine_busy"] else []
         lines += [roofs(own), ""] if any(case == MACHINE for case, _ in own) else []
         lines += _table({key: peers for key, peers in own.items() if key[0] != MACHINE})
-        lines += _parts(own)
+        lines += _parts(own) + _failures(own)
     return "\n".join(lines).strip() + "\n"
 
 
@@ -53,7 +54,7 @@ def roofs(own: dict[tuple[str, str], dict[str, Row]]) -> str:
 
 
 def _table(own: dict[tuple[str, str], dict[str, Row]]) -> list[str]:
-    own = {(case, metric): peers for (case, metric), peers in own.items() if not metric.startswith(PART)}
+    own = {key: peers for key, peers in own.items() if not key[1].startswith(PART) and key[1] != FAILED}
     metrics = {metric: next(iter(peers.values()))["unit"] for (_, metric), peers in own.items()}
     lines = ["| case | who | " + " | ".join(f"{m}, {u}" if u and u != m else m for m, u in metrics.items()) + " |"]
     lines += ["|---|---" + "|---:" * len(metrics) + "|"]
@@ -71,6 +72,21 @@ def _parts(own: dict[tuple[str, str], dict[str, Row]]) -> list[str]:
         shares = ", ".join(f"{part} {number(us)} us ({100 * us / total:.0f}%)" for part, us in parts.items())
         lines += ["", f"One step of {case}: {shares}."]
     return lines
+
+
+def _failures(own: dict[tuple[str, str], dict[str, Row]]) -> list[str]:
+    """What failed, and was not measured since."""
+    since: dict[tuple[str, str], str] = {}
+    for (case, metric), peers in own.items():
+        for peer, row in peers.items():
+            if metric != FAILED:
+                since[case, peer] = max(since.get((case, peer), ""), row["time"])
+    return [
+        f"\nFailed: {case}: {peer}: {row['why']}"
+        for (case, metric), peers in own.items()
+        for peer, row in peers.items()
+        if metric == FAILED and row["time"] >= since.get((case, peer), "")
+    ]
 
 
 def parts_of(own: dict[tuple[str, str], dict[str, Row]]) -> dict[str, dict[str, float]]:

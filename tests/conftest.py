@@ -1,13 +1,19 @@
-"""For every test: no model hub, one thread per worker where several workers share the machine, and an interpreter of
-Triton that works with the installed NumPy."""
+"""For every test: no model hub, one thread per worker where several workers share the machine, an interpreter of Triton
+that works with the installed NumPy, and no GPU, unless it is asked for.
+
+Tests are of the CPU, also where there is a GPU: neither they nor what they start sees it. With
+HANDLOOM_TEST_DEVICE=cuda they see it, and kernels run there instead of in Triton's interpreter: for the tests that
+benchmarks/gpu.sh names.
+"""
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
-from importlib import metadata, util
-from typing import Any
+
+import pytest
+
+from interpreter import mend_interpreter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,33 +21,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # two pools of spinning threads on the same cores are many times slower than one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
-
-if not torch.cuda.is_available():
-    # before anything imports triton: without a GPU its interpreter runs the kernels on the CPU
+TEST_DEVICE = os.environ.get("HANDLOOM_TEST_DEVICE", "cpu")
+if TEST_DEVICE not in ("cpu", "cuda"):
+    raise pytest.UsageError(f"HANDLOOM_TEST_DEVICE={TEST_DEVICE}: expected cpu or cuda")
+if TEST_DEVICE == "cpu":
+    # before anything asks CUDA, or ROCm, what there is
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
+    # before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("HANDLOOM_TEST_DEVICE=cuda, and torch sees no GPU")
+    os.environ["TRITON_INTERPRET"] = "0"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell that starts the tests in the background makes them, and what they start, deaf to Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def mend_interpreter() -> None:
-    """Where NumPy is 2.5 or newer, which no longer makes an int of an array of one element: Triton's interpreter did so
-    up to 3.6 in every loop whose end was computed, and takes the element out since."""
-    if tuple(map(int, metadata.version("numpy").split(".")[:2])) < (2, 5) or util.find_spec("triton") is None:
-        return
-    from triton.runtime import interpreter
-
-    original = interpreter._patch_lang_tensor
-    if "int(self.handle.data)" not in inspect.getsource(original):
-        return
-
-    def patched(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched
-
-
-if "TRITON_INTERPRET" in os.environ:
+if os.environ["TRITON_INTERPRET"] != "0":
     mend_interpreter()

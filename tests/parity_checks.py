@@ -9,17 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from llguidance import LLTokenizer
-from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import handloom as hl
 from handloom import ops
 from handloom.cache.batch import Work, build_batch
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -49,6 +50,8 @@ class Pair:
     @cached_property
     def tokens(self) -> LLTokenizer:
         """The vocabulary, as llguidance reads it out of transformers' tokenizer."""
+        from llguidance.hf import from_tokenizer  # not on every machine with a GPU
+
         where = {"gguf_file": self.folder.name} if self.folder.is_file() else {}
         tokenizer = AutoTokenizer.from_pretrained(self.folder.parent if where else self.folder, **where)
         return from_tokenizer(tokenizer, n_vocab=self.hf.config.vocab_size)

@@ -10,7 +10,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,25 @@ class Results:
         measured = {"peer": peer, "case": case, "metric": metric, "unit": unit, **asdict(summarize(values))}
         row = {**measured, **self.labels, **own}
         self.rows.append(row)
-        if self.file is not None:
+        self._write([row])
+        self.show(f"{case}: {metric}: {peer} {row['p50']:.4g} {unit}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is added within is written at the end; nothing of it where an exception, or an interrupt, ends it."""
+        file, before = self.file, len(self.rows)
+        self.file = None
+        try:
+            yield
+        finally:
+            self.file = file
+        self._write(self.rows[before:])
+
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        if self.file is not None and rows:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as out:
-                out.write(json.dumps(row) + "\n")
-        self.show(f"{case}: {metric}: {peer} {row['p50']:.4g} {unit}")
+                out.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def open_results(suite: str, file: Path | None, device: torch.device, dtype: torch.dtype, **labels: Any) -> Results:
