@@ -24,7 +24,7 @@ BACKEND=${BACKEND:-$([ "$DEVICE" = cpu ] && echo reference || echo triton)}
 export PYTHONPATH=src:kernels/torch-ext:tests${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 export HANDLOOM_TEST_DEVICE=$DEVICE
 [ "$DEVICE" = cpu ] && export TRITON_INTERPRET=1
-MOST_LOGGED=4000000 # bytes of a step
+MOST_LOGGED=${MOST_LOGGED:-4000000} # bytes of a step
 mkdir -p "$RESULTS"
 log=$RESULTS/log.txt summary=$RESULTS/summary.txt verdicts=()
 revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import llguidance
 import numpy as np
 import torch
-from llguidance.hf import from_tokenizer
 from transformers import LogitsProcessor
 
 from tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
+
+if TYPE_CHECKING:
+    import llguidance
 
 FREE = '\n%llguidance {"no_forcing": true}\n'  # every token that fits, not only those of the tokenizer's own cut
 
@@ -43,15 +44,19 @@ class OwnMask(LogitsProcessor):
         eos: Sequence[int] = (EOS,),
         tokens: llguidance.LLTokenizer | None = None,
     ) -> None:
+        import llguidance  # not on every machine with a GPU
+        from llguidance.hf import from_tokenizer
+
+        self.matcher = llguidance.LLMatcher
         self.tokens = tokens or from_tokenizer(tiny_tokenizer(), n_vocab=VOCAB_SIZE, eos_token=EOS)
-        self.grammar = llguidance.LLMatcher.grammar_from_lark(lark_of(option, value))
+        self.grammar = self.matcher.grammar_from_lark(lark_of(option, value))
         self.prompt_length, self.eos = prompt_length, list(eos)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         vocab_size, end = self.tokens.vocab_size, self.tokens.eos_token
         for row, ids in enumerate(input_ids.tolist()):
-            matcher = llguidance.LLMatcher(self.tokens, self.grammar, log_level=0)
+            matcher = self.matcher(self.tokens, self.grammar, log_level=0)
             allowed = np.zeros(vocab_size, dtype=bool)
             if matcher.consume_tokens(ids[self.prompt_length :]):
                 mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
