@@ -45,7 +45,7 @@ def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Ker
                 flops=2 * rows * weight.numel(),
             )
 
-    for name, width, depth in (("small", 24, 64),) if small else MLP:
+    for name, width, depth in (("small up", 24, 64),) if small else MLP:
         weight, norm = draw(2 * width, depth), Norm("rms", draw(depth), None, 1e-6)
         fused = torch.compile(reference.norm_mlp)
         for rows in (1,) if small else (1, 4, 16):

@@ -32,7 +32,17 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 
 def test_every_case_has_rows_of_ours_and_of_peers_and_the_report_reads_them(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    command = [BENCHMARKS / "kernels.py", "--kernels", "norm", "kv_pages", "--device", "cpu", "--dtype", "float32"]
+    command = [
+        BENCHMARKS / "kernels.py",
+        "--kernels",
+        "norm",
+        "kv_pages",
+        "linear",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     first = run(*command, "--small", "--output", file)
     assert first.returncode == 0, first.stdout + first.stderr
     rows = read(file)
