@@ -171,7 +171,7 @@ def test_a_stream_gives_only_what_no_longer_changes_and_in_the_end_everything(ki
 def test_what_ended_too_low_to_ever_be_an_output_holds_no_token_back() -> None:
     lm, earlier = lm_with(), 0
     for seed in range(8):
-        search = BeamDecoder(Sequence(lm.pool, random_ids(seed, 9)), _params(lm, num_beams=3), lm.tokenizer)
+        search = _decoder(lm, random_ids(seed, 9), num_beams=3)
         engine = Engine(lm)
         engine.add(search)
         told: list[int] = []
@@ -242,7 +242,7 @@ def test_branches_share_again_what_they_have_in_common() -> None:
 
 def test_rows_that_came_in_different_steps_are_put_together_in_order() -> None:
     lm = lm_with(60, 4)
-    whole = BeamDecoder(Sequence(lm.pool, random_ids(1, 10)), _params(lm), lm.tokenizer)
+    whole = _decoder(lm, random_ids(1, 10))
     assert [len(work.sequence) for work in whole.plan()] == [10]
     branches = Branches(Sequence(lm.pool, [1, 2, 3]))
     branches.leaves[0].grow(3)
@@ -263,5 +263,7 @@ def test_rows_that_came_in_different_steps_are_put_together_in_order() -> None:
 _ENDS: dict[str, Any] = {"eos_token_id": EOS, "length_penalty": 2.0, "early_stopping": "never", "max_new_tokens": 40}
 
 
-def _params(lm: LM, num_beams: int = 2) -> Any:
-    return resolve(lm, Sequence(lm.pool, [1, 2]), {"num_beams": num_beams, **_ENDS})
+def _decoder(lm: LM, prompt: list[int], num_beams: int = 2) -> BeamDecoder:
+    sequence = Sequence(lm.pool, prompt)
+    params = resolve(lm, sequence, {"num_beams": num_beams, **_ENDS})
+    return BeamDecoder(sequence, params, lm.tokenizer, Branches(sequence))

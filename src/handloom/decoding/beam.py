@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from handloom.cache.sequence import Sequence
-from handloom.decoding.beams import NOWHERE, Beams, Ended, Link
+from handloom.decoding.beams import NOWHERE, Beams, Ended, Link, starting_totals
 from handloom.decoding.branches import Branches
 from handloom.decoding.decoder import FinishReason
 from handloom.decoding.sample import criteria_met, output_text
@@ -44,16 +44,11 @@ class BeamDecoder(Beams):
     """Searches params.num_return_sequences outputs for a sequence, which it owns."""
 
     def __init__(
-        self,
-        sequence: Sequence,
-        params: GenerationParams,
-        tokenizer: Tokenizer | None,
-        branches: Branches | None = None,
+        self, sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None, branches: Branches
     ) -> None:
         super().__init__(sequence, params, tokenizer, branches)
         count, device = params.num_beams, sequence.pool.device
-        self._totals = torch.full((count,), NOWHERE, device=device)
-        self._totals[0] = 0.0
+        self._totals = starting_totals(count, device)
         self._ended: list[Ended | None] = [None] * count
         self._ended_scores = torch.full((count,), NOWHERE, device=device)
         self._can_improve = True
@@ -78,24 +73,23 @@ class BeamDecoder(Beams):
 
     def _candidates(self, rows: Tensor, scores: Tensor) -> _Candidates:
         """The continuations that are looked at: enough for num_beams to run on, whatever ends."""
-        params, vocab_size = self.params, rows.shape[1]
-        count = max(2, 1 + len(params.eos_token_id)) * params.num_beams
-        totals = (scores + self._totals[:, None]).reshape(1, -1)
+        totals = scores + self._totals[:, None]
         self._check_left(totals)
-        if not params.do_sample:
-            best, index = (part[0] for part in totals.topk(count))
-        else:
-            if params.rng == "torch":
-                index = torch.multinomial(totals.softmax(dim=-1), num_samples=count)[0]
-            else:
-                index = sample_without_replacement(totals[0], params.seed, self._position, count)
-            best = totals[0, index]
-        beams: list[int] = (index // vocab_size).tolist()
-        tokens = index % vocab_size
-        leaves = beams if len(rows) > 1 else [0] * count
+        best, beams, tokens = self._drawn(totals) if self.params.do_sample else self._likeliest(totals)
+        leaves = beams if len(rows) > 1 else [0] * len(beams)
         return _Candidates(
             best, self._linked(rows, leaves, beams, tokens), leaves, self._reasons(leaves, tokens.tolist())
         )
+
+    def _drawn(self, totals: Tensor) -> tuple[Tensor, list[int], Tensor]:
+        """As `_likeliest`, but drawn."""
+        params, (num_beams, vocab_size) = self.params, totals.shape
+        count, row = self._num_looked_at(num_beams), totals.reshape(1, -1)
+        if params.rng == "torch":
+            index = torch.multinomial(row.softmax(dim=-1), num_samples=count)[0]
+        else:
+            index = sample_without_replacement(row[0], params.seed, self._position, count)
+        return row[0, index], (index // vocab_size).tolist(), index % vocab_size
 
     def _go_on(self, found: _Candidates) -> Tensor:
         """Keep the best that do not end as the beams of the next step; returns their totals, the best first."""

@@ -69,14 +69,10 @@ class Beams(ABC):
     """A search for params.num_return_sequences outputs of a sequence, which it owns."""
 
     def __init__(
-        self,
-        sequence: Sequence,
-        params: GenerationParams,
-        tokenizer: Tokenizer | None,
-        branches: Branches | None = None,
+        self, sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None, branches: Branches
     ) -> None:
         self.sequence, self.params, self.num_outputs = sequence, params, params.num_return_sequences
-        self._branches = branches or Branches(sequence)
+        self._branches = branches
         self._internals = self._branches.internals = Internals(params, sequence)
         self.max_length = self._branches.longest + params.max_new_tokens
         # the rules see no ids for embedded positions, and count no length for them
@@ -175,6 +171,17 @@ class Beams(ABC):
                 f"the processed scores for the token at position {self._position} contain NaN or +inf, or are all "
                 "-inf: nothing is left to choose; check the logits processors"
             )
+
+    def _likeliest(self, totals: Tensor) -> tuple[Tensor, list[int], Tensor]:
+        """The best continuations of n beams by their totals [n, vocab_size], enough for n to run on, whatever ends.
+
+        Returns, the best first, their totals [k], the beams that they continue, and their token ids [k].
+        """
+        best, index = (part[0] for part in totals.reshape(1, -1).topk(self._num_looked_at(len(totals))))
+        return best, (index // totals.shape[1]).tolist(), index % totals.shape[1]
+
+    def _num_looked_at(self, num_beams: int) -> int:
+        return max(2, 1 + len(self.params.eos_token_id)) * num_beams
 
     def _linked(self, rows: Tensor, leaves: Seq[int], beams: Seq[int], token_ids: Tensor) -> list[Link]:
         """Links for token_ids [n], which go on from these leaves; rows [leaves, vocab_size] are the leaves' logits."""
@@ -286,6 +293,13 @@ class Beams(ABC):
             rest, stop = ("", None) if text is None else (text.finish(), text.stopped_by)
             events.append(SampleFinishedEvent(sample, ended.reason, rest, stop, search=trace))
         return [*events, FinishedEvent("error" if best[0] is None else best[0].reason)]
+
+
+def starting_totals(count: int, device: torch.device) -> Tensor:
+    """Sums of log-probabilities [count] before the first token: all beams go on from the prompt, so only one counts."""
+    totals = torch.full((count,), NOWHERE, device=device)
+    totals[0] = 0.0
+    return totals
 
 
 def chain(last: Link | None) -> list[Link]:

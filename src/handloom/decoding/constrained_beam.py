@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from handloom.cache.sequence import Sequence
-from handloom.decoding.beams import NOWHERE, Beams, Ended, Link
+from handloom.decoding.beams import Beams, Ended, Link, starting_totals
 from handloom.decoding.branches import Branches
 from handloom.decoding.hypotheses import Hypotheses, best_of
 from handloom.sampling.forced_words import ForcedWords
@@ -32,15 +32,10 @@ class ConstrainedBeamDecoder(Beams):
     """Searches params.num_return_sequences outputs for a sequence, which it owns."""
 
     def __init__(
-        self,
-        sequence: Sequence,
-        params: GenerationParams,
-        tokenizer: Tokenizer | None,
-        branches: Branches | None = None,
+        self, sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None, branches: Branches
     ) -> None:
         super().__init__(sequence, params, tokenizer, branches)
-        self._totals = torch.full((params.num_beams,), NOWHERE, device=sequence.pool.device)
-        self._totals[0] = 0.0
+        self._totals = starting_totals(params.num_beams, sequence.pool.device)
         self._words = ForcedWords(params.force_words_ids)
         start = self._words.start
         for token_id in self._prompt_ids:  # as in transformers, what the prompt has counts
@@ -72,12 +67,6 @@ class ConstrainedBeamDecoder(Beams):
             return False
         self._choose(rows, totals, best[going_on], [links[rank] for rank in going_on])
         return not self._ends()
-
-    def _likeliest(self, totals: Tensor) -> tuple[Tensor, list[int], Tensor]:
-        """The best continuations, enough for all beams to run on: their totals, beams and token ids [k]."""
-        count = max(2, 1 + len(self.params.eos_token_id)) * self.params.num_beams
-        best, index = (part[0] for part in totals.reshape(1, -1).topk(count))
-        return best, (index // totals.shape[1]).tolist(), index % totals.shape[1]
 
     def _choose(self, rows: Tensor, totals: Tensor, likeliest: Tensor, links: list[Link]) -> None:
         """Run on with the best of all banks. totals [num_beams, vocab_size]; likeliest [num_beams], and their links."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from handloom.cache.sequence import Sequence
-from handloom.decoding.beams import NOWHERE, Beams, Ended, Link
+from handloom.decoding.beams import Beams, Ended, Link, starting_totals
 from handloom.decoding.branches import Branches
 from handloom.decoding.hypotheses import Hypotheses, best_of
 from handloom.sampling.params import GenerationParams
@@ -42,16 +42,11 @@ class GroupBeamDecoder(Beams):
     """Searches params.num_return_sequences outputs for a sequence, which it owns."""
 
     def __init__(
-        self,
-        sequence: Sequence,
-        params: GenerationParams,
-        tokenizer: Tokenizer | None,
-        branches: Branches | None = None,
+        self, sequence: Sequence, params: GenerationParams, tokenizer: Tokenizer | None, branches: Branches
     ) -> None:
         super().__init__(sequence, params, tokenizer, branches)
         self._size = params.num_beams // params.num_beam_groups
-        totals = torch.full((self._size,), NOWHERE, device=sequence.pool.device)
-        totals[0] = 0.0
+        totals = starting_totals(self._size, sequence.pool.device)
         self._groups = [_Group(Hypotheses(self._size, params), totals) for _ in range(params.num_beam_groups)]
 
     def _step(self, rows: Tensor) -> bool:
@@ -91,16 +86,15 @@ class GroupBeamDecoder(Beams):
 
     def _search(self, group: _Group, number: int, rows: Tensor, leaves: list[int], scores: Tensor) -> None:
         """One step of one group, given the scores [size or 1, vocab_size] of its leaves after the rules."""
-        eos, size, vocab_size = self.params.eos_token_id, self._size, rows.shape[1]
-        totals = (scores.expand(size, -1) + group.totals[:, None]).reshape(1, -1)
+        eos, size = self.params.eos_token_id, self._size
+        totals = scores.expand(size, -1) + group.totals[:, None]
         if group.hypotheses.ended and bool(totals.amax().isneginf()):
             group.over, group.parents, group.links = True, [], []  # what was found is all there is
             return
         self._check_left(totals)
-        best, index = (part[0] for part in totals.topk(max(2, 1 + len(eos)) * size))
-        beams: list[int] = (index // vocab_size).tolist()
+        best, beams, token_ids = self._likeliest(totals)
         parents = [leaves[beam] if len(leaves) > 1 else leaves[0] for beam in beams]
-        links = self._linked(rows, parents, [number * size + beam for beam in beams], index % vocab_size)
+        links = self._linked(rows, parents, [number * size + beam for beam in beams], token_ids)
         going_on: list[int] = []
         for rank, (link, total) in enumerate(zip(links, best.tolist(), strict=True)):
             if link.token_id not in eos:

@@ -208,7 +208,22 @@ class GenerationParams:
         return 1 if self.num_beams == 1 else max(2, len(self.eos_token_id) + 1)
 
 
-_FIELDS = frozenset(field.name for field in fields(GenerationParams)) | {"max_length", "constraints"}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(GenerationParams)}
+_FIELDS = frozenset(_DEFAULTS) | {"max_length", "constraints"}
+# Options that each stand for themselves, and how they are checked. One that is left out, or None, has its default.
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("top_p", "top_h", "typical_p"), real(0, 1, above=True)),
+    "min_p": real(0, 1),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), below_one),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), factor),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), integer(0, 2**31 - 1)),
+    **dict.fromkeys(("prefix_allowed_tokens_fn", "custom_decoder"), function),
+    "logits_processor": callables,
+    **dict.fromkeys(("remove_invalid_values", "renormalize_logits", "include_stop_text", "skip_special_tokens"), flag),
+    **dict.fromkeys(("output_scores", "output_logits", "output_hidden_states", "output_attentions"), flag),
+    "output_past_key_values": flag,
+    "max_time": real(0, LARGEST_FACTOR, above=True),
+}
 
 
 def resolve_params(
@@ -236,7 +251,6 @@ def resolve_params(
     do_sample, temperature = _sampling(asked)
     rng, seed = _random_source(asked)
     logprobs = integer(0, min(MAX_LOGPROBS, vocab_size))
-    ngram = integer(0, 2**31 - 1)
     eos = read_token_ids(asked, "eos_token_id", vocab_size, eos_token_id)
     suppressed = read_token_ids(asked, "suppress_tokens", vocab_size)
     watermark = asked.read("watermarking_config", watermarking, default=None, off=None)
@@ -252,20 +266,13 @@ def resolve_params(
         min_length=min_length,
         do_sample=do_sample,
         temperature=temperature,
+        **{
+            name: asked.read(name, check, default=_DEFAULTS[name], off=_DEFAULTS[name])
+            for name, check in _CHECKS.items()
+        },
         top_k=asked.read("top_k", integer(0, 2**31 - 1), default=50, off=0),
-        top_p=asked.read("top_p", real(0, 1, above=True), default=1.0, off=1.0),
-        min_p=asked.read("min_p", real(0, 1), default=None, off=None),
-        repetition_penalty=asked.read("repetition_penalty", factor, default=1.0, off=1.0),
-        top_h=asked.read("top_h", real(0, 1, above=True), default=None, off=None),
-        typical_p=asked.read("typical_p", real(0, 1, above=True), default=1.0, off=1.0),
-        epsilon_cutoff=asked.read("epsilon_cutoff", below_one, default=0.0, off=0.0),
-        eta_cutoff=asked.read("eta_cutoff", below_one, default=0.0, off=0.0),
-        encoder_repetition_penalty=asked.read("encoder_repetition_penalty", factor, default=1.0, off=1.0),
-        no_repeat_ngram_size=asked.read("no_repeat_ngram_size", ngram, default=0, off=0),
-        encoder_no_repeat_ngram_size=asked.read("encoder_no_repeat_ngram_size", ngram, default=0, off=0),
         sequence_bias=asked.read("sequence_bias", token_biases(vocab_size), default=(), off=()),
         bad_words_ids=read_bad_words(asked, vocab_size, eos),
-        prefix_allowed_tokens_fn=asked.read("prefix_allowed_tokens_fn", function, default=None, off=None),
         forced_bos_token_id=check_forced(
             "forced_bos_token_id",
             asked.read("forced_bos_token_id", integer(0, vocab_size - 1), default=None, off=None),
@@ -274,33 +281,21 @@ def resolve_params(
         forced_eos_token_id=check_forced(
             "forced_eos_token_id", read_token_ids(asked, "forced_eos_token_id", vocab_size), suppressed
         ),
-        remove_invalid_values=asked.read("remove_invalid_values", flag, default=False, off=False),
         exponential_decay_length_penalty=read_decay(asked, eos),
         suppress_tokens=suppressed,
         begin_suppress_tokens=read_token_ids(asked, "begin_suppress_tokens", vocab_size),
         watermarking_config=watermark,
-        renormalize_logits=asked.read("renormalize_logits", flag, default=False, off=False),
         eos_token_id=eos,
         stop_strings=_stop_strings(asked),
-        include_stop_text=asked.read("include_stop_text", flag, default=True, off=True),
         seed=seed,
         rng=rng,
         logprobs=asked.read("logprobs", logprobs, default=None, off=None),
         prompt_logprobs=asked.read("prompt_logprobs", logprobs, default=None, off=None),
-        logits_processor=asked.read("logits_processor", callables, default=(), off=()),
         stopping_criteria=read_criteria(asked, eos),
-        output_scores=asked.read("output_scores", flag, default=False, off=False),
-        output_logits=asked.read("output_logits", flag, default=False, off=False),
-        output_hidden_states=asked.read("output_hidden_states", flag, default=False, off=False),
-        output_attentions=asked.read("output_attentions", flag, default=False, off=False),
-        output_past_key_values=asked.read("output_past_key_values", flag, default=False, off=False),
-        custom_decoder=asked.read("custom_decoder", function, default=None, off=None),
-        skip_special_tokens=asked.read("skip_special_tokens", flag, default=True, off=True),
         **{own.name: getattr(search, own.name) for own in fields(search)},
         **read_structure(asked, compile),
         **read_speculation(asked, torch_draws=do_sample and rng == "torch"),
         **read_contrast(asked, do_sample, search, vocab_size=vocab_size, room=max_context - new_tokens),
-        max_time=asked.read("max_time", real(0, LARGEST_FACTOR, above=True), default=None, off=None),
     )
 
 
