@@ -246,7 +246,7 @@ class LM:
         Raises: InvalidPrompt, ContextOverflow, InvalidParam, UnsupportedOption. A single prompt that fails
         while running raises its error; in a list the others live, and its Output carries the error.
         """
-        asked, single = read_call(prompts, params, options)
+        asked, single = read_call(prompts, params, options, self.generation_config)
         collector = Collector(Engine(self))
         try:
             for prompt, own in asked:
@@ -276,7 +276,7 @@ class LM:
         outputs. A failed prompt's last piece carries its error; with a single prompt it is raised. Of beam search come
         the tokens that cannot change any more: those that all beams have in common, the rest at its end.
         """
-        asked, single = read_call(prompts, params, options)
+        asked, single = read_call(prompts, params, options, self.generation_config)
         collector = Collector(Engine(self))
         for prompt, own in asked:
             collector.add(prompt, **own)
@@ -294,7 +294,7 @@ class LM:
 
         engine: one of this model's, whose other requests these join; else one of its own, gone afterwards.
         """
-        asked, single = read_call(prompts, params, options)
+        asked, single = read_call(prompts, params, options, self.generation_config)
         return pieces_of_all(engine or AsyncEngine(self), asked, single=single, close=engine is None)
 
     def chat(

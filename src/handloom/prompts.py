@@ -17,6 +17,7 @@ from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt
 from handloom.model.families.config import shown
+from handloom.sampling.options import is_integer, said
 from handloom.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 65536
@@ -135,10 +136,13 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
 
 
 def read_call(
-    prompts: Any, params: Seq[Mapping[str, Any]] | None, options: Mapping[str, Any]
+    prompts: Any, params: Seq[Mapping[str, Any]] | None, options: Mapping[str, Any], model: Mapping[str, Any]
 ) -> tuple[list[tuple[Any, dict[str, Any]]], bool]:
-    """(each prompt with its options, was it a single one). Raises InvalidPrompt, InvalidParam."""
-    prompts, options = _take_prompts(prompts, options)
+    """(each prompt with its options, was it a single one). model: what its generation_config.json says.
+
+    Raises InvalidPrompt, InvalidParam.
+    """
+    prompts, options = _take_prompts(prompts, options, model)
     items, single = as_list(prompts)
     return list(zip(items, _options_of_each(params, options, items), strict=True)), single
 
@@ -152,7 +156,7 @@ def as_list(prompts: Any) -> tuple[list[Any], bool]:
     return list(prompts), False
 
 
-def _take_prompts(prompts: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _take_prompts(prompts: Any, options: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The prompts of a call, and its other options.
 
     They are its first argument, or as transformers' `generate` has them: `inputs`, `input_ids` or `inputs_embeds`, with
@@ -176,7 +180,10 @@ def _take_prompts(prompts: Any, options: Mapping[str, Any]) -> tuple[Any, dict[s
         )
     if prompts is not None:
         return prompts, options
-    items = _unpadded(first, named[first], options.pop("attention_mask", None))
+    mask = options.pop("attention_mask", None)
+    items = _unpadded(first, named[first], mask)
+    if mask is None and isinstance(named[first], Tensor | np.ndarray):
+        _check_no_padding(first, torch.as_tensor(named[first]), (options, options.get("generation_config"), model))
     negative = options.get("negative_prompt_ids")
     if isinstance(negative, Tensor) and negative.dim() == 2 and isinstance(items, list) and len(negative) == len(items):
         options["negative_prompt_ids"] = list(negative)  # as those of the prompts, a row for each
@@ -214,6 +221,17 @@ def _unpadded(name: str, values: Any, mask: Any) -> Any:
         raise InvalidPrompt(f"attention_mask does not have a row for each of the {len(rows)} prompts of {name}")
     kept = [_seen(row, flag, at) for at, (row, flag) in enumerate(zip(rows, flags, strict=True))]
     return kept if is_batch else kept[0]
+
+
+def _check_no_padding(name: str, values: Tensor, places: Seq[Any]) -> None:
+    """Raises InvalidPrompt for token ids, without a mask, among which transformers would find padding and mask it."""
+    pad, eos = (said(option, places) for option in ("pad_token_id", "eos_token_id"))
+    ends = eos if isinstance(eos, list | tuple) else [eos]
+    if not values.is_floating_point() and is_integer(pad) and pad not in ends and bool((values == pad).any()):
+        raise InvalidPrompt(
+            f"{name} holds pad_token_id={pad}, and padding could not be told from the prompt: give its attention_mask "
+            "too, of ones where nothing is padded (or give it as a list)"
+        )
 
 
 def _seen(row: Any, mask: Any, at: int) -> Any:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
+from handloom import LM
 from handloom.errors import InvalidPrompt, UnsupportedOption
 from parity_checks import Pair, load_pair
 from tiny_models import save, tiny_llama, tiny_tokenizer
@@ -64,6 +66,37 @@ def test_one_prompt_needs_no_mask_and_no_batch(pair: Pair) -> None:
     assert [piece.token_id for piece in pieces[:-1]] == expected
     ragged = pair.lm().generate(input_ids=[ids, ids[:2]], **OPTIONS)
     assert [len(output.prompt_token_ids) for output in ragged] == [len(ids), 2]
+
+
+def test_what_transformers_would_mask_as_padding_needs_a_mask(pair: Pair) -> None:
+    """It takes pad_token_id in the ids for padding, unless that is an end-of-sequence token."""
+    ids = torch.tensor([[2, 2, 5, 6, 7]])
+    said = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": 0}
+    hidden = pair.hf.generate(ids, **said, pad_token_id=2)[0, 5:].tolist()
+    shown = pair.hf.generate(ids, attention_mask=torch.ones_like(ids), **said, pad_token_id=2)[0, 5:].tolist()
+    assert hidden != shown
+    for way in (
+        {"pad_token_id": 2},
+        {"generation_config": {"pad_token_id": 2}},
+        {"generation_config": GenerationConfig(pad_token_id=2)},
+    ):
+        for name in ("input_ids", "inputs"):
+            with pytest.raises(InvalidPrompt, match=r"holds pad_token_id=2.*attention_mask"):
+                pair.lm().generate(**{name: ids}, **said, **way)
+        for mask, expected in ((ids != 2, hidden), (torch.ones_like(ids), shown)):
+            assert pair.lm().generate(input_ids=ids, attention_mask=mask, **said, **way)[0].token_ids == expected
+        assert pair.lm().generate(ids[0].tolist(), **said, **way).token_ids == shown
+    for way in ({"pad_token_id": None}, {"pad_token_id": 3}, {"pad_token_id": 2, "eos_token_id": [0, 2]}):
+        theirs = pair.hf.generate(ids, **{**said, **way})[0, 5:].tolist()
+        assert pair.lm().generate(input_ids=ids, **{**said, **way})[0].token_ids == theirs
+
+
+def test_a_padding_of_the_models_file_counts(pair: Pair) -> None:
+    lm = LM.from_pretrained(pair.folder)
+    lm.generation_config["pad_token_id"] = 7
+    with pytest.raises(InvalidPrompt, match="holds pad_token_id=7"):
+        lm.generate(input_ids=np.array([[7, 5]]), **OPTIONS)
+    assert len(lm.generate(input_ids=np.array([[7, 5]]), **OPTIONS, pad_token_id=None)) == 1
 
 
 IDS, MASK = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[1, 1], [0, 1]])

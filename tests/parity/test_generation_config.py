@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 import handloom as hl
-from handloom.errors import HandloomError
+from handloom.errors import HandloomError, InvalidParam
 from parity_checks import Pair, load_pair
 from tiny_models import EOS, edit_json, random_ids, save, tiny_llama
 
@@ -151,6 +151,14 @@ def test_the_file_of_a_model_may_not_hold_what_we_do_not_do(model: Any, tmp_path
         lm.generate(random_ids(3, 12))
     prompt = random_ids(3, 12)
     assert len(lm.generate(prompt, use_mtp=False, no_repeat_ngram_size=0, eos_token_id=None).token_ids) == 20
+
+
+def test_a_field_of_the_file_that_nobody_knows_is_refused_with_the_way_out(model: Any, tmp_path: Path) -> None:
+    lm = with_file(model, tmp_path, {"max_window_size": 6144, "eos_token_id": None}).lm()
+    with pytest.raises(InvalidParam, match=r"'max_window_size'.*delete it from lm\.generation_config"):
+        lm.generate([5, 6, 7])
+    del lm.generation_config["max_window_size"]
+    assert len(lm.generate([5, 6, 7]).token_ids) == 20
 
 
 def test_the_config_of_a_loaded_model_may_be_replaced_by_an_object(pair: Pair) -> None:

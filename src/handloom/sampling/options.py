@@ -14,7 +14,7 @@ import functools
 import inspect
 import numbers
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from handloom.errors import InvalidParam, UnsupportedOption
@@ -129,11 +129,21 @@ class Options:
     def _unknown(self, name: str, source: str) -> str:
         if source != CALLER and name in OURS:
             return f"{name} ({source}) is an option of handloom and not a field of GenerationConfig; pass it yourself"
+        if source == MODEL:
+            return f"{show(name)} ({source}) is no generation option; delete it from lm.generation_config"
         known = sorted({*self._names, *OURS, "stop", "generation_config"} | names_of_transformers())
         elsewhere = [ELSEWHERE[name]] if name in ELSEWHERE else []
         closest = elsewhere or difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
         hint = f"did you mean {closest[0]}?" if closest else "see GenerationParams for those there are"
         return f"{show(name)} ({source}) is no generation option; {hint}"
+
+
+def said(name: str, places: Sequence[Any]) -> Any:
+    """An option's value by the caller's options, the config passed, the model's file; None where nobody said it."""
+    first, *others = map(as_mapping, places)
+    if name in first:
+        return first[name]
+    return next((place[name] for place in others if place.get(name) is not None), None)
 
 
 def as_mapping(config: Any) -> Mapping[str, Any]:

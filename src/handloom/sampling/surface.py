@@ -157,7 +157,7 @@ NOTES: dict[str, str] = {
     "prompt [n]; also what a tokenizer returns, as keywords or as the first argument",
     "inputs_embeds": "instead of the first argument: [batch, n, hidden_size], or of one prompt [n, hidden_size]",
     "attention_mask": "of `input_ids` or `inputs_embeds`: what it hides is taken off, on either side, and no rule or "
-    "limit counts it; a tensor of several rows of ids needs one",
+    "limit counts it; a tensor of ids needs one where it has several rows, or a pad_token_id that is no eos",
     "logits_processor": "transformers' or any callable; one of a built-in class takes that one's place",
     "stopping_criteria": "transformers' or any callable; refused where one of transformers' classes would take the "
     "place of an option there, and says something else",
