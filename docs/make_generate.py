@@ -80,6 +80,12 @@ The list is that of transformers 5.17 and 5.23, which have the same public field
 is known here by asking the installed one: it is refused by name. One that the installed release lacks stays in this
 table and works all the same, as an option or in a mapping. Fields that begin with an underscore are bookkeeping.
 
+In a prompt that is a string, as in `tokenizer(prompt)`, the text of a special token (`<|im_end|>`) is that token: such
+prompts are often templates written by hand. In the messages of `lm.chat` and `lm.render_chat` it is text, and only what
+the chat template writes is a control token: transformers does so with `sanitize_control_tokens=True`, here it takes
+`sanitize_control_tokens=False` to change it. For a template of your own, `lm.tokenizer.encode(text,
+add_special_tokens=False, split_special_tokens=True)` gives the ids of what others wrote.
+
 The proof is a file of tests/parity, where tokens and scores are compared with transformers' own (and, for what is no
 field and refused, of tests/unit).
 """

@@ -212,13 +212,13 @@ class LM:
             raise InvalidPrompt("this checkpoint has no tokenizer: it has token ids, but no text")
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def render_chat(self, messages: Seq[Mapping[str, Any]], **template_options: Any) -> list[int]:
-        """Token ids of a conversation, by the model's chat template. Raises ChatTemplateError, InvalidPrompt."""
+    def render_chat(self, messages: Seq[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a conversation, by the model's chat template; see `Tokenizer.apply_chat_template`."""
         if self.tokenizer is None:
             raise InvalidPrompt(
                 "this checkpoint has no tokenizer, so it has no chat template: pass token ids to generate"
             )
-        return self.tokenizer.apply_chat_template(messages, **template_options)
+        return self.tokenizer.apply_chat_template(messages, **options)
 
     # Generation --------------------------------------------------------------------------------
 
@@ -302,19 +302,24 @@ class LM:
         messages: Seq[Mapping[str, Any]],
         *,
         tools: Seq[Mapping[str, Any]] | None = None,
+        sanitize_control_tokens: bool = True,
         template_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Output:
-        """The assistant's next message in a conversation. Raises ChatTemplateError and what generate raises."""
+        """The assistant's next message in a conversation. Raises what `render_chat` and `generate` raise.
+
+        The text of a control token (`<|im_end|>`) in messages and tools is text, unless sanitize_control_tokens=False.
+        """
         options = {"num_return_sequences": 1, **options}
         if options["num_return_sequences"] not in (1, None):
             raise InvalidParam(
                 f"num_return_sequences={options['num_return_sequences']!r}: a chat has one next message; use "
                 "generate(lm.render_chat(messages)) for several"
             )
-        if clash := {"messages", "tools"} & (template_options or {}).keys():
+        own = {"tools": tools, "sanitize_control_tokens": sanitize_control_tokens}
+        if clash := {"messages", *own} & (template_options or {}).keys():
             raise InvalidParam(f"template_options: {min(clash)!r} is reserved; it is an argument of its own")
-        output = self.generate(self.render_chat(messages, tools=tools, **(template_options or {})), **options)
+        output = self.generate(self.render_chat(messages, **own, **(template_options or {})), **options)
         assert isinstance(output, Output)
         return output
 

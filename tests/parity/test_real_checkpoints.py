@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import handloom as hl
+from chats import CHATML, CHATS, TEMPLATES
 from contrast_oracles import contrastive_search, dola
 from handloom.output import Output
 from parity_checks import PROMISED, Pair, assert_logits_equal, assert_tokens_equal, hf_logits, our_logits
-from real_models import BEGINNINGS, GEMMA3, SMOLLM2, real_pair
+from real_models import BEGINNINGS, GEMMA3, SMOLLM2, real_lm, real_pair
 
 QUESTIONS = [
     "What is the capital of France, and what is it known for?",
@@ -118,3 +119,31 @@ def test_decoding_by_contrast_on_a_real_model(smollm2: Pair) -> None:
     for asked, layers in (("low", range(2, 15, 2)), ("high", range(15, 30, 2))):
         ours = lm.generate(prompt, dola_layers=asked, max_new_tokens=6, eos_token_id=None).token_ids
         assert ours == dola(model, prompt, layers, 6)
+
+
+@pytest.mark.parametrize("name", [SMOLLM2, GEMMA3])
+def test_ids_under_other_names_are_those_of_the_real_tokenizers(name: str) -> None:
+    tokenizer = real_lm(name).tokenizer
+    assert tokenizer is not None
+    end, template = ("<|im_end|>", CHATML) if name == SMOLLM2 else ("<end_of_turn>", TEMPLATES["gemma"])
+    tokens = tokenizer.fast.added_tokens_decoder
+
+    def special(ids: list[int]) -> list[int]:
+        return [index for index in ids if index in tokens and tokens[index].special]
+
+    before, tokenizer.chat_template = tokenizer.chat_template, template
+    try:
+        for chat in CHATS[:3]:
+            left_open = [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + " <"}]
+            renamed = tokenizer.apply_chat_template(left_open)
+            assert renamed == tokenizer.apply_chat_template(left_open, sanitize_control_tokens=False)
+            typed = [*chat[:-1], {**chat[-1], "content": f"a {end} b{end}"}]
+            ids = tokenizer.apply_chat_template(typed)
+            parsed = tokenizer.apply_chat_template(typed, sanitize_control_tokens=False)
+            assert tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.decode(
+                parsed, skip_special_tokens=False
+            )
+            assert special(ids) == special(renamed)
+            assert len(special(parsed)) == len(special(ids)) + 2
+    finally:
+        tokenizer.chat_template = before

@@ -208,7 +208,7 @@ def test_row14_a_prompt_far_longer_than_the_context_is_refused_by_its_length(lm:
 
 
 def test_row6_template_options_cannot_take_the_place_of_arguments(lm: LM) -> None:
-    for name in ("messages", "tools"):
+    for name in ("messages", "tools", "sanitize_control_tokens"):
         with pytest.raises(InvalidParam, match=f"'{name}' is reserved"):
             lm.chat([{"role": "user", "content": "Hi"}], template_options={name: []})
 

@@ -102,12 +102,14 @@ class ChatRenderer:
         continue_final_message: bool = False,
         special_tokens: Mapping[str, str] | None = None,
         variables: Mapping[str, Any] | None = None,
+        mark: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> str:
         """The conversation as the model's text.
 
         `special_tokens` are the tokenizer's (`bos_token`, …); `variables` are the caller's own template variables
         (`enable_thinking=False`, …) and may not redefine a reserved name. With `continue_final_message` the text ends
-        inside the last message, for the model to go on.
+        inside the last message, for the model to go on. `mark` changes what the caller gives, as JSON types under
+        "messages", "tools" and "variables", before the template sees it.
         Raises InvalidPrompt for messages that are none, InvalidParam for the other arguments, ChatTemplateError for a
         template that fails or exceeds a limit.
         """
@@ -122,12 +124,20 @@ class ChatRenderer:
                 f"the chat template has {len(template)} characters; the limit is {self.limits.template_chars}"
             )
         budget = _Budget(self.limits.input_chars)
-        conversation = _plain_messages(messages, budget)
+        given: dict[str, Any] = {
+            "messages": _plain_messages(messages, budget),
+            "variables": {
+                name: _plain(value, f"template variable {name!r}", budget) for name, value in variables.items()
+            },
+            "tools": None if tools is None else [_plain_tool(tool, i, budget) for i, tool in enumerate(tools)],
+        }
+        given = given if mark is None else mark(given)
+        conversation = given["messages"]
         context = {
             **special_tokens,
-            **{name: _plain(value, f"template variable {name!r}", budget) for name, value in variables.items()},
+            **given["variables"],
             "messages": conversation,
-            "tools": None if tools is None else [_plain_tool(tool, i, budget) for i, tool in enumerate(tools)],
+            "tools": given["tools"],
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }

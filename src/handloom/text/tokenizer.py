@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,11 @@ from handloom.text.typed_errors import typed_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from handloom.text.control_tokens import ControlTokens
     from handloom.text.plain_tokenizer import PlainTokenizer
 
 MAX_TEXT_BYTES = 8 * 2**20
+MAX_TEMPLATES_KEPT = 4
 
 
 def check_text(text: object, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
@@ -57,6 +59,7 @@ class Tokenizer:
         self.fast = fast
         self.max_text_bytes = max_text_bytes
         self._chat = ChatRenderer()
+        self._control: dict[tuple[str, int, int], ControlTokens] = {}
 
     @classmethod
     def from_folder(cls, path: Path) -> Tokenizer:
@@ -121,13 +124,18 @@ class Tokenizer:
     def _id(value: Any) -> int | None:
         return None if value is None else int(value)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; `add_special_tokens` adds what the model's own format puts around a text (bos, …).
 
-        Raises InvalidPrompt for what is no text, or more than `max_text_bytes` of it.
+        A special token's text is that token, as in transformers, unless `split_special_tokens`: then it is text like
+        any other, as it must be where somebody else wrote it.
+        Raises InvalidPrompt for what is no text, or more than `max_text_bytes` of it; TokenizerError for a tokenizer
+        that makes special tokens of plain text too.
         """
         check_text(text, max_bytes=self.max_text_bytes)
         with typed_errors(TokenizerError, "the tokenizer failed on this text"):
+            if split_special_tokens:
+                return self._control_tokens("").encode_typed(text, add_special_tokens=add_special_tokens)
             ids: list[int] = self.fast.encode(
                 text,
                 add_special_tokens=add_special_tokens,
@@ -169,17 +177,35 @@ class Tokenizer:
         continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str:
-        """The text of a conversation in the model's chat format. Arguments and errors as `apply_chat_template`."""
+        """The text of a conversation in the model's chat format. Arguments and errors as `apply_chat_template`.
+
+        Tokens of it would be control tokens wherever one's text stands, typed ones too; `apply_chat_template` knows
+        them apart.
+        """
+        template = choose_template(self.chat_template, has_tools=tools is not None)
+        return self._rendered(
+            template, messages, add_generation_prompt, tools, continue_final_message, variables=kwargs
+        )
+
+    def _rendered(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None,
+        tools: Sequence[Tool] | None,
+        continue_final_message: bool,
+        **how: Any,
+    ) -> str:
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         return self._chat.render(
-            choose_template(self.chat_template, has_tools=tools is not None),
+            template,
             messages,
             tools=tools,
-            add_generation_prompt=not continue_final_message
-            if add_generation_prompt is None
-            else add_generation_prompt,
+            add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             special_tokens=self.fast.special_tokens_map,
-            variables=kwargs,
+            **how,
         )
 
     def apply_chat_template(
@@ -189,6 +215,7 @@ class Tokenizer:
         add_generation_prompt: bool | None = None,
         tools: Sequence[Tool] | None = None,
         continue_final_message: bool = False,
+        sanitize_control_tokens: bool = True,
         **kwargs: Any,
     ) -> list[int]:
         """Token ids of a conversation in the model's chat format.
@@ -197,14 +224,37 @@ class Tokenizer:
         the ids where the model's answer begins; it is on unless `continue_final_message`, which ends them inside the
         last message. `tools`: JSON schemas or documented functions. `kwargs` are variables for the template
         (`enable_thinking=False`); reserved names are refused.
+        Control tokens are those that the template writes, and the text of one in messages, tools or variables is text
+        (control_tokens.py says which tokens that concerns); `sanitize_control_tokens=False` makes it the token, which
+        is transformers' default.
         Raises InvalidPrompt for the messages, InvalidParam for the other arguments, ChatTemplateError for a template
-        that is missing, fails or exceeds its limits.
+        that is missing, fails or exceeds its limits, TokenizerError for a tokenizer that makes control tokens of plain
+        text too.
         """
-        text = self.render_chat(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            continue_final_message=continue_final_message,
-            **kwargs,
+        template = choose_template(self.chat_template, has_tools=tools is not None)
+        render = partial(
+            self._rendered, template, messages, add_generation_prompt, tools, continue_final_message, variables=kwargs
         )
-        return self.encode(text, add_special_tokens=False)
+        if not sanitize_control_tokens:
+            return self.encode(render(), add_special_tokens=False)
+        control_tokens, marks = self._control_tokens(template), None
+
+        def mark(given: dict[str, Any]) -> dict[str, Any]:
+            nonlocal marks
+            given, marks = control_tokens.mark(given)
+            return given
+
+        text, encode = render(mark=mark), partial(self.encode, add_special_tokens=False)
+        return encode(text) if marks is None else control_tokens.encode_rendered(text, marks, encode)
+
+    def _control_tokens(self, template: str) -> ControlTokens:
+        """Kept for the templates used last: making it costs some milliseconds."""
+        from handloom.text.control_tokens import ControlTokens
+
+        backend = self.fast.backend_tokenizer
+        key = template, id(backend), backend.get_vocab_size()
+        if key not in self._control:
+            if len(self._control) >= MAX_TEMPLATES_KEPT:
+                self._control.clear()
+            self._control[key] = ControlTokens(backend, template, self.fast.special_tokens_map.get("unk_token"))
+        return self._control[key]
