@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 
-from transformers import WatermarkDetector, __version__
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerFast, WatermarkDetector, __version__
 from transformers.generation import logits_process as hf
 
 # Options that, where scores are -inf already, end in older releases with nothing allowed, or with NaN.
@@ -22,3 +23,14 @@ COUNTS_REPEATED_NGRAMS = "tolist" not in inspect.getsource(WatermarkDetector._sc
 
 # Older releases raise in assisted generation with models that attend to a window: their caches cannot go back.
 ASSISTS_WITH_WINDOWS = tuple(map(int, __version__.split(".")[:2])) >= (5, 23)
+
+
+def mend_decoder(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Older releases put a decoder of characters before that of bytes where a GGUF file has bytes.
+
+    llguidance goes by the first.
+    """
+    decoder = tokenizer.backend_tokenizer.decoder
+    if isinstance(decoder, decoders.Sequence) and "ByteLevel" in str(decoder):
+        tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

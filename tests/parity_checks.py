@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import handloom as hl
 from handloom import ops
 from handloom.cache.batch import Work, build_batch
+from known_wrong import mend_decoder
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -54,7 +55,7 @@ class Pair:
 
         where = {"gguf_file": self.folder.name} if self.folder.is_file() else {}
         tokenizer = AutoTokenizer.from_pretrained(self.folder.parent if where else self.folder, **where)
-        return from_tokenizer(tokenizer, n_vocab=self.hf.config.vocab_size)
+        return from_tokenizer(mend_decoder(tokenizer), n_vocab=self.hf.config.vocab_size)
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
