@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from engines import Results, run
+from handloom.engine import Engine
 from handloom.engine.graphs import DecodeGraphs
 from handloom.engine.stream import Stream
 from handloom.lm import LM
@@ -16,3 +20,15 @@ def flying(lm: LM, stream: Stream | None = None, **limits: int) -> LM:
     other = LM(transformer, lm.tokenizer, lm.pool, name=lm.name)
     other.graphs = DecodeGraphs(transformer, lm.pool, stream or LateStream(), **limits)
     return other
+
+
+def tokens_of(lm: LM, requests: list[tuple[list[int], dict[str, Any]]], **limits: Any) -> Results:
+    engine = Engine(lm, **limits)
+    for prompt, options in requests:
+        engine.add_request(prompt, **options)
+    return run(engine)
+
+
+def stream_of(lm: LM) -> LateStream:
+    assert lm.graphs is not None and isinstance(lm.graphs.stream, LateStream)
+    return lm.graphs.stream

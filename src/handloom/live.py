@@ -224,7 +224,7 @@ class LiveSequence(Sequence):
         super().remove(start, stop)
         self._logits = None
         if moved:
-            slots = self._cache_slots(self.num_cached - moved, self.num_cached)
+            slots = self.cached_slots(self.num_cached - moved, self.num_cached)
             back = torch.full((moved,), start - stop, device=self.pool.device)
             for layer, (k_pages, _) in zip(model.layers, self.pool.layers, strict=True):
                 if layer.rope is not None:
@@ -244,15 +244,9 @@ class LiveSequence(Sequence):
         for first, end in self.evicted:
             if max(first, start) < min(end, stop):
                 raise InvalidParam(f"tokens {first} to {end} were evicted and have no K and V; ask for others")
-        before = self.cached_before(start)
-        return self._cache_slots(before, before + stop - start)
-
-    def _cache_slots(self, start: int, stop: int) -> Tensor:
-        """Flat cache slots [stop - start] of the cached tokens start..stop, counted among these. Raises OutOfPages."""
         self.bring_back()
-        at = torch.arange(start, stop, device=self.pool.device)
-        table = torch.tensor(self.page_table, dtype=torch.int64, device=self.pool.device)
-        return table[at // self.pool.page_size] * self.pool.page_size + at % self.pool.page_size
+        before = self.cached_before(start)
+        return self.cached_slots(before, before + stop - start)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens, K and V to a safetensors file for `lm.restore(path)` of the same model. Raises OSError.

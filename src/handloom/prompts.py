@@ -15,8 +15,8 @@ from torch import Tensor
 
 from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
+from handloom.checkpoint.json_object import quote
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt
-from handloom.model.families.config import shown
 from handloom.sampling.options import is_integer, said
 from handloom.text.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ def check_token_ids(prompt: Any, vocab_size: int) -> list[int]:
             way_out = _way_out(token_id) if isinstance(token_id, Mapping) else ""
             raise InvalidPrompt(f"token {at} of the prompt is {type(token_id).__name__}, not an integer id{way_out}")
         if not 0 <= token_id < vocab_size:
-            raise InvalidPrompt(f"token {at} of the prompt is {shown(token_id)}; ids go from 0 to {vocab_size - 1}")
+            raise InvalidPrompt(f"token {at} of the prompt is {quote(token_id)}; ids go from 0 to {vocab_size - 1}")
     return [int(token_id) for token_id in prompt]
 
 
@@ -282,4 +282,4 @@ def _own_options(params: Seq[Mapping[str, Any]] | None, items: Seq[Any]) -> Seq[
 def _check_names(options: Mapping[Any, Any]) -> None:
     for name in options:
         if not isinstance(name, str):
-            raise InvalidParam(f"options have names, and {type(name).__name__} {shown(name)} is none")
+            raise InvalidParam(f"options have names, and {type(name).__name__} {quote(name)} is none")

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from handloom import machine
 from handloom.cli import app
-from handloom.measure import limits
 from tiny_models import save, tiny_llama
 
 RATES = ["output", "total", "requests"]
@@ -24,22 +20,12 @@ MACHINE = ["read bandwidth", "matrix product"]
 SIZES = ("-n", "6", "--prompt-tokens", "3-20", "--new-tokens", "2-9", "--threads", "1", "--quiet")
 
 
+pytestmark = pytest.mark.usefixtures("round_limits", "threads_as_before")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tiny_llama(), tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(autouse=True)
-def round_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "read_bandwidth", lambda **_: 10e9)
-    monkeypatch.setattr(limits, "matmul_rate", lambda *_: 1e12)
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def bench(*words: Any) -> Result:

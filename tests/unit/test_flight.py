@@ -14,15 +14,14 @@ import pytest
 import torch
 
 from engines import Results, all_free, lm_in_float64, lm_with, loaded, run
-from flights import flying
+from flights import flying, stream_of, tokens_of
 from handloom.cache.pages import PagePool
 from handloom.decoding.decoder import TokenEvent
 from handloom.engine import Engine
 from handloom.engine.decode_step import DecodeRow, DecodeStep
 from handloom.engine.graphs import DecodeGraphs
 from handloom.engine.stream import EagerStream
-from handloom.errors import NonFiniteLogits, OutOfMemory
-from handloom.lm import LM
+from handloom.errors import NonFiniteLogits
 from handloom.model.transformer import Transformer
 from handloom.ops import choose_backend
 from late_stream import LateStream
@@ -35,18 +34,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "drawn": SAMPLED | {"temperature": 1.7},
     "cut": SAMPLED | {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 2**64 - 3},
 }
-
-
-def tokens_of(lm: LM, requests: list[tuple[list[int], dict[str, Any]]], **limits: Any) -> Results:
-    engine = Engine(lm, **limits)
-    for prompt, options in requests:
-        engine.add_request(prompt, **options)
-    return run(engine)
-
-
-def stream_of(lm: LM) -> LateStream:
-    assert lm.graphs is not None and isinstance(lm.graphs.stream, LateStream)
-    return lm.graphs.stream
 
 
 REQUESTS = [
@@ -317,52 +304,6 @@ def test_logits_that_are_not_finite_end_with_the_error_of_the_host() -> None:
         assert all_free(lm)
     assert all(isinstance(error, NonFiniteLogits) for error in errors)
     assert tokens[0] == tokens[1]
-
-
-def test_no_memory_to_capture_makes_steps_smaller(caplog: pytest.LogCaptureFixture) -> None:
-    requests = [(random_ids(i, 5), GREEDY | {"max_new_tokens": 12 - i}) for i in range(6)]
-    lm = flying(lm_in_float64())
-    stream_of(lm).fails = 1
-    with caplog.at_level(logging.WARNING, "handloom"):
-        engine = Engine(lm)
-        for prompt, options in requests:
-            engine.add_request(prompt, **options)
-        ours = run(engine)
-    assert ours.tokens == tokens_of(lm_in_float64(), requests).tokens
-    assert lm.graphs is not None and lm.graphs.max_rows == 4, "6 rows take a step of 8, and the next smaller is 4"
-    assert engine.stats().num_captured_steps > 0 and engine.stats().other_decode_steps
-    weights = sum(weight.nbytes for weight in lm.transformer.weights.values())
-    assert f"weights {weights}, KV cache {lm.pool.num_pages * lm.pool.page_bytes}" in caplog.text
-
-
-def test_no_memory_for_an_eager_step_makes_steps_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = [(random_ids(i, 9), GREEDY | {"max_new_tokens": 8}) for i in range(4)]
-    expected = tokens_of(lm_in_float64(), requests)
-    lm = flying(lm_in_float64())
-    forward = Transformer.forward
-
-    def with_little_memory(self: Transformer, batch: Any, *rest: Any) -> torch.Tensor:
-        if len(batch.input_ids) > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(self, batch, *rest)
-
-    monkeypatch.setattr(Transformer, "forward", with_little_memory)
-    ours = tokens_of(lm, requests)
-    assert ours.tokens == expected.tokens and all_free(lm)
-
-
-def test_no_memory_for_one_token_is_an_error_that_says_who_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_memory(*_: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    lm = lm_in_float64()
-    engine = Engine(lm)
-    engine.add_request(random_ids(1, 9), **GREEDY, max_new_tokens=8)
-    monkeypatch.setattr(Transformer, "forward", without_memory)
-    with pytest.raises(OutOfMemory, match=r"one token; .*weights \d+, KV cache \d+"):
-        engine.step()
-    monkeypatch.undo()
-    assert len(run(engine).tokens[0]) == 8, "no request is lost"
 
 
 def test_smaller_steps_where_half_of_the_rows_have_ended() -> None:

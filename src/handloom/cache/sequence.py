@@ -143,6 +143,13 @@ class Sequence:
             self.page_table[at // page_size] * page_size + at % page_size for at in range(first, first + num_tokens)
         ]
 
+    def cached_slots(self, start: int, stop: int) -> Tensor:
+        """Flat cache slots [stop - start] int64 of the cached tokens start..stop, counted among these."""
+        page_size = self.pool.page_size
+        at = torch.arange(start, stop, device=self.pool.device)
+        table = torch.tensor(self.page_table, dtype=torch.int64, device=self.pool.device)
+        return table[at // page_size] * page_size + at % page_size
+
     def rewind(self, num_tokens: int) -> None:
         """Forget the last num_tokens tokens and free the pages only they used. Raises InvalidParam."""
         if not 0 <= num_tokens <= len(self.token_ids) - self.num_embeddings:
@@ -272,9 +279,7 @@ class Sequence:
     def _move(self, start: int, stop: int, into: int) -> None:
         """Copy cached tokens start..stop, counted among these, down to `into`, in every layer. Raises OutOfPages."""
         self.own(into, into + stop - start)
-        table, page_size = torch.tensor(self.page_table, device=self.pool.device), self.pool.page_size
-        at = torch.arange(into, stop, device=self.pool.device)
-        slots = table[at // page_size] * page_size + at % page_size
+        slots = self.cached_slots(into, stop)
         for storage in self.pool.storages.values():
             flat = storage.flatten(2, 3)
             flat[:, :, slots[: stop - start]] = flat[:, :, slots[start - into :]]

@@ -23,6 +23,8 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 def quote(value: object, limit: int = 120) -> str:
     """`repr(value)`, cut to `limit` characters: safe to print whatever a file holds (lone surrogates included)."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
     text = repr(value if not isinstance(value, str) else value[: limit + 1])
     return text if len(text) <= limit else text[:limit] + "..."
 

@@ -237,11 +237,7 @@ class ByteLevel:
         return bool(self._open)
 
     def push(self, piece: str) -> Sequence[str]:
-        try:
-            data = bytes([BYTE_OF[character] for character in piece])
-        except KeyError:  # an added token that is not in that alphabet stands for itself
-            data = piece.encode()
-        text, self._open = decode_utf8(self._open + data, "replace")
+        text, self._open = decode_utf8(self._open + byte_level(piece), "replace")
         return (text,)
 
     def flush(self) -> Sequence[str]:
@@ -257,6 +253,14 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF = _byte_alphabet()
+
+
+def byte_level(token: str) -> bytes:
+    """The bytes that a token spells in that alphabet; an added token that is not written in it stands for itself."""
+    try:
+        return bytes([BYTE_OF[character] for character in token])
+    except KeyError:
+        return token.encode()
 
 
 def decode_utf8(data: bytes, errors: str) -> tuple[str, bytes]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from handloom.errors import TokenizerError
-from handloom.text.decoder_stages import BYTE_OF, ByteFallback, cleans_up, decoder_steps
+from handloom.text.decoder_stages import ByteFallback, byte_level, cleans_up, decoder_steps
 
 if TYPE_CHECKING:
     from handloom.text.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def _reader(kinds: list[str], steps: list[dict[str, Any]]) -> Callable[[str], by
     """What gives a token's bytes."""
     names = " ".join(kinds)
     if re.fullmatch(r"ByteLevel( Fuse)?", names):
-        return _byte_level
+        return byte_level
     if re.fullmatch(r"(Replace )*ByteFallback( Fuse)?( Strip)?|Metaspace", names):
         replaced = [(step["pattern"].get("String"), step["content"]) for step in steps if step["type"] == "Replace"]
         replaced += [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
@@ -61,13 +61,6 @@ def _reader(kinds: list[str], steps: list[dict[str, Any]]) -> Callable[[str], by
         f"the tokens of this tokenizer have no bytes of their own: its decoder ({', '.join(kinds)}) joins them by what "
         "stands beside them; a byte-level or SentencePiece vocabulary is needed"
     )
-
-
-def _byte_level(token: str) -> bytes:
-    try:
-        return bytes([BYTE_OF[character] for character in token])
-    except KeyError:  # an added token that is not in that alphabet stands for itself
-        return token.encode()
 
 
 def _with_fallback(token: str, replaced: list[tuple[str, str]]) -> bytes:

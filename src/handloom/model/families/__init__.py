@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from handloom.checkpoint.json_object import quote
 from handloom.errors import UnsupportedModel
 from handloom.model.families import gemma3_text, gpt2, llama
-from handloom.model.families.config import ConfigReader, shown
+from handloom.model.families.config import ConfigReader
 from handloom.model.families.family import Family
 from handloom.model.spec import ModelSpec
 
@@ -28,7 +29,7 @@ def read_config(config: Mapping[str, Any], where: str, ignore_keys: Iterable[str
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         custom = " Its custom code (auto_map) is never run." if "auto_map" in config else ""
         raise UnsupportedModel(
-            f"{where}: model_type {shown(model_type)} is not one of {', '.join(sorted(FAMILIES))}.{custom}"
+            f"{where}: model_type {quote(model_type)} is not one of {', '.join(sorted(FAMILIES))}.{custom}"
         )
     family = FAMILIES[model_type]
     reader = ConfigReader(config, where, ignore_keys)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from handloom.checkpoint.json_object import quote
 from handloom.errors import ConfigError, UnsafeCheckpoint, UnsupportedModel
 
 MAX_LAYERS, MAX_WIDTH, MAX_HEADS, MAX_HEAD_DIM, MAX_VOCAB, MAX_CONTEXT = 1024, 1 << 18, 1024, 1024, 1 << 22, 1 << 27
@@ -62,7 +63,8 @@ class ConfigReader:
         return default if value is None else value
 
     def fail(self, key: str, expected: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {key} is {shown(self.values.get(key))}; expected {expected}")
+        said = "missing" if self.values.get(key) is None else quote(self.values[key])
+        return ConfigError(f"{self.where}: {key} is {said}; expected {expected}")
 
     def integer(self, key: str, default: int | None = None, *, high: int = MAX_WIDTH) -> int:
         """From 1 to high."""
@@ -92,7 +94,7 @@ class ConfigReader:
         value = self.get(key, default)
         if not isinstance(value, str) or value not in choices:
             raise UnsupportedModel(
-                f"{self.where}: {key} is {shown(value)}; handloom computes only {', '.join(sorted(choices))}"
+                f"{self.where}: {key} is {quote(value)}; handloom computes only {', '.join(sorted(choices))}"
             )
         return choices[value]
 
@@ -133,10 +135,10 @@ class ConfigReader:
                 check_attention_implementation(value, self.where, key)
             elif top_level and key in INERT_AT:
                 if value not in INERT_AT[key]:
-                    raise UnsupportedModel(f"{self.where}: {key}={shown(value)} is not supported")
+                    raise UnsupportedModel(f"{self.where}: {key}={quote(value)} is not supported")
             elif not (top_level and key in INERT) and value is not None and value is not False:
                 raise ConfigError(
-                    f"{self.where}: {key}={shown(value)} is not understood, and a model that needs it would be "
+                    f"{self.where}: {key}={quote(value)} is not understood, and a model that needs it would be "
                     f"computed wrongly; if it changes nothing, pass ignore_config_keys=[{key!r}]"
                 )
 
@@ -145,18 +147,6 @@ def check_attention_implementation(value: object, where: str, key: str) -> None:
     """Only names of transformers' own implementations pass, and are ignored; a kernel repository is refused."""
     if not isinstance(value, str | None) or value not in ATTENTION_IMPLEMENTATIONS:
         raise UnsafeCheckpoint(
-            f"{where}: {key}={shown(value)} asks for code from elsewhere; handloom never loads kernels named by a "
+            f"{where}: {key}={quote(value)} asks for code from elsewhere; handloom never loads kernels named by a "
             "checkpoint; remove the key"
         )
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """repr, cut to `limit` characters so that a hostile value cannot flood a message."""
-    if value is None:
-        return "missing"
-    if isinstance(value, str) and len(value) > limit:
-        return repr(value[:limit]) + "…"
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "…"
