@@ -36,7 +36,8 @@ def folder() -> Path:
 
 
 def read(path: Path, what: str) -> bytes | None:
-    """A kept file's content, unless there is none, or one that is not to be trusted; the log then says what is done."""
+    """A kept file's content; None where there is none, or one that is not to be trusted: the log then says `what` is
+    done anew."""
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | READ_FLAGS)) as file:
             ours = _ours(os.fstat(file.fileno()))
@@ -52,7 +53,8 @@ def read(path: Path, what: str) -> bytes | None:
 
 
 def write(path: Path, data: bytes, what: str) -> None:
-    """Write a file whole or not at all, whoever else writes or reads it now; what: could not be kept, says the log."""
+    """Write a file whole or not at all, whoever else reads or writes it now; what: names it where the log says that it
+    could not be kept."""
     part = path.with_suffix(f".{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

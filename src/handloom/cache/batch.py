@@ -17,8 +17,7 @@ from handloom.model.hooks import Hook
 
 
 class Work(NamedTuple):
-    """Run the next num_tokens tokens of a sequence, pending ones and what is ahead; logits of none, the last, or all of
-    them.
+    """Run the next num_tokens tokens of a sequence: pending ones, then drafted ones. Logits of none, the last, or all.
 
     hook: called with what passes its points (names as in `LM.hook_points`, without `*`) in these tokens alone. Work
     with a hook takes no pages over that others have computed, since no hook would see those tokens.

@@ -4,9 +4,9 @@ Layers whose K and V have the same shape share one storage
 `[num_layers, 2, num_pages, page_size, num_kv_heads, head_dim]`; a page id names the same page in every
 storage. Pages are handed out lowest id first, so that a sequence alone in the pool lies contiguous.
 
-A page that is let go by its last holder while the prefix index knows it keeps its content. It counts as free, and is
-given up when no other is, the one let go longest ago first. Sequences let go of their last page first, and hold all
-pages before one they hold, so a page is never given up before those that follow it.
+A page that its last holder releases keeps its content if the prefix index knows it. It counts as free, and is used
+again only when no other page is free, the one released longest ago first. Sequences release their last page first, and
+who holds a page holds all pages before it; so a page is never used again before those that follow it.
 
 Pages may be taken and given back from any thread: whatever touches the counts holds the pool's lock, which is never
 held while a model runs.
@@ -149,9 +149,9 @@ class PagePool:
 
     @locked
     def forget_cached(self) -> None:
-        """Let no sequence find pages computed until now: for measurements, or after weights were edited.
+        """Forget every page that a new sequence could find: for measurements, or after weights were edited.
 
-        Sequences that live on keep theirs, and may offer them again.
+        Living sequences keep their pages, and may offer them again.
         """
         self.prefixes.clear()
         for page in self._cached:

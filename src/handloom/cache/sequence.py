@@ -27,14 +27,19 @@ class Sequence:
     """Token ids [n] and their pages.
 
     Invariant: num_computed <= len(token_ids), and the page table covers at least the cached tokens, which are the
-    computed ones less the evicted. `evicted`: ranges (start, stop) of tokens, in order, that were computed and whose K
-    and V are gone. One that is computed again (`forget`, `recompute_last`) is cached again.
-    `embeddings` [e, hidden_size], if given, stand in for the first e tokens, whose ids are PLACEHOLDER.
-    `ahead`: ids that may follow the last token, tried out in the next step: they are no tokens of the sequence, though
-    their K and V may be written to its pages.
-    `spilled`: the pages' content, while they are somebody else's (`spill`); the tokens count as computed all the same.
-    `salt`: only sequences of the same one find each other's pages. `private`: its K and V are not what the model makes
-    of the tokens (they were edited, or come from elsewhere), so nobody finds them; nor those of one with embeddings.
+    computed ones less the evicted.
+
+    Attributes:
+        evicted: ranges (start, stop), in order, of computed tokens whose K and V were dropped. A token that is computed
+            again (`forget`, `recompute_last`) is cached again.
+        embeddings: [e, hidden_size] or None; they stand in for the first e tokens, whose ids are PLACEHOLDER.
+        ahead: drafted ids that the next step tries after the last token. They are not part of the sequence, though
+            their K and V may be written to its pages.
+        spilled: the content of its pages in host memory, while others have the pages (`spill`); its tokens still count
+            as computed.
+        salt: only sequences with the same salt find each other's pages.
+        private: its K and V are not what the model makes of the tokens (edited, or from a file), so nobody else may
+            find its pages; nor those of a sequence with embeddings.
     """
 
     def __init__(self, pool: PagePool, token_ids: Iterable[int] = (), embeddings: Tensor | None = None) -> None:
@@ -98,7 +103,7 @@ class Sequence:
             self._grow(num_tokens)
 
     def _is_grown(self, num_tokens: int) -> bool:
-        """Whether there is nothing to do. Pages that are its own and known to nobody stay so, without a lock."""
+        """Whether `grow` has nothing to do. No lock is needed: a page that nobody else holds or can find stays so."""
         pool, num_evicted = self.pool, self.num_evicted
         first = (self.num_computed - num_evicted) // pool.page_size
         end = -(-(num_tokens - num_evicted) // pool.page_size)
@@ -123,8 +128,8 @@ class Sequence:
 
     @locked
     def own(self, start: int, stop: int) -> None:
-        """Make the pages of the cached tokens start..stop, counted among these, writable: copies of those that others
-        hold, and none that others may find. Raises OutOfPages."""
+        """Make the pages of cached tokens start..stop (counted among the cached) safe to write to: shared pages are
+        copied, and the prefix index forgets the others. Raises OutOfPages."""
         page_size = self.pool.page_size
         for index in range(start // page_size, min(-(-stop // page_size), len(self.page_table))):
             page = self.page_table[index]
@@ -178,7 +183,7 @@ class Sequence:
             )
 
     def trim(self) -> None:
-        """Give back the pages past what may be computed next, which were taken ahead."""
+        """Give back the pages reserved past what the next step may write."""
         self._keep_pages(len(self.token_ids) + len(self.ahead))
 
     @locked
@@ -227,7 +232,7 @@ class Sequence:
     # Taking tokens out of the middle --------------------------------------------------------------
 
     def cached_before(self, at: int) -> int:
-        """How many tokens before token `at` are in the cache: the place there of a cached one."""
+        """How many tokens before token `at` are in the cache; for a cached token, its place there."""
         return at - sum(min(stop, at) - start for start, stop in self.evicted if start < at)
 
     def evict(self, start: int, stop: int) -> None:

@@ -50,7 +50,7 @@ class PromptLogprobsEvent:
 
 @dataclass(slots=True)
 class SampleFinishedEvent:
-    """One of a request's outputs is over; of a request with several, and of a beam search. Fields as in FinishedEvent.
+    """One output is over, of a request that has several or that searches with beams. Fields as in FinishedEvent.
 
     search: what beam search tells of this output.
     """
@@ -101,11 +101,11 @@ class DraftCounts:
 
 @dataclass(slots=True)
 class FinishedEvent:
-    """The request is over, the last of its events; `text` is the rest of its text. past_key_values: where asked for.
+    """The request is over: the last of its events. `text` is the rest of its text.
 
-    A request with several outputs has told of each by a SampleFinishedEvent, with its error, and reason is that of one
-    of them; unless all ended together, by an error or from outside. Else `error` is set when reason is "error".
-    `drafts`: of a request with speculation.
+    `error` is set when reason is "error". A request with several outputs has told of each, and of its error, by a
+    SampleFinishedEvent before, and the reason here is that of one of them; unless all ended together, by an error or
+    from outside. past_key_values: where asked for; drafts: of a request with speculation.
     """
 
     reason: FinishReason
@@ -145,8 +145,8 @@ class Decoder(Protocol):
 
     @property
     def sequences(self) -> Seq[Sequence]:
-        """Every sequence it holds pages by. The scheduler may free them all between two steps: `plan` then asks for
-        all their tokens again, and `advance` must not take for new what it has seen before."""
+        """Every sequence whose pages it holds. The scheduler may free them all between two steps: `plan` then asks for
+        all their tokens again, and `advance` must not take logits that it has seen before for new ones."""
 
     def plan(self) -> Seq[Work]:
         """The work that must run before this decoder can go on; never empty until it has finished."""

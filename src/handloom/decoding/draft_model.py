@@ -177,8 +177,8 @@ def draft_by_model(assistant: Assistant, wanted: Seq[Wanted]) -> int:
 
 
 def _forward(runner: Forward, wanted: Seq[Wanted]) -> tuple[list[Wanted], Tensor]:
-    """Run what is pending of those there is room for, the least first; returns those that nothing is pending of any
-    more, and their rows of logits."""
+    """Run pending tokens of as many drafters as there is room for, those with the fewest first. Returns those that have
+    none left, and their rows of logits."""
     works: list[Work] = []
     running: list[Wanted] = []
     room = MAX_PASS_TOKENS

@@ -71,9 +71,9 @@ class Internals:
         return Hook(frozenset([*self._states, *self._patterns]), self._acts.add, False, None)
 
     def take(self, sequences: Seq[Sequence]) -> list[Seen]:
-        """What was seen of each since the last step; of a sequence that was computed twice, what came last.
+        """What was seen of each sequence's new tokens since the last call; of tokens computed twice, the later values.
 
-        Of one that its owner has rewound or computed meanwhile, what is still new of what was seen.
+        Where the owner of a sequence has rewound it or computed some of it meanwhile, that is what is left of them.
         """
         if self._start is None:
             return [NOTHING] * len(sequences)

@@ -1,7 +1,7 @@
 """The common mode: one sequence per request, one token a step, greedy or sampled.
 
-`advance_together` takes all such requests of a step at once, so that choosing is vectorised over rows. So it does with
-those that draft tokens (`decoding/speculative.py`), which have several.
+`advance_together` takes all such requests of a step at once, so that choosing is vectorised over rows; also those that
+draft tokens (`decoding/speculative.py`), which have several rows each.
 
 This module does not know the scheduler or other modes.
 """
@@ -30,14 +30,14 @@ from handloom.sampling.sampler import Choice, choose, token_logprobs
 from handloom.text.tokenizer import Tokenizer
 
 Choosing = Callable[[Tensor, Seq[Row]], Choice]
-"""`sampler.choose`, or who does the same."""
+"""`sampler.choose`, or another function that does the same."""
 Logits = Tensor | Choice
 """What a step gives its decoders: logits [R, vocab_size], or, where the device has chosen, one choice for each."""
 
 
 @dataclass(slots=True)
 class Ready:
-    """A decoder whose rows start..end of the step's logits are there."""
+    """A decoder, and which rows of the step's logits are its own: start..end."""
 
     decoder: SampleDecoder
     start: int
@@ -100,11 +100,11 @@ class SampleDecoder:
         return end - 1
 
     def rows(self, count: int) -> Seq[Row]:
-        """What the sampler needs to know of the `count` rows to choose from; of no more than can be chosen together."""
+        """What the sampler needs to know of its next rows, `count` at most: as many as can be chosen from together."""
         return [self.row()]
 
     def take(self, choice: Choice, places: Seq[int]) -> tuple[list[Event], bool]:
-        """The events of what was chosen in these places of a choice, and whether the rows after them count too."""
+        """Take what was chosen in these places of a choice: the events, and whether there are rows to go on with."""
         return self.accept(choice, places[0], self.internals.take([self.sequence])[0]), False
 
     def row(self) -> Row:
@@ -203,9 +203,8 @@ def criteria_met(params: GenerationParams, ids: Tensor, scores: tuple[Tensor, ..
 def advance_together(ready: Seq[Ready], logits: Logits, choose: Choosing = choose) -> Iterator[tuple[int, list[Event]]]:
     """Choose for every decoder whose prompt has run; yields (which of them, some of its events, in order).
 
-    logits [R, vocab_size] of the whole step; each decoder's rows are logits[start:end]. All rows that can be are chosen
-    from at once, by `choose`: of most decoders that is one, of drafted tokens several. Where that raises, what came
-    before has been told.
+    logits [R, vocab_size] of the whole step; each decoder's rows are logits[start:end]. Rows of all decoders are chosen
+    from together: one of most, several of those with drafted tokens.
     """
     if isinstance(logits, Choice):
         for i, item in enumerate(ready):

@@ -35,20 +35,22 @@ MAX_LOGITS_BYTES = 128 << 20
 class Engine:
     """Continuous generation for many requests over one model.
 
-    max_step_tokens: most tokens in one forward pass (longer prompts run in chunks); max_running: most requests in
-    flight at once, the others wait; prefix_cache: whether requests take over pages that others with the same first
-    tokens have computed, and leave theirs to later ones; spill_bytes: most bytes of K and V that wait in host memory
-    for requests that had to give up their pages, by default as many as the whole cache has. Past that K and V are
-    computed again, but those of edited sequences never are: such a request keeps its pages, and where nobody could go
-    on any more it ends with OutOfPages, the sequence and its edits untouched. Raises InvalidParam.
+    Args:
+        max_step_tokens: most tokens in one forward pass; longer prompts run in chunks.
+        max_running: most requests in flight at once; the others wait.
+        prefix_cache: whether prompts that begin with the same tokens share the pages of these.
+        spill_bytes: most bytes of K and V kept in host memory for requests that had to give up their pages; by default
+            as many as the whole cache has. What does not fit is computed again, except for edited sequences, whose K
+            and V cannot be: such a request keeps its pages. If then nobody can go on, it ends with OutOfPages, its
+            sequence and the edits untouched.
 
-    Every method may be called from any thread. One thread steps at a time, others that want to wait for it; the other
-    methods never do: what they ask for while a step runs is done when it ends. Each event is returned once, by the step
-    it came from, to whoever called that. A request's tokens do not depend on which threads did what (but for
-    rng="torch", whose generator all share). A sequence of the caller's belongs to its request until that is over. What
-    the caller gives to run inside a step (processors, criteria, hooks, decoders) may call anything here except `step`.
+    Every method may be called from any thread. One thread steps at a time, and others that call `step` wait for it. No
+    other method waits: what it asks for while a step runs is done when that step ends. Each event is returned once, to
+    the caller of the step that it came from. A request's tokens do not depend on the threads (except with rng="torch",
+    whose generator is shared). A sequence of the caller's belongs to its request until that is over. What the caller
+    gives to run inside a step (processors, criteria, hooks, decoders) may call anything here except `step`.
 
-    Where a step raises (out of memory, a bug), no request is lost: step again, abort, or close.
+    When a step raises (out of memory, a bug), no request is lost: step again, abort, or close. Raises InvalidParam.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Engine:
         self._ids = itertools.count()
         self._stepping = threading.Lock()  # held while the scheduler is worked on
         self._stepper: int | None = None  # the thread that steps
-        self._door = threading.RLock()  # held for what is short; guards what is below
+        self._door = threading.RLock()  # held for moments only; guards the four below
         self._alive: dict[int, Request] = {}
         self._arrived: deque[Request] = deque()
         self._leaving: deque[Request] = deque()
@@ -110,9 +112,9 @@ class Engine:
 
         A higher priority comes first; among equals, who came first. Only requests with the same cache_salt share cached
         pages, so that nobody can time what others have asked. Returns the request id its events carry.
-        A Sequence stays the caller's, receives the new tokens and keeps its pages when the request ends; while it lasts
-        they may be taken for others, and what was in them come back from host memory or be computed anew. Forks keep
-        theirs.
+        A Sequence stays the caller's: it receives the new tokens, and keeps its pages when the request ends. While the
+        request runs, its pages may be lent to others; their content then comes back from host memory or is computed
+        again. Forks of it keep their own pages.
         Raises InvalidPrompt, ContextOverflow, InvalidParam, UnsupportedOption.
         """
         return self.add(self.prepare(prompt, options, cache_salt=cache_salt), priority=priority)
@@ -190,7 +192,7 @@ class Engine:
 
     def _step(self) -> list[Event]:
         self._take_over()
-        self.scheduler.sharing = self.prefix_cache and not self.model.hooks  # what is taken over, no hook would see
+        self.scheduler.sharing = self.prefix_cache and not self.model.hooks  # a hook would miss what is cached
         events = self.pilot.go_on() if self.pilot is not None and self.pilot.flying else []
         events = events or self._planned_step()
         with self._door:
@@ -202,7 +204,7 @@ class Engine:
     def _planned_step(self) -> list[Event]:
         running = [request.decoder for request in self.scheduler.running if not request.paused]
         room = min(self.scheduler.max_tokens, self.scheduler.max_rows)
-        self.speculator.draft(running, room if not self.model.hooks else 0)  # hooks would see what is only tried out
+        self.speculator.draft(running, room if not self.model.hooks else 0)  # hooks would see wrong drafts too
         with self.model.pool.lock:
             plan, events = self.scheduler.plan()
         if not plan.works:

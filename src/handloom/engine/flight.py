@@ -262,7 +262,8 @@ class Pilot:
         return events
 
     def _settle(self, read: list[tuple[int, Row, int, int]]) -> None:
-        """Who is over leaves. Where a page became another that is the same, the device's tables are out of date."""
+        """Rows of requests that are over leave. Where `publish` has exchanged a page for an equal one, the device's
+        tables are out of date, and no further step is queued."""
         page_size = self.scheduler.pool.page_size
         for place, row, at, page in read:
             if row.request.over:

@@ -29,8 +29,10 @@ FIELDS = {"token_id": int, "sample": int, "text": str}
 
 
 class Guarded:
-    """A decoder around the caller's, `inner`, with its num_outputs, or 1. Raises InvalidParam where something lacks,
-    RequestFailed where its sequences are none of this pool's."""
+    """A decoder around the caller's, `inner`. num_outputs: the inner one's, or 1 where it does not say.
+
+    Raises InvalidParam where the inner one lacks something, RequestFailed where it has sequences of another pool.
+    """
 
     def __init__(self, inner: Decoder, model: Model) -> None:
         self.inner, self._pool = inner, model.pool
@@ -50,7 +52,7 @@ class Guarded:
 
     @property
     def sequences(self) -> Seq[Sequence]:
-        """Those that the decoder says; where it fails to, those it said last, and its next plan fails."""
+        """The inner decoder's. Where asking for them fails, those it had before, and the next `plan` raises that."""
         try:
             self._read_sequences()
         except RequestFailed as failure:

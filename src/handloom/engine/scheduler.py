@@ -1,23 +1,23 @@
 """Who runs how many tokens in the next step.
 
-One order rules all: higher priority first, then first come. In this order requests are given the tokens of
-the step and pages of the cache; in the reverse order pages are taken back.
+Requests are ordered by priority, then by arrival. In this order they are given the tokens of a step and pages of the
+cache; in the reverse order pages are taken back.
 
-A request starts when there are pages for all that it has to compute, and one more for each request that runs
-already. While there are plenty it also takes those for its longest possible length, so that its pages lie side by
-side; these are the first to be taken back. When that is not enough, the last request that runs is preempted:
-it gives all its pages back and waits, first of its kind. What was in them goes to host memory, as long as there is room
-within a limit; else it is computed again from the tokens. So the first request in the order always goes on, and a step
-with work never makes none. A request fails for lack of pages only where it would not fit the whole pool, or where it
-runs alone and others than this scheduler hold the rest.
+A request starts when there are pages for all that it has to compute, and one more for each request that runs already.
+If there are plenty, it also reserves pages for its longest possible length, so that its pages lie side by side; such
+reserves are the first to be taken back. When that is not enough, the last running request is preempted: it gives all
+its pages back and waits at the head of its priority. Its K and V go to host memory as long as a limit leaves room, and
+are computed again from the tokens otherwise. So the first request in the order always makes progress. A request fails
+for lack of pages only if it would not fit the whole pool, or if it runs alone and somebody else holds the rest.
 
-K and V that the model would not make of the tokens (edited, evicted, patched, from a file) cannot be computed again: a
-request with such is preempted only where host memory has room. Where nobody can go on for that, the last of them fails.
+K and V that the model would not make of the tokens (edited, evicted, patched, read from a file) cannot be computed
+again. A request that has such is preempted only if host memory has room for them. If nobody can go on because of that,
+the last of these requests fails.
 
-A request that is paused gets no work; it gives place and pages up to any that is not.
+A paused request gets no work, and gives up its place and its pages to any request that is not paused.
 
-Requests that begin alike share pages. One that starts takes over those that are cached, and it waits to start while a
-request before it is computing the very page that it needs next.
+Requests that begin with the same tokens share pages. One that starts takes over the pages that are cached; it waits to
+start while a request before it is computing the very page that it needs next.
 
 This module does not know models, how tokens are chosen, or how a request's options were resolved.
 """
@@ -82,10 +82,10 @@ class Plan:
 class Scheduler:
     """Waiting and running requests, each in order.
 
-    max_tokens: tokens per step; max_running: requests that hold pages at once; max_rows: logits rows per step
-    of one Work; spill_bytes: of the pool's K and V that may be in host memory at once;
-    sharing: whether requests look for pages that others have computed, and offer theirs; choose: who chooses tokens of
-    those that are sampled one by one.
+    max_tokens: tokens per step; max_running: requests that hold pages at once; max_rows: rows of logits that one Work
+    may ask for in a step; spill_bytes: how much of the pool's K and V may be in host memory at once; sharing: whether
+    requests look for pages that others have computed, and offer theirs; choose: chooses the tokens of all requests
+    whose decoder is a SampleDecoder, together.
     """
 
     def __init__(
@@ -253,7 +253,10 @@ class Scheduler:
         return budget
 
     def _take_back(self, request: Request) -> bool:
-        """Free pages for `request`; False if there are none to take. Those with work in this step's plan lose none."""
+        """Free pages for `request`; False if there are none to take. Requests with work in this step's plan lose none.
+
+        First reserves, then the pages of running requests after this one, then those of requests that wait.
+        """
         free = self.pool.num_free
         for other in reversed(self.running):
             for sequence in other.decoder.sequences:
@@ -302,9 +305,9 @@ class Scheduler:
         self.add(request)
 
     def _take_pages(self, request: Request) -> None:
-        """Free its pages; what is in them goes to host memory where that has room, first what is worth most.
+        """Free its pages; their content goes to host memory where that has room, what cannot be computed again first.
 
-        Pages that several of its sequences share would come back once for each: these are computed again.
+        Pages that several of its sequences share would come back once for each; so these are computed again.
         """
         sequences = request.decoder.sequences
         for sequence in sorted(sequences, key=lambda sequence: not sequence.private):

@@ -70,7 +70,7 @@ def hold(spec: ModelSpec, backend: Backend, name: str, weight: Weight, *, own: b
 
 
 class Weights(Mapping[str, Tensor | QuantizedMatrix]):
-    """A model's weights as a checkpoint has them; those that a backend lays out otherwise are made at each look."""
+    """A model's weights as a checkpoint has them; one that the backend lays out otherwise is made anew at each look."""
 
     def __init__(self, held: Mapping[str, Weight]) -> None:
         self.held = held

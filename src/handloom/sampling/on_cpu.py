@@ -23,8 +23,8 @@ _LANES = 128  # torch sums in lanes, a power of two and fewer than this
 
 
 def forbid(row: Row, banned: Flags) -> None:
-    """-inf where `banned`, of the same shape, bool or 0 and 1, is set: by bits, for a mask without order defies
-    prediction."""
+    """-inf where `banned`, of the same shape, bool or 0 and 1, is set: by arithmetic on bits, for a processor cannot
+    predict branches of a mask without order."""
     keep = banned.view(np.uint8).astype(np.int32)
     keep -= 1
     bits = row.view(np.int32)
@@ -50,8 +50,8 @@ def kth_highest(row: Row, k: int) -> np.float32:
 
 
 def nucleus(row: Row, mass: np.float32) -> tuple[np.float32, bool]:
-    """What top_p keeps, without the tokens that have at most `mass` together: the least score of it, and whether there
-    are as high ones on both sides, so that the order of a sort decides. (nan, False) of a row that is not a number."""
+    """The lowest score that top_p keeps once the least likely tokens, with at most `mass` together, are left out; and
+    whether equal scores lie on both sides of the cut, so that the order of a sort decides. (nan, False) for NaN."""
     ascending = np.sort(possible(row))
     if not len(ascending):
         return _NOTHING, False
