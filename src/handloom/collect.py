@@ -212,9 +212,9 @@ class _Request:
         if event is None or isinstance(event, HealedEvent):
             ids = self.outputs[0].prompt_token_ids if event is None else event.token_ids
             prompt = [id_ for id_ in ids if id_ >= 0]
-            streamer.put(torch.tensor([prompt], dtype=torch.int64))
+            streamer.put(torch.tensor([prompt], dtype=torch.int64, device="cpu"))
         elif isinstance(event, TokenEvent):
-            streamer.put(torch.tensor([event.token_id]))
+            streamer.put(torch.tensor([event.token_id], device="cpu"))
         elif isinstance(event, FinishedEvent):
             streamer.end()
             self.streamer = None

@@ -17,7 +17,6 @@ from handloom.checkpoint.quantization import FORMATS
 from handloom.checkpoint.quantize import Scheme
 from handloom.checkpoint.types import Checkpoint
 from handloom.engine.graphs import DecodeGraphs
-from handloom.engine.runner import check_default_device
 from handloom.engine.stream import CudaStream
 from handloom.errors import InvalidParam, OutOfMemory, UnsupportedOption
 from handloom.model.spec import ModelSpec, kv_values_per_token
@@ -65,9 +64,8 @@ def refuse_others(names: Iterable[str]) -> None:
 def choose_device(device: str | torch.device) -> torch.device:
     """ "auto": a CUDA GPU if there is one, else the CPU.
 
-    Raises InvalidParam for a device that is not there, EngineError where torch's default is not the CPU.
+    Raises InvalidParam for a device that is not there.
     """
-    check_default_device()
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

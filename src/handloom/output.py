@@ -96,13 +96,13 @@ class Output:
         from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
         prompt = [id_ for id_ in self.prompt_token_ids if id_ >= 0]
-        sequences, beams = torch.tensor([[*prompt, *self.token_ids]], dtype=torch.int64), self.beams
+        sequences, beams = torch.tensor([[*prompt, *self.token_ids]], dtype=torch.int64, device="cpu"), self.beams
         if beams is not None:
             seen = beams.seen or []
             return GenerateBeamDecoderOnlyOutput(
                 sequences=sequences,
-                sequences_scores=torch.tensor([beams.score]),
-                beam_indices=torch.tensor([beams.beam_indices], dtype=torch.int32),
+                sequences_scores=torch.tensor([beams.score], device="cpu"),
+                beam_indices=torch.tensor([beams.beam_indices], dtype=torch.int32, device="cpu"),
                 scores=None if beams.scores is None else tuple(beams.scores),
                 logits=None if beams.logits is None else tuple(beams.logits),
                 hidden_states=tuple(step.hidden_states for step in seen if step.hidden_states is not None) or None,

@@ -183,7 +183,9 @@ def _take_prompts(prompts: Any, options: Mapping[str, Any], model: Mapping[str, 
     mask = options.pop("attention_mask", None)
     items = _unpadded(first, named[first], mask)
     if mask is None and isinstance(named[first], Tensor | np.ndarray):
-        _check_no_padding(first, torch.as_tensor(named[first]), (options, options.get("generation_config"), model))
+        _check_no_padding(
+            first, torch.as_tensor(named[first], device="cpu"), (options, options.get("generation_config"), model)
+        )
     negative = options.get("negative_prompt_ids")
     if isinstance(negative, Tensor) and negative.dim() == 2 and isinstance(items, list) and len(negative) == len(items):
         options["negative_prompt_ids"] = list(negative)  # as those of the prompts, a row for each

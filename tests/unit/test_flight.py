@@ -343,13 +343,14 @@ def test_a_step_neither_asks_the_device_for_a_value_nor_sends_one(family: str, m
 
 
 def _watch(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, asked: list[str]) -> None:
-    """Note calls from modules of handloom that make the host wait for the device: of `tensor` those that name one."""
+    """Note calls from modules of handloom that make the host wait for the device: of `tensor` those that name one,
+    where "cpu", so written, is the host."""
     original = getattr(owner, name)
 
     def watched(*args: Any, **options: Any) -> Any:
         caller = sys._getframe(1).f_code.co_filename
         ours = {"handloom", "handloom_kernels"} & set(Path(caller).parts)
-        if ours and (owner is torch.Tensor or "device" in options):
+        if ours and (owner is torch.Tensor or options.get("device", "cpu") != "cpu"):
             asked.append(f"{name} in {caller}")
         return original(*args, **options)
 

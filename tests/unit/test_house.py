@@ -34,6 +34,11 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.
 
 CODE_IN_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 LOADERS = {"torch.load", "torch.hub.load", "numpy.load", "np.load", "torch.jit.load"}
+FACTORIES = {
+    f"torch.{name}"
+    for name in "arange as_tensor asarray empty empty_strided eye full linspace logspace ones rand randint randn "
+    "randperm scalar_tensor tensor tril_indices triu_indices zeros".split()
+}
 
 
 def files(*roots: Path) -> list[Path]:
@@ -120,6 +125,18 @@ def test_nothing_can_run_code_that_came_as_data(path: Path) -> None:
                 assert called.split(".")[-1] != "import_module"
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
             assert ast.unparse(node.value) == "False"
+
+
+@every_file
+def test_every_tensor_that_is_made_names_its_device(path: Path) -> None:
+    """Or `torch.set_default_device` would decide where it is."""
+    tree = ast.parse(path.read_text())
+    named = {name for name in imports(tree, []) if name.startswith("torch.")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if (called if called.startswith("torch.") else f"torch.{called}") in FACTORIES & (named | {called}):
+                assert any(keyword.arg == "device" for keyword in node.keywords), f"line {node.lineno}: {called}"
 
 
 @every_file

@@ -127,8 +127,8 @@ def save_sequence(
 
 
 def _entries(sequence: Sequence, logits: Tensor | None) -> Iterator[_Entry]:
-    ids = torch.tensor(sequence.token_ids, dtype=torch.int64)
-    evicted = torch.tensor(sequence.evicted, dtype=torch.int64) if sequence.evicted else None
+    ids = torch.tensor(sequence.token_ids, dtype=torch.int64, device="cpu")
+    evicted = torch.tensor(sequence.evicted, dtype=torch.int64, device="cpu") if sequence.evicted else None
     extra = {"embeddings": sequence.embeddings, "logits": logits, "evicted": evicted}
     for name, tensor in {"token_ids": ids, **extra}.items():
         if tensor is not None:
@@ -273,7 +273,7 @@ def _evicted(file: SafetensorsFile, length: int) -> Ranges:
     info = file.tensors["evicted"]
     if info.storage != "I64" or len(info.shape) != 2 or info.shape[1] != 2 or not 0 < info.shape[0] <= length:
         raise CheckpointError(f"{file.path}: tensor evicted is {info.storage} {list(info.shape)}; expected I64 [r, 2]")
-    ranges = torch.empty(info.shape, dtype=torch.int64)
+    ranges = torch.empty(info.shape, dtype=torch.int64, device="cpu")
     file.read_into("evicted", ranges)
     at = 0
     for start, stop in ranges.tolist():
@@ -300,9 +300,9 @@ def _read(
         crc = zlib.crc32(_bytes(out), crc)
         return out
 
-    ids = read("token_ids", torch.empty(length, dtype=torch.int64)).tolist()
+    ids = read("token_ids", torch.empty(length, dtype=torch.int64, device="cpu")).tolist()
     read_whole = {
-        name: read(name, torch.empty(info.shape, dtype=READABLE[info.storage]))
+        name: read(name, torch.empty(info.shape, dtype=READABLE[info.storage], device="cpu"))
         for name, info in ((name, file.tensors.get(name)) for name in ("embeddings", "logits", "evicted"))
         if info is not None
     }
@@ -319,7 +319,9 @@ def _read(
                 if len(runs) == 1 and pages.device.type == "cpu":
                     read(f"layers.{i}.{kind}", runs[0])
                     continue
-                staged = read(f"layers.{i}.{kind}", torch.empty((num_cached, *pages.shape[2:]), dtype=pages.dtype))
+                staged = read(
+                    f"layers.{i}.{kind}", torch.empty((num_cached, *pages.shape[2:]), dtype=pages.dtype, device="cpu")
+                )
                 for run, values in zip(runs, staged.split([len(run) for run in runs]), strict=True):
                     run.copy_(values)
         if f"{crc:08x}" != file.metadata.get("crc32"):

@@ -106,7 +106,7 @@ def take_apart(storage: Storage, raw: bytearray | memoryview, out: QuantizedRows
         out.low.copy_(pairs[:, 0::2] | pairs[:, 1::2] << 4)
     if out.high is not None:
         width = out.format.bits - 4
-        high = (codes >> 4).view(len(out), -1, 8 // width) << torch.arange(0, 8, width, dtype=torch.uint8)
+        high = (codes >> 4).view(len(out), -1, 8 // width) << torch.arange(0, 8, width, dtype=torch.uint8, device="cpu")
         out.high.copy_(high.sum(-1, dtype=torch.uint8))
     for plane, values in zip((out.scale, out.minimum, out.super_scale, out.super_minimum), halves, strict=True):
         if plane is not None and values is not None:

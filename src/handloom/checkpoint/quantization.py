@@ -181,7 +181,7 @@ class QuantizedRows:
         if self.high is None:
             return codes
         width = self.format.bits - 4
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device="cpu")
         high: Tensor = (self.high.unsqueeze(-1) >> shifts & (2**width - 1)) << 4
         codes |= high.view(codes.shape)
         return codes
@@ -262,18 +262,18 @@ class QuantizedMatrix:
 
     def matrix(self) -> Tensor:
         """All weights, [rows, columns]."""
-        out = torch.empty(self.shape, dtype=self.dtype)
+        out = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         for segment, part in zip(self.segments, out.split([len(s) for s in self.segments]), strict=True):
             segment.dequantize(part)
         return out
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         """The weights of some rows, int64 [n]: [n, columns]; what an embedding looks up."""
-        out, first = torch.empty(len(indices), self.shape[1], dtype=self.dtype), 0
+        out, first = torch.empty(len(indices), self.shape[1], dtype=self.dtype, device="cpu"), 0
         for segment in self.segments:
             inside = (indices >= first) & (indices < first + len(segment))
             chosen = segment.select(indices[inside] - first)
-            values = torch.empty(len(chosen), chosen.columns, dtype=self.dtype)
+            values = torch.empty(len(chosen), chosen.columns, dtype=self.dtype, device="cpu")
             chosen.dequantize(values)
             out[inside] = values
             first += len(segment)

@@ -121,10 +121,10 @@ class SafetensorsFile:
         if transpose:
             whole = torch.empty_like(whole, dtype=dtype, device="cpu")
             self.read_into(name, whole, transpose=True)
-            yield torch.arange(len(whole)), whole
+            yield torch.arange(len(whole), device="cpu"), whole
             return
         for first, source in self._stages(entry, dtype, whole.shape):
-            yield torch.arange(first, first + len(source)), source
+            yield torch.arange(first, first + len(source), device="cpu"), source
 
     def _stages(self, entry: _Entry, dtype: torch.dtype, shape: torch.Size) -> Iterator[tuple[int, torch.Tensor]]:
         """A tensor seen in this shape, some rows at a time: the number of the first, and their values."""

@@ -141,7 +141,9 @@ class BeamDecoder(Beams):
         before = self._ids
         reasons: list[FinishReason | None] = [None] * len(tokens)
         if params.stopping_criteria:
-            ids = torch.tensor([[*before[leaf], token] for leaf, token in zip(leaves, tokens, strict=True)])
+            ids = torch.tensor(
+                [[*before[leaf], token] for leaf, token in zip(leaves, tokens, strict=True)], device="cpu"
+            )
             met = criteria_met(params, ids, self._scores_so_far)
             reasons = ["criteria" if own else None for own in met]
         late = self._is_late

@@ -240,7 +240,7 @@ class Beams(ABC):
         if self._is_late:
             return "time"
         criteria = self.params.stopping_criteria
-        met = criteria and all(criteria_met(self.params, torch.tensor(self._ids), self._scores_so_far))
+        met = criteria and all(criteria_met(self.params, torch.tensor(self._ids, device="cpu"), self._scores_so_far))
         return "criteria" if met else None
 
     # Events ------------------------------------------------------------------------------------

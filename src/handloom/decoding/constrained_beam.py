@@ -78,7 +78,7 @@ class ConstrainedBeamDecoder(Beams):
             places = [beam if len(rows) > 1 else 0 for beam, _ in proposed]
             links = links + self._linked(rows, places, beams.tolist(), token_ids)
             after += [self._words.after(self._progress[beam], token_id) for beam, token_id in proposed]
-            all_banks = torch.tensor([*map(self._words.bank, after[: len(self._progress)]), *banks])
+            all_banks = torch.tensor([*map(self._words.bank, after[: len(self._progress)]), *banks], device="cpu")
             order = (all_banks.to(likeliest.device) * BANK + likeliest).sort(descending=True).indices.tolist()
             chosen = _by_turns(order, all_banks.tolist())[: len(self._progress)]
             likeliest = likeliest[chosen]

@@ -45,7 +45,8 @@ class DolaDecoder(SampleDecoder):
         super().__init__(sequence, params, tokenizer, owns_sequence=owns_sequence)
         self._model = model
         points = [f"blocks.{layer}.hook_resid_pre" for layer in premature_layers(params.dola_layers, model.spec)]
-        self._early = dict.fromkeys(points, torch.empty(0))  # residual stream at the last token [hidden_size], by point
+        nothing = torch.empty(0, device="cpu")
+        self._early = dict.fromkeys(points, nothing)  # residual stream at the last token [hidden_size], by point
 
     def plan(self) -> Seq[Work]:
         """Its next tokens: the last alone, so that those before it may be taken over from others."""

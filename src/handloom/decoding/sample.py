@@ -168,7 +168,7 @@ class SampleDecoder:
     def _criteria_met(self) -> bool:
         if not self.params.stopping_criteria:
             return False
-        ids = torch.tensor([self.sequence.token_ids[self.sequence.num_embeddings :]])
+        ids = torch.tensor([self.sequence.token_ids[self.sequence.num_embeddings :]], device="cpu")
         scores = tuple(s.unsqueeze(0) for s in self._scores) if self._scores else None
         return criteria_met(self.params, ids, scores)[0]
 
@@ -189,11 +189,11 @@ def output_text(tokenizer: Tokenizer | None, params: GenerationParams, prompt_id
 def criteria_met(params: GenerationParams, ids: Tensor, scores: tuple[Tensor, ...] | None) -> list[bool]:
     """Which of r sequences the caller's criteria end, called as transformers does: (input_ids [r, n], scores or None)
     -> bool or bool [r]. Raises RequestFailed where one of them raises."""
-    met = torch.zeros(len(ids), dtype=torch.bool)
+    met = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
     for criterion in params.stopping_criteria:
         try:
             with callers_threads():
-                met |= torch.as_tensor(criterion(ids, scores)).cpu() != 0
+                met |= torch.as_tensor(criterion(ids, scores), device="cpu") != 0
         except Exception as cause:
             raise RequestFailed(f"the stopping criterion {criterion!r} raised {cause!r}") from cause
     found: list[bool] = met.tolist()

@@ -74,18 +74,18 @@ class DecodeStep:
 
     def beginning(self, rows: Sequence[DecodeRow]) -> list[tuple[Tensor, Tensor]]:
         """(values in host memory, tensor they go to) that let these sequences, at most self.rows, begin."""
-        integers = torch.zeros(5, self.rows, dtype=torch.int64)
+        integers = torch.zeros(5, self.rows, dtype=torch.int64, device="cpu")
         columns = [(r.token_id, r.position, r.context_len, r.counter, signed(r.seed)) for r in rows]
-        integers[:, : len(rows)] = torch.tensor(columns, dtype=torch.int64).T
+        integers[:, : len(rows)] = torch.tensor(columns, dtype=torch.int64, device="cpu").T
         integers[2, len(rows) :] = 1
-        floats = torch.zeros(3, self.rows)
-        floats[:, : len(rows)] = torch.tensor([(r.temperature, r.top_p, r.min_p) for r in rows]).T
-        top_k = torch.zeros(self.rows, dtype=torch.int32)
-        top_k[: len(rows)] = torch.tensor([r.top_k for r in rows])
-        tables = torch.zeros(self.rows, self.width, dtype=torch.int64)
+        floats = torch.zeros(3, self.rows, device="cpu")
+        floats[:, : len(rows)] = torch.tensor([(r.temperature, r.top_p, r.min_p) for r in rows], device="cpu").T
+        top_k = torch.zeros(self.rows, dtype=torch.int32, device="cpu")
+        top_k[: len(rows)] = torch.tensor([r.top_k for r in rows], device="cpu")
+        tables = torch.zeros(self.rows, self.width, dtype=torch.int64, device="cpu")
         for table, row in zip(tables[: len(rows)], rows, strict=True):
             pages = row.page_table[: self.width]  # those that were taken ahead may be more
-            table[: len(pages)] = torch.tensor(pages)
+            table[: len(pages)] = torch.tensor(pages, device="cpu")
         return [(integers, self.integers), (floats, self.floats), (top_k, self.top_k), (tables, self.page_table)]
 
     @torch.no_grad()

@@ -216,7 +216,7 @@ class Pilot:
             return False
         for _, row, _, _ in rows:
             row.num_computed += 1
-        self.graphs.stream.upload(torch.tensor(pages), self._step.pages)
+        self.graphs.stream.upload(torch.tensor(pages, device="cpu"), self._step.pages)
         self._launch_step()
         self._queued.append(Queued(self.graphs.stream.fetch(self._step.out), rows))
         self._num_free = self.scheduler.pool.num_free

@@ -7,34 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
 
-import torch
 from torch import Tensor
 
 from handloom.cache.batch import Work, build_batch
 from handloom.cache.pages import PagePool
-from handloom.errors import EngineError, HandloomError
+from handloom.errors import HandloomError
 from handloom.model.hooks import Hooks
 from handloom.model.transformer import Transformer
-
-
-def check_default_device() -> None:
-    """Raises EngineError where torch makes tensors elsewhere than on the host unless told otherwise.
-
-    `torch.set_default_device` and `with torch.device(...)` do that, and code for the CPU would get their addresses.
-    """
-    default = torch.get_default_device()
-    if default.type != "cpu":
-        raise EngineError(
-            f"torch's default device is {str(default)!r}, and it has to be the CPU: "
-            "torch.set_default_device('cpu'); where a model is to be, LM.from_pretrained(..., device=...) says"
-        )
 
 
 class Runner:
     """A model, the pages it writes to, and the hooks that may be open on it."""
 
     def __init__(self, transformer: Transformer, pool: PagePool, hooks: Hooks) -> None:
-        check_default_device()
         self.transformer, self.pool, self.hooks = transformer, pool, hooks
 
     def forward(self, works: Iterable[Work], owners: Sequence[Sized] | None = None) -> Tensor:
@@ -52,7 +37,6 @@ class Runner:
         self, works: Iterable[Work], owners: Sequence[Sized] | None = None
     ) -> tuple[Tensor, Mapping[int, HandloomError]]:
         """As `forward`, and what went wrong in whose hook: errors by index of the work, whose rows are void."""
-        check_default_device()
         works = list(works)
         batch = build_batch(works, self.pool)
         own = [work.hook for work in works]

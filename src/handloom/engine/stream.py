@@ -89,7 +89,7 @@ class CudaStream:
         into.copy_(values.pin_memory(), non_blocking=True)  # torch keeps pinned memory until what uses it is done
 
     def fetch(self, source: Tensor) -> Wait:
-        values = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        values = torch.empty(source.shape, dtype=source.dtype, pin_memory=True, device="cpu")
         values.copy_(source, non_blocking=True)
         event = torch.cuda.Event()
         event.record()

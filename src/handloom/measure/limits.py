@@ -24,7 +24,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second of a large square matrix product, the best of half a second's."""
     size = SIZE if device.type == "cpu" else 8192
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, generator=generator, device="cpu").to(device, dtype) for _ in range(2))
     out = torch.empty(size, size, dtype=dtype, device=device)
     best, until = float("inf"), 0.0
     while time.perf_counter() < until or best == float("inf"):

@@ -54,7 +54,7 @@ class Run:
 def random_ids(vocab_size: int, length: int, seed: int = 0) -> list[int]:
     """Token ids drawn evenly from the vocabulary; the same for the same arguments, on every machine."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+    return torch.randint(vocab_size, (length,), generator=generator, device="cpu").tolist()
 
 
 def run(lm: LM, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:

@@ -107,7 +107,7 @@ def _settle_head(checkpoint: Checkpoint, spec: ModelSpec, prefix: str, family: F
     embed = prefix + family.model_sources["embed.weight"].names[0].removeprefix(family.prefixes[0])
     pair = []
     for name in (embed, head):
-        weight = torch.empty(checkpoint.tensors[name].shape, dtype=checkpoint.dtype)
+        weight = torch.empty(checkpoint.tensors[name].shape, dtype=checkpoint.dtype, device="cpu")
         checkpoint.read_into(name, weight)
         pair.append(weight)
     return spec if torch.equal(*pair) else replace(spec, tied_head=False)
@@ -280,7 +280,7 @@ def _read_quantized(
             continue
         for rows, values in checkpoint.read_rows(name, transpose=source.transpose):
             first = int(rows[0])
-            in_order = torch.equal(rows, torch.arange(first, first + len(rows)))
+            in_order = torch.equal(rows, torch.arange(first, first + len(rows), device="cpu"))
             made = part.narrow(first, len(rows)) if in_order else part.like(len(rows))
             try:
                 backend.quantize(values, made)

@@ -16,7 +16,7 @@ from handloom.ops import Rotary
 
 def inverse_frequencies(rope: RopeSpec, device: torch.device) -> Tensor:
     """Radians per position of each rotated pair, [rotary_dim / 2] float32 (Su et al. 2021, with `rope.scaling`)."""
-    exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
+    exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rope.rotary_dim
     inv_freq = 1.0 / (rope.theta**exponents)
     if rope.scaling == "linear":
         inv_freq = inv_freq / rope.factor

@@ -105,7 +105,7 @@ class Panels:
 
     def __getitem__(self, rows: Tensor | Sequence[int] | int) -> Tensor:
         """Rows [..., K] of the matrix, by their numbers [...]."""
-        rows = torch.as_tensor(rows)
+        rows = torch.as_tensor(rows, device=self.data.device)
         return self.data[rows // PANEL, :, rows % PANEL]
 
     def matrix(self) -> Tensor:

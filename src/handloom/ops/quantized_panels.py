@@ -116,7 +116,7 @@ class QuantizedPanels:
 
     def unpack(self) -> QuantizedMatrix:
         """As a checkpoint has it, anew."""
-        return QuantizedMatrix([s.select(torch.arange(s.rows)) for s in self.segments], self.dtype)
+        return QuantizedMatrix([s.select(torch.arange(s.rows, device="cpu")) for s in self.segments], self.dtype)
 
     def matrix(self) -> Tensor:
         """The matrix itself, [M, K], as a new tensor."""

@@ -29,7 +29,7 @@ WEIGHT_ROWS = 32
 def embed(input_ids: Tensor, weight: Matrix, scale: float, positions: Tensor, position_weight: Tensor | None) -> Tensor:
     """See `handloom_kernels.reference.embed`."""
     if isinstance(weight, QuantizedMatrix):
-        input_ids, weight = arange(len(input_ids)), weight[input_ids]
+        input_ids, weight = arange(len(input_ids), device=input_ids.device), weight[input_ids]
     return reference.embed(input_ids, weight, scale, positions, position_weight)
 
 

@@ -27,7 +27,10 @@ class BiasTable:
 
     def __init__(self, biases: Biases) -> None:
         single = {sequence[0]: bias for sequence, bias in biases if len(sequence) == 1}
-        self._single = torch.tensor(list(single), dtype=torch.int64), torch.tensor(list(single.values()))
+        self._single = (
+            torch.tensor(list(single), dtype=torch.int64, device="cpu"),
+            torch.tensor(list(single.values()), device="cpu"),
+        )
         self._after: dict[int, dict[tuple[int, ...], dict[int, float]]] = {}  # by length of what comes before
         for (*before, last), bias in biases:
             if before:
@@ -39,7 +42,10 @@ class BiasTable:
         for length, table in self._after.items():
             found = table.get(tuple(token_ids[-length:]))
             if found is not None:
-                yield torch.tensor(list(found)), torch.tensor(list(found.values()), dtype=torch.float32)
+                yield (
+                    torch.tensor(list(found), device="cpu"),
+                    torch.tensor(list(found.values()), dtype=torch.float32, device="cpu"),
+                )
 
 
 def sequence_bias(scores: Tensor, tables: Sequence[BiasTable | None], token_ids: Sequence[Sequence[int]]) -> None:

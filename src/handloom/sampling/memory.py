@@ -19,7 +19,7 @@ from handloom.sampling.params import GenerationParams
 from handloom.sampling.repetition import NgramTable, SeenTokens, TokenTensor
 from handloom.sampling.watermark import SynthID, SynthIDContext
 
-_NOTHING = torch.empty(0, dtype=torch.int64)
+_NOTHING = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 class Memory:
@@ -30,9 +30,9 @@ class Memory:
         self.biases = BiasTable(params.sequence_bias) if params.sequence_bias else None
         banned = [(sequence, -torch.inf) for sequence in params.bad_words_ids]
         self.bad_words = BiasTable(banned) if banned else None
-        self.suppressed = torch.tensor(params.suppress_tokens, dtype=torch.int64)
+        self.suppressed = torch.tensor(params.suppress_tokens, dtype=torch.int64, device="cpu")
         self.matcher = None if params.structure is None else params.structure.start()
-        self.begin_suppressed = torch.tensor(params.begin_suppress_tokens, dtype=torch.int64)
+        self.begin_suppressed = torch.tensor(params.begin_suppress_tokens, dtype=torch.int64, device="cpu")
         self._start_anew()
 
     def fork(self) -> Memory:

@@ -27,7 +27,7 @@ class TokenTensor:
     """Token ids as a tensor that grows."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(64, dtype=torch.int64)
+        self._buffer = torch.empty(64, dtype=torch.int64, device="cpu")
         self._size = 0
 
     def extend(self, token_ids: Sequence[int]) -> None:
@@ -35,8 +35,10 @@ class TokenTensor:
             return
         size = self._size + len(token_ids)
         if size > len(self._buffer):
-            self._buffer = torch.cat((self._buffer[: self._size], torch.empty(2 * size, dtype=torch.int64)))
-        self._buffer[self._size : size] = torch.tensor(token_ids, dtype=torch.int64)
+            self._buffer = torch.cat(
+                (self._buffer[: self._size], torch.empty(2 * size, dtype=torch.int64, device="cpu"))
+            )
+        self._buffer[self._size : size] = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
         self._size = size
 
     @property
@@ -145,12 +147,12 @@ def flat_indices(token_ids: dict[int, Sequence[int] | Tensor], scores: Tensor) -
     """Where the rows' token ids lie in `scores.view(-1)`, int64 [n]; ids that have no column are left out."""
     vocab_size = scores.shape[1]
     starts: int | Tensor
-    parts = [torch.as_tensor(ids, dtype=torch.int64) for ids in token_ids.values()]
+    parts = [torch.as_tensor(ids, dtype=torch.int64, device="cpu") for ids in token_ids.values()]
     if len(parts) == 1:
         ids, starts = parts[0], next(iter(token_ids)) * vocab_size
     else:
-        ids, counts = torch.cat(parts), torch.tensor([len(part) for part in parts])
-        starts = (torch.tensor(list(token_ids)) * vocab_size).repeat_interleave(counts)
+        ids, counts = torch.cat(parts), torch.tensor([len(part) for part in parts], device="cpu")
+        starts = (torch.tensor(list(token_ids), device="cpu") * vocab_size).repeat_interleave(counts)
     flat = ids if isinstance(starts, int) and not starts else ids + starts
     if len(ids) and int(ids.max()) >= vocab_size:
         flat = flat[ids < vocab_size]

@@ -154,7 +154,7 @@ def _sample_compiled(perturb: Perturb, scores: Tensor, seeds: Sequence[int], pos
         highest = float(own[token_id])
         (near,) = np.nonzero(own >= highest - abs(highest) * _RELATIVE_MARGIN - _MARGIN)
         if len(near) > 1:
-            low, high, position = torch.tensor(keys[row]).split(1)
+            low, high, position = torch.tensor(keys[row], device="cpu").split(1)
             token_ids = torch.from_numpy(near)
             exact = scores[row, token_ids] + gumbel_noise((low, high), position, token_ids)
             token_id = int(near[int(exact.argmax())])

@@ -59,18 +59,18 @@ def green_tokens(watermark: Watermark, token_ids: Sequence[int], vocab_size: int
     """The green list after `token_ids`, int64 [greenlist_ratio * vocab_size]; with selfhash the last one is tried."""
     if watermark.seeding_scheme == "selfhash":
         table = _fixed_table(watermark.hashing_key)
-        context = torch.tensor(token_ids[-watermark.context_width :])
+        context = torch.tensor(token_ids[-watermark.context_width :], device="cpu")
         hashes = table[context % _TABLE_SIZE] + 1
         seed = int((watermark.hashing_key * hashes * hashes[-1]).min())
     else:
         seed = watermark.hashing_key * token_ids[-1]
     generator = torch.Generator().manual_seed(seed % (2**64 - 1))
-    return torch.randperm(vocab_size, generator=generator)[: int(vocab_size * watermark.greenlist_ratio)]
+    return torch.randperm(vocab_size, generator=generator, device="cpu")[: int(vocab_size * watermark.greenlist_ratio)]
 
 
 @lru_cache(maxsize=4)
 def _fixed_table(key: int) -> Tensor:
-    return torch.randperm(_TABLE_SIZE, generator=torch.Generator().manual_seed(key))
+    return torch.randperm(_TABLE_SIZE, generator=torch.Generator().manual_seed(key), device="cpu")
 
 
 def favour_green(scores: Tensor, watermarks: Sequence[Watermark | None], token_ids: Sequence[Sequence[int]]) -> None:
@@ -79,7 +79,7 @@ def favour_green(scores: Tensor, watermarks: Sequence[Watermark | None], token_i
         if watermark is None or len(sequence) < watermark.context_width:
             continue
         if watermark.seeding_scheme == "selfhash":
-            green = torch.tensor(_green_candidates(watermark, sequence, scores[row]), dtype=torch.int64)
+            green = torch.tensor(_green_candidates(watermark, sequence, scores[row]), dtype=torch.int64, device="cpu")
         else:
             green = green_tokens(watermark, sequence, scores.shape[1])
         scores[row, green.to(scores.device)] += watermark.bias
@@ -149,7 +149,7 @@ def context_hash(token_ids: Sequence[int] | deque[int]) -> int:
 def sampling_table(config: SynthID) -> Tensor:
     """The coin flips, 0 or 1: int8 [sampling_table_size]."""
     generator = torch.Generator().manual_seed(config.sampling_table_seed)
-    return torch.randint(0, 2, (config.sampling_table_size,), generator=generator).to(torch.int8)
+    return torch.randint(0, 2, (config.sampling_table_size,), generator=generator, device="cpu").to(torch.int8)
 
 
 def coin_flips(coins: Tensor, key: int, hashes: Tensor) -> Tensor:

@@ -84,7 +84,9 @@ def detect_synthid(token_ids: Sequence[int], config: SynthID, *, eos_token_id: i
 def synthid_flips(token_ids: Sequence[int], config: SynthID) -> Tensor:
     """The coin flip of each token under each key, 0 or 1: int8 [n - ngram_len + 1, keys]; the first have none."""
     ends = range(config.ngram_len, len(token_ids) + 1)
-    hashes = torch.tensor([context_hash(token_ids[end - config.ngram_len : end]) for end in ends], dtype=torch.int64)
+    hashes = torch.tensor(
+        [context_hash(token_ids[end - config.ngram_len : end]) for end in ends], dtype=torch.int64, device="cpu"
+    )
     coins = sampling_table(config)
     return torch.stack([coin_flips(coins, key, hashes) for key in config.keys], dim=1)
 
@@ -98,7 +100,7 @@ def synthid_mask(token_ids: Sequence[int], config: SynthID, *, eos_token_id: int
         context = context_hash(token_ids[at - config.ngram_len + 1 : at])
         counts.append(context not in met and at < ended)
         met.append(context)
-    return torch.tensor(counts, dtype=torch.bool)
+    return torch.tensor(counts, dtype=torch.bool, device="cpu")
 
 
 def synthid_posterior(flips: Tensor, mask: Tensor, *, beta: Tensor, delta: Tensor, prior: float) -> float:

@@ -21,7 +21,7 @@ def embed(input_ids: Tensor, weight: Tensor, scale: float, positions: Tensor, po
     """
     hidden = F.embedding(input_ids, weight)
     if scale != 1.0:
-        hidden = hidden * torch.tensor(scale, dtype=weight.dtype)  # in host memory: nothing is copied to a device
+        hidden = hidden * torch.tensor(scale, dtype=weight.dtype, device="cpu")  # nothing is copied to a device
     return hidden if position_weight is None else hidden + F.embedding(positions, position_weight)
 
 

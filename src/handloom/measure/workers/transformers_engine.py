@@ -37,7 +37,7 @@ class Engine:
 
     @torch.no_grad()
     def run(self, *, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device="cpu")
         out = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
         )

@@ -67,7 +67,7 @@ def take(weight: Tensor | QuantizedMatrix) -> Panels | QuantizedPanels:
 def quantize_rows(weights: Tensor, out: QuantizedRows) -> None:
     """`handloom.checkpoint.quantize.quantize_rows`, to the bit. Raises CheckpointError as it does."""
     rows = weights if weights.dtype in FORMATS and weights.stride(-1) == 1 else weights.float().contiguous()
-    failed = torch.zeros(1, dtype=torch.int64)
+    failed = torch.zeros(1, dtype=torch.int64, device="cpu")
     run_once([blocks.quantize(rows, out, failed)], {Frame.TOKENS: len(rows)})
     if failed:
         raise not_quantizable()
@@ -116,7 +116,7 @@ def norm_qkv(
     """See `handloom_kernels.reference.norm_qkv`."""
     x, weight, own, bias = _matrix(hidden), _panels(weight), Scale.of(norm), _vector(bias)
     normed, qkv, slots = buffer(*x.shape), buffer(len(x), weight.shape[0]), slot_mapping.contiguous()
-    scales, rows = (_scale(q_norm), _scale(k_norm)), torch.arange(len(x))
+    scales, rows = (_scale(q_norm), _scale(k_norm)), torch.arange(len(x), device="cpu")
     if rotary is not None:
         rotary = Rotary(rotary.cos.contiguous(), rotary.sin.contiguous(), rotary.interleaved)
     run_once(
@@ -206,7 +206,7 @@ def perturb(scores: NDArray[np.float32], floors: NDArray[np.float32], keys: NDAr
 def lm_head(hidden: Tensor, norm: Norm, weight: Weight, softcap: float | None) -> Tensor:
     """See `handloom_kernels.reference.lm_head`."""
     x, weight, own = _matrix(hidden), _panels(weight), Scale.of(norm)
-    normed, logits = buffer(*x.shape), torch.empty(len(x), weight.shape[0], dtype=torch.float32)
+    normed, logits = buffer(*x.shape), torch.empty(len(x), weight.shape[0], dtype=torch.float32, device="cpu")
     run_once(
         [
             blocks.norm_rows(x, own, normed),

@@ -62,7 +62,7 @@ def embed(weight: Weight, scale: float, position_weight: Tensor | None, dtype: t
         data, form = segment.entries.ctypes.data, QUANTIZED
     else:
         data, form = address(weight.data), format_of(dtype)
-    rounded = float(torch.tensor(scale, dtype=dtype)) if scale != 1.0 else 1.0
+    rounded = float(torch.tensor(scale, dtype=dtype, device="cpu")) if scale != 1.0 else 1.0
     table = 0 if position_weight is None else format_of(position_weight.dtype)
     return ins.Embed(
         data, form, int(in_panels), weight.shape[1], rounded, address(position_weight), table,
@@ -122,7 +122,7 @@ def finish_qkv(
     num_kv_heads, head_dim = k_pages.shape[-2:]
     v_head_dim = v_pages.shape[-1]
     num_heads = (qkv.shape[1] - num_kv_heads * (head_dim + v_head_dim)) // head_dim
-    nothing = Scale(0, torch.empty(0), None, 0.0)
+    nothing = Scale(0, torch.empty(0, device="cpu"), None, 0.0)
     q, k = q_norm or nothing, k_norm or nothing
     half, interleaved = (0, 0) if rotary is None else (rotary.cos.shape[-1], int(rotary.interleaved))
     cos, sin = (None, None) if rotary is None else (rotary.cos, rotary.sin)

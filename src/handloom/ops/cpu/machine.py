@@ -22,15 +22,15 @@ class Machine:
     """Runs tables: holds each thread's scratch memory, and what is kept from an instruction to the next."""
 
     def __init__(self) -> None:
-        self._scratch = self._kept = torch.empty(0, dtype=torch.uint8)
+        self._scratch = self._kept = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def run(self, table: np.ndarray, scratch: int, kept: int, entries: dict[Frame, int]) -> None:
         """Run a table; scratch: bytes of each thread; kept: bytes for all; entries: of the frame."""
         threads = usable_threads()
         if len(self._scratch) < threads * scratch + 64:
-            self._scratch = torch.empty(threads * scratch + 64, dtype=torch.uint8)
+            self._scratch = torch.empty(threads * scratch + 64, dtype=torch.uint8, device="cpu")
         if len(self._kept) < kept + 64:
-            self._kept = torch.empty(2 * kept + 64, dtype=torch.uint8)
+            self._kept = torch.empty(2 * kept + 64, dtype=torch.uint8, device="cpu")
         at, kept_at = self._scratch.data_ptr(), self._kept.data_ptr()
         memory = {Frame.SCRATCH: at + -at % 64, Frame.SCRATCH_BYTES: scratch, Frame.KEPT: kept_at + -kept_at % 64}
         _run(table, {**entries, **memory}, threads)

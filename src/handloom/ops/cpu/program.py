@@ -38,7 +38,7 @@ def buffer(rows: int, width: int) -> Tensor:
     """An uninitialised matrix [rows, width] float32 whose rows are whole cache lines, and do not crowd one another."""
     padded = -(-width // LINE) * LINE
     padded += LINE if padded % SET == 0 else 0
-    return torch.empty(rows, padded, dtype=torch.float32)[:, :width]
+    return torch.empty(rows, padded, dtype=torch.float32, device="cpu")[:, :width]
 
 
 def heads_of(qkv: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class Recorder:
             blocks.norm_rows(stream, scale, normed, count=Frame.ROWS, gather=True),
             *blocks.linear(normed, weight, None, None, softcap=softcap, count=Frame.ROWS),
         ]
-        return torch.empty(0, weight.shape[0])
+        return torch.empty(0, weight.shape[0], device="cpu")
 
 
 class Batch(Protocol):
@@ -218,7 +218,7 @@ class Program:
         tokens, count = len(batch.input_ids), len(batch.logits_rows)
         with self._lock:
             self._record(compute, max(tokens, count), int(batch.positions.numpy().max()) + 1, rotaries, kv)
-            logits = torch.empty(count, self._width, dtype=torch.float32)
+            logits = torch.empty(count, self._width, dtype=torch.float32, device="cpu")
             kept = self._kept * blocks.kept_splits(batch.cu_seqlens.numpy(), batch.context_lens.numpy())
             self._machine.run(self._table, self._scratch, kept, entries(batch, logits, kv[0][0].shape[1]))
         return logits
@@ -233,7 +233,7 @@ class Program:
         self._recorded = None  # what fails below leaves nothing half made
         if positions > self._positions:
             most = max(MIN_POSITIONS, 1 << (positions - 1).bit_length())
-            self._rotaries, self._positions = rotaries(torch.arange(most)), most
+            self._rotaries, self._positions = rotaries(torch.arange(most, device="cpu")), most
         capacity = max(MIN_CAPACITY, 1 << (rows - 1).bit_length(), recorded.capacity if recorded else 0)
         recorder = Recorder(capacity)
         self._width = compute(recorder, self._rotaries, kv).shape[1]
