@@ -186,3 +186,11 @@ def test_without_a_thread_a_request_fails_and_a_later_one_is_served(monkeypatch:
             assert len(await listed(lm.astream(PROMPTS[0], max_new_tokens=2, eos_token_id=[], engine=engine))) == 3
 
     run(main())
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_waiting": 0}, {"max_events": "8"}, {"max_waiting": 2.5}, {"max_events": True}]
+)
+def test_limits_of_an_engine_are_integers_from_1(limits: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParam, match="both must be 1 or more, and integers"):
+        hl.AsyncEngine(lm_with(), **limits)

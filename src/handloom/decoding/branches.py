@@ -36,7 +36,7 @@ class Branches:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """The leaves that hold pages, and the first, which is computed before the others share what they can."""
+        """The leaves that hold pages, and always the first, which is computed before others take over its pages."""
         return [leaf for leaf in self.leaves if leaf is self.leaves[0] or leaf.page_table]
 
     @property

@@ -1,9 +1,9 @@
 """The best that a search, or one group of its beams, has finished so far; and whether something better can still come.
 
-What groups and constraints share with the last transformers that had them (4.56), where a search ends differently from
-the plain beam search of today: only an end-of-sequence token ends a beam by itself. The length, the time and the
-caller's criteria end the search, and whatever runs then competes as it is. Scores are Python floats, and ties fall as
-they do there.
+Searches in groups and for forced words end as in the last transformers that had them (4.56), which is not how plain
+beam search ends today: only an end-of-sequence token ends a beam by itself. The length, the time and the caller's
+criteria end the whole search, and whatever runs then competes as it is. Scores are Python floats, and ties fall as they
+do there.
 
 This module does not know beams, tokens or logits.
 """

@@ -1,8 +1,9 @@
 """Speculative decoding: several tokens a step, where somebody can guess what comes next.
 
-A step runs a request's last token and k drafted ones after it, so it yields the logits after each. Tokens are chosen
-from these in turn, by the same rules and the same noise as ever, and count as long as they are the drafted ones: the
-one that is not is chosen all the same, so a step gives 1 to k + 1 tokens. K and V of the wrong ones are written over.
+A step runs a request's last token and k drafted ones after it, so it yields the logits after each. From these, tokens
+are chosen in turn, by the same rules and the same noise as without drafts. While a chosen token is the drafted one, the
+next row of logits counts too; the first that is another is kept, and ends it. So a step gives 1 to k + 1 tokens. K and
+V of wrong drafts are written over.
 
 So the tokens are those without speculation, sampled ones too, whoever drafts and however much. Leviathan et al., "Fast
 inference from transformers via speculative decoding", 2023 (arXiv 2211.17192). For drafts that are certain of

@@ -60,8 +60,8 @@ class AsyncEngine:
     def __init__(
         self, model: Model, *, max_waiting: int = MAX_WAITING, max_events: int = MAX_EVENTS, **limits: Any
     ) -> None:
-        if min(max_waiting, max_events) < 1:
-            raise InvalidParam(f"max_waiting={max_waiting}, max_events={max_events}: both must be 1 or more")
+        if not all(type(limit) is int and limit > 0 for limit in (max_waiting, max_events)):
+            raise InvalidParam(f"{max_waiting=}, {max_events=}: both must be 1 or more, and integers")
         self.max_waiting, self.max_events = max_waiting, max_events
         self.model, self._engine = model, Engine(model, **limits)
         self._changed = threading.Condition()  # held for what is short, never while a step runs; guards what follows

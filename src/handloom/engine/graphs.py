@@ -67,7 +67,7 @@ class DecodeGraphs:
         return sum(step.nbytes for step in self._steps.values())
 
     def take(self, holder: object) -> bool:
-        """Whether it is the holder's turn from now on: nobody else has it, or who had it is no more."""
+        """Try to take the turn, from now on; False while another holder that still exists has it."""
         with self._turn:
             if self._holder is not None and self._holder() not in (None, holder):
                 return False
@@ -75,7 +75,7 @@ class DecodeGraphs:
             return True
 
     def give_back(self) -> None:
-        """For whoever has the turn, when all that it queued is done."""
+        """End the turn: for its holder, when all that it queued is done."""
         with self._turn:
             self._holder = None
 

@@ -16,9 +16,12 @@ from handloom.model.transformer import Transformer
 logger = logging.getLogger("handloom")
 
 
-def memory_by_owner(transformer: Transformer, pool: PagePool, decode_steps: int = 0) -> dict[str, int]:
-    """Bytes by owner: weights, KV cache, decode steps (their tensors); on a GPU also what else torch holds (graphs,
-    activations, unused), what is not this process's torch, and what is free."""
+def memory_report(transformer: Transformer, pool: PagePool, decode_steps: int) -> str:
+    """Bytes by owner in one line: "bytes on cuda:0: weights 2471645184, KV cache 5368709120, …".
+
+    decode_steps: of their tensors. On a GPU also what else torch holds (graphs, activations, unused), what is not this
+    process's torch, and what is free.
+    """
     owners = {
         "weights": sum(transformer.weights.nbytes().values()),
         "KV cache": pool.num_pages * pool.page_bytes,
@@ -30,12 +33,6 @@ def memory_by_owner(transformer: Transformer, pool: PagePool, decode_steps: int 
         owners["graphs and activations"] = max(0, held - sum(owners.values()))
         owners["others"] = max(0, total - free - held)
         owners["free"] = free
-    return owners
-
-
-def memory_report(transformer: Transformer, pool: PagePool, decode_steps: int = 0) -> str:
-    """`memory_by_owner` as one line: "bytes on cuda:0: weights 2471645184, KV cache 5368709120, …"."""
-    owners = memory_by_owner(transformer, pool, decode_steps)
     return f"bytes on {pool.device}: " + ", ".join(f"{owner} {size}" for owner, size in owners.items())
 
 

@@ -174,12 +174,15 @@ class Scheduler:
 
     def _waits_for_another(self, request: Request) -> bool:
         """Whether a request before it is computing a page that it could take over in the next step."""
-        return self.sharing and any(
-            not work.needs_every_token and work.sequence.awaits(other)
-            for before in self.running
-            if before.prefilling and not before.paused and before.rank < request.rank
-            for other in before.decoder.sequences
+        before = [o for o in self.running if o.prefilling and not o.paused and o.rank < request.rank]
+        if not self.sharing or not before:
+            return False
+        computing = [sequence for other in before for sequence in other.decoder.sequences]
+        return any(
+            work.sequence.awaits(other)
             for work in works_of(request.decoder)
+            if not work.needs_every_token
+            for other in computing
         )
 
     def _start(self, request: Request) -> None:

@@ -2,7 +2,7 @@
 
 The threads that an operator wakes spin for milliseconds after it, on cores that the compiled step needs. How many there
 may be is a number of the calling thread's own, in OpenMP and in MKL, and is set there: no other thread's changes, and
-none that starts meanwhile sees it. Where torch's library has no such functions (on Windows), operators do as ever.
+none that starts meanwhile sees it. Where torch's library has no such functions (on Windows), nothing is changed.
 
 This module does not know what is computed.
 """

@@ -2,8 +2,9 @@
 
 The grammar speaks of the bytes of the output's tokens, from the first new one on. Every token whose bytes may come next
 is allowed, however the text is cut; special tokens are no text. An end-of-sequence token is allowed exactly where the
-output may end, so it is forced where nothing else can come. A `Matcher` goes by the tokens it is shown, forwards and
-back, so it can be shown drafts, and survives preemption; `fork` is for a second way to go on.
+output may end, so it is forced where nothing else can come. A `Matcher` follows the tokens that it is shown, and goes
+back where they are others than before, so that it can be shown drafts and survives preemption; `fork` is for a second
+way to go on.
 
 Method: Earley parsing over lexemes, whose regular expressions are matched by derivatives (llguidance). Its limits are
 set here, and what it refuses or gives up at is an error of the one request.
@@ -129,8 +130,8 @@ class _Wrapped:
 class Grammar:
     """A compiled grammar, which any number of requests may start from. `option` is the one that it came by.
 
-    Its matchers share what was found out about its lexemes, which one of them may have made more of than the limits
-    allow: it then goes on by itself, so that it fails only where it would have failed alone.
+    Its matchers share the states of one lexer. Where others have made as many of these as the limits allow, a matcher
+    goes on with a lexer of its own, so that it fails only where it would have failed alone.
     """
 
     def __init__(self, option: str, source: str, tokens: _Tokens, limits: dict[str, int]) -> None:

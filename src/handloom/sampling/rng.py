@@ -119,8 +119,8 @@ def sample(scores: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> li
 
     `scores` is float32 [R, V] without NaN or +inf, with at least one finite score in every row; it is left as it is.
     `seeds` are in [0, 2^64), `positions` in [0, 2^31). Equal sums go to the lowest token id. Noise is computed only
-    for tokens that can win; rows with few of them are drawn together. Compiled code finds out which sums are nearly
-    the highest, in a process that has it.
+    for tokens that can win; rows with few of them are drawn together. Where compiled code is in memory, it finds the
+    tokens whose sums are nearly the highest.
     """
     perturb = perturb_on_cpu() if scores.device.type == "cpu" else None
     if perturb is not None:
@@ -144,7 +144,7 @@ def sample(scores: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> li
 
 
 def _sample_compiled(perturb: Perturb, scores: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
-    """`sample` with sums that are a little off: where that leaves several tokens, theirs are made exactly."""
+    """`sample` by compiled sums, which are a little off: those that are the highest within that are made exactly."""
     table = scores.numpy()
     keys = [(seed & _LOW_WORD, seed >> 32, at) for seed, at in zip(seeds, positions, strict=True)]
     totals = perturb(table, table.max(axis=1) - np.float32(_NOISE_RANGE), np.array(keys))

@@ -4,9 +4,9 @@ transformers' rule (`StopStringCriteria`): generation stops at the first token w
 string; the stop string and the rest of that token stay in the output. A hit gives the offsets to follow that rule or to
 cut the stop string off.
 
-In one thing it is not transformers', which compares bytes: here the text counts as it is decoded. So bytes that are no
-UTF-8 match a stop string with U+FFFD in it, and the other way round, where byte fallback shows a whole run of byte
-tokens as U+FFFD for one bad byte among them, the good ones match nothing.
+One thing differs from transformers, which compares bytes: here the decoded text is compared. So bytes that are not
+UTF-8 match a stop string with U+FFFD in it; and where byte fallback turns a whole run of byte tokens into U+FFFD for
+one bad byte among them, the good ones match nothing.
 
 The matcher is an Aho-Corasick automaton (Aho and Corasick, CACM 18(6), 1975): each character is looked at once, however
 many stop strings there are and however they overlap.
