@@ -118,18 +118,15 @@ class Conversation:
 
     def _with_limit(self, sequence: LiveSequence, options: dict[str, Any]) -> dict[str, Any]:
         """The options, with as many new tokens as there is room for where they say nothing, and no more."""
-        room, limit = max(1, self._capacity(sequence) - len(sequence)), options.get("max_new_tokens")
+        pool = self.lm.pool  # the sequence can grow to the context, or to what the cache has free
+        capacity = min(self.lm.max_context, (len(sequence.page_table) + pool.num_free) * pool.page_size)
+        room, limit = max(1, capacity - len(sequence)), options.get("max_new_tokens")
         if type(limit) is int:
             return {**options, "max_new_tokens": min(limit, room)}
         said = {**as_mapping(options.get("generation_config")), **options}
         if any(said.get(name) is not None for name in ("max_new_tokens", "max_length")):
             return options
         return {**options, "max_new_tokens": room}
-
-    def _capacity(self, sequence: LiveSequence) -> int:
-        """Tokens the sequence can grow to: the context, or what the cache has free."""
-        pool = self.lm.pool
-        return min(self.lm.max_context, (len(sequence.page_table) + pool.num_free) * pool.page_size)
 
     def _pieces(self, question: Message, collector: Collector) -> Generator[Piece]:
         output = collector.outputs[0]

@@ -113,26 +113,6 @@ def take_apart(storage: Storage, raw: bytearray | memoryview, out: QuantizedRows
             plane.copy_(torch.from_numpy(values).view(plane.shape))
 
 
-def _q4_0(b: _Fields) -> _Parts:
-    return _Parts(_planes(_bytes(b, "qs"), 16, 4), _half(b, "d"))
-
-
-def _q4_1(b: _Fields) -> _Parts:
-    return _Parts(_planes(_bytes(b, "qs"), 16, 4), _half(b, "d"), _half(b, "m"))
-
-
-def _q5_0(b: _Fields) -> _Parts:
-    return _Parts(_q5(b), _half(b, "d"))
-
-
-def _q5_1(b: _Fields) -> _Parts:
-    return _Parts(_q5(b), _half(b, "d"), _half(b, "m"))
-
-
-def _q8_0(b: _Fields) -> _Parts:
-    return _Parts(_bytes(b, "qs").view(np.int8), _half(b, "d"))
-
-
 def _q2_k(b: _Fields) -> _Parts:
     scales = _bytes(b, "scales")
     return _Parts(_planes(_bytes(b, "qs"), 32, 2), scales & 15, scales >> 4, _half(b, "d"), _half(b, "dmin"))
@@ -144,10 +124,6 @@ def _q3_k(b: _Fields) -> _Parts:
     high = _planes(_bytes(b, "hmask"), 32, 1) << np.uint8(2)
     codes = _planes(_bytes(b, "qs"), 32, 2) | high
     return _Parts(codes, scales.view(np.int8) - np.int8(32), super_scale=_half(b, "d"))
-
-
-def _q4_k(b: _Fields) -> _Parts:
-    return _Parts(_planes(_bytes(b, "qs"), 32, 4), *_k_scales(b), _half(b, "d"), _half(b, "dmin"))
 
 
 def _q5_k(b: _Fields) -> _Parts:
@@ -226,14 +202,14 @@ def _spread(values: NDArray[np.float32], groups: torch.Tensor) -> torch.Tensor:
 
 
 _UNPACKERS: dict[Storage, Callable[[_Fields], _Parts]] = {
-    Storage.Q4_0: _q4_0,
-    Storage.Q4_1: _q4_1,
-    Storage.Q5_0: _q5_0,
-    Storage.Q5_1: _q5_1,
-    Storage.Q8_0: _q8_0,
+    Storage.Q4_0: lambda b: _Parts(_planes(_bytes(b, "qs"), 16, 4), _half(b, "d")),
+    Storage.Q4_1: lambda b: _Parts(_planes(_bytes(b, "qs"), 16, 4), _half(b, "d"), _half(b, "m")),
+    Storage.Q5_0: lambda b: _Parts(_q5(b), _half(b, "d")),
+    Storage.Q5_1: lambda b: _Parts(_q5(b), _half(b, "d"), _half(b, "m")),
+    Storage.Q8_0: lambda b: _Parts(_bytes(b, "qs").view(np.int8), _half(b, "d")),
     Storage.Q2_K: _q2_k,
     Storage.Q3_K: _q3_k,
-    Storage.Q4_K: _q4_k,
+    Storage.Q4_K: lambda b: _Parts(_planes(_bytes(b, "qs"), 32, 4), *_k_scales(b), _half(b, "d"), _half(b, "dmin")),
     Storage.Q5_K: _q5_k,
     Storage.Q6_K: _q6_k,
 }

@@ -109,9 +109,8 @@ class QuantizedPanels:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Rows [n, K] of the matrix, by their numbers [n] int64."""
-        return self.unpack()[rows] if len(self.segments) > 1 else self._only(rows)
-
-    def _only(self, rows: Tensor) -> Tensor:
+        if len(self.segments) > 1:
+            return self.unpack()[rows]
         return QuantizedMatrix([self.segments[0].select(rows)], self.dtype).matrix()
 
     def unpack(self) -> QuantizedMatrix:
