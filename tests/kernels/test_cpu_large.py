@@ -28,7 +28,7 @@ def test_an_embedding_and_a_head_of_more_than_four_gigabytes() -> None:
     torch.manual_seed(0)
     rows, norm = torch.randn(LAST, HIDDEN).bfloat16(), Norm("rms", torch.ones(HIDDEN), None, 0.0)
     panels = Panels(zeros(-(-VOCAB // PANEL), HIDDEN, PANEL), torch.Size((VOCAB, HIDDEN)), 1)
-    panels.data[-1, :, :LAST] = rows.T
+    panels.data[-1] = Panels.pack(rows).data[0]
     ids, nowhere = torch.tensor([VOCAB - 1, VOCAB - LAST, 5]), torch.zeros(3, dtype=torch.int64)
     expected = torch.stack((rows[-1], rows[0], torch.zeros(HIDDEN))).float()
     assert panels.data.nbytes > 1 << 32

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from handloom.errors import UnsupportedOption
 from handloom.ops import Ops, Panels, choose_backend, cpu
+from handloom.ops.cpu import matrix_units
 from handloom_kernels import reference
 from handloom_kernels.reference import Norm, Rotary
 from kernel_testing import assert_as_exact_as, assert_rows_do_not_depend_on_company
@@ -123,8 +124,11 @@ def test_an_op_is_as_exact_as_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_half_weights_and_pages_are_computed_on_as_they_are(name: str, dtype: torch.dtype) -> None:
-    """With float32 states the result is float32's, of weights that are what they are."""
+def test_half_weights_and_pages_are_computed_on_as_they_are(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With float32 states the result is float32's, of weights that are what they are; without matrix units."""
+    monkeypatch.setattr(matrix_units, "usable", lambda: False)
 
     def narrow(value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, Norm):

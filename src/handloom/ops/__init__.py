@@ -217,8 +217,11 @@ def _cpu(device: torch.device, why: str) -> Backend:
     from handloom.ops import cpu
 
     cpu.require()
+    units = ", AMX for bfloat16 weights" if cpu.matrix_units.usable() else ""
     program = cast(Callable[[], Program], cpu.Program)
-    return Backend("cpu", cast(Ops, cpu), f"{BACKENDS['cpu']}; {why}", cpu.hold, cpu.take, cpu.quantize_rows, program)
+    return Backend(
+        "cpu", cast(Ops, cpu), f"{BACKENDS['cpu']}{units}; {why}", cpu.hold, cpu.take, cpu.quantize_rows, program
+    )
 
 
 Perturb = Callable[[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]], NDArray[np.float32]]

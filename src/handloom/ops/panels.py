@@ -1,7 +1,8 @@
 """Weights as the kernels read them: panels of PANEL columns, k after k, in place of the matrix.
 
 A matrix [M, K] of M outputs becomes [ceil(M / PANEL), K, PANEL], zeros filling the last panel, so that one pass over
-memory serves all rows of a product. It holds no second copy: the matrix can be let go.
+memory serves all rows of a product. It holds no second copy: the matrix can be let go. Of bfloat16 two k lie side by
+side, [K / 2, PANEL, 2], as matrix units read them; the last k of an odd number of them lies as others do.
 
 This module does not know kernels or models.
 """
@@ -33,15 +34,32 @@ def format_of(dtype: torch.dtype) -> int:
     return FORMATS[dtype]
 
 
+def _in_pairs(data: Tensor) -> Tensor:
+    """[n, K, PANEL] seen as the pairs of k that it holds, [n, K // 2, PANEL, 2]."""
+    count, depth, _ = data.shape
+    return data.as_strided((count, depth // 2, PANEL, 2), (depth * PANEL, 2 * PANEL, 2, 1))
+
+
+def _turn(rows: Tensor, data: Tensor) -> Tensor:
+    """Lay out rows [n, PANEL, K] in data [n, K, PANEL], which it returns; of bfloat16 in pairs."""
+    if rows.dtype != torch.bfloat16:
+        return data.copy_(rows.transpose(1, 2))
+    paired = rows.shape[2] // 2 * 2
+    _in_pairs(data).copy_(rows[:, :, :paired].unflatten(2, (-1, 2)).transpose(1, 2))
+    data[:, paired:] = rows[:, :, paired:].transpose(1, 2)
+    return data
+
+
 def lay_out(matrix: Tensor) -> Tensor:
     """[M, K] as [ceil(M / PANEL), K, PANEL], in new memory, zeros after the last row."""
     columns, depth = matrix.shape
     whole = columns // PANEL
     data = memory.empty((-(-columns // PANEL), depth, PANEL), matrix.dtype)
-    data[:whole] = matrix[: whole * PANEL].view(whole, PANEL, depth).transpose(1, 2)
+    _turn(matrix[: whole * PANEL].view(whole, PANEL, depth), data[:whole])
     if whole < len(data):
-        data[whole] = 0
-        data[whole, :, : columns - whole * PANEL] = matrix[whole * PANEL :].T
+        last = matrix.new_zeros(1, PANEL, depth)
+        last[0, : columns - whole * PANEL] = matrix[whole * PANEL :]
+        _turn(last, data[whole:])
     return data
 
 
@@ -59,8 +77,7 @@ def lay_out_in_place(matrix: Tensor) -> Tensor:
     scratch = memory.empty((min(step, count), depth, PANEL), matrix.dtype)
     for first in range(0, count, step):
         part = data[first : first + step]
-        turned = scratch[: len(part)].copy_(part.view(-1, PANEL, depth).transpose(1, 2))
-        part.copy_(turned)
+        part.copy_(_turn(part.view(-1, PANEL, depth), scratch[: len(part)]))
     return data
 
 
@@ -106,8 +123,19 @@ class Panels:
     def __getitem__(self, rows: Tensor | Sequence[int] | int) -> Tensor:
         """Rows [..., K] of the matrix, by their numbers [...]."""
         rows = torch.as_tensor(rows, device=self.data.device)
-        return self.data[rows // PANEL, :, rows % PANEL]
+        panel, column = rows // PANEL, rows % PANEL
+        if self.dtype != torch.bfloat16:
+            return self.data[panel, :, column]
+        paired = self.shape[1] // 2 * 2
+        pairs = _in_pairs(self.data)[panel, :, column].flatten(-2)
+        return torch.cat((pairs, self.data[panel, paired:, column]), dim=-1)
 
     def matrix(self) -> Tensor:
         """The matrix itself, [M, K], as a new tensor."""
-        return self.data.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]].contiguous()
+        if self.dtype != torch.bfloat16:
+            return self.data.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]].contiguous()
+        paired = self.shape[1] // 2 * 2
+        rows = self.data.new_empty(len(self.data), PANEL, self.shape[1])
+        rows[:, :, :paired] = _in_pairs(self.data).transpose(1, 2).flatten(2)
+        rows[:, :, paired:] = self.data[:, paired:].transpose(1, 2)
+        return rows.flatten(0, 1)[: self.shape[0]].contiguous()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from handloom.checkpoint.quantization import QuantizedMatrix, QuantizedRows
 from handloom.checkpoint.quantize import not_quantizable
-from handloom.ops.cpu import blocks
+from handloom.ops.cpu import blocks, matrix_units
 from handloom.ops.cpu.blocks import Scale, Weight, address
 from handloom.ops.cpu.compiled import compiled_step, is_loaded, require
 from handloom.ops.cpu.instructions import Frame
@@ -42,6 +42,7 @@ __all__ = [
     "is_loaded",
     "linear_residual",
     "lm_head",
+    "matrix_units",
     "norm_mlp",
     "norm_qkv",
     "paged_attention",

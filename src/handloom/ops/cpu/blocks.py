@@ -18,6 +18,7 @@ from torch import Tensor
 
 from handloom.checkpoint.quantization import QuantizedRows
 from handloom.ops.cpu import instructions as ins
+from handloom.ops.cpu import matrix_units
 from handloom.ops.cpu.instructions import Frame
 from handloom.ops.panels import PANEL, Panels, format_of
 from handloom.ops.quantized_panels import QUANTIZED, QuantizedPanels
@@ -86,12 +87,15 @@ def norm_rows(
 def linear(
     x: Tensor, weight: Panels | QuantizedPanels, bias: Tensor | None, out: Tensor | None, *,
     residual: Tensor | None = None, softcap: float | None = None, count: Frame = Frame.TOKENS,
-) -> list[ins.Linear]:  # fmt: skip
+) -> Instructions:  # fmt: skip
     """out [count, M] = residual + softcap(x @ weight.T + bias); None: the run's logits. out may be residual.
 
-    One instruction, or one for each segment of a quantised weight, which writes columns of its own.
+    One instruction, or one for each segment of a quantised weight, which writes columns of its own. Where weights are
+    bfloat16 and there are matrix units, another before it splits x for them.
     """
-    depth, first, instructions = weight.shape[1], 0, []
+    depth, first = weight.shape[1], 0
+    in_pieces = weight.dtype == torch.bfloat16 and isinstance(weight, Panels) and matrix_units.usable()
+    instructions: Instructions = [ins.SplitRows(int(count), address(x), stride(x), depth)] if in_pieces else []
     if isinstance(weight, QuantizedPanels):
         parts = [(QUANTIZED, 1, s.entries.ctypes.data, s.rows) for s in weight.segments]
     else:
@@ -102,7 +106,7 @@ def linear(
         instruction = ins.Linear(
             int(count), address(x), stride(x), form, size, data, columns, depth, address(added), address(theirs),
             0 if theirs is None else stride(theirs), softcap or 0.0, int(out is None), address(ours),
-            4 * columns if ours is None else stride(ours),
+            4 * columns if ours is None else stride(ours), int(in_pieces),
         )  # fmt: skip
         instructions.append(instruction)
         first += columns
@@ -187,6 +191,12 @@ def kept_bytes(rows: Instructions) -> int:
         4 * row.num_heads * (-(-row.v_head_dim // PANEL) * PANEL + 32) for row in rows if isinstance(row, ins.Combine)
     ]
     return max(records, default=0)
+
+
+def piece_bytes(rows: Instructions) -> int:
+    """What the pieces of a row take, of any that these instructions split."""
+    tiles = [-(-row.depth // ins.TILE_DEPTH) for row in rows if isinstance(row, ins.SplitRows)]
+    return max(tiles, default=0) * ins.TILE_DEPTH * ins.PIECES * 2
 
 
 def kept_splits(cu_seqlens: np.ndarray, context_lens: np.ndarray) -> int:

@@ -25,6 +25,8 @@ ASKING = -2  # in place of a thread's number: write 1 where the control block is
 BLOCK = 64  # columns of k that a product sums by themselves
 ROWS = 264  # of a product's item at most: a multiple of every tile
 GROUP = 4  # panels of a product's item at most
+PIECES = 3  # of bfloat16 that a float32 is the sum of
+TILE_DEPTH = 32  # columns of k in a tile of bfloat16
 KEYS = 64  # of a block of attention
 SPLIT = 256  # keys whose sums attention takes apart from others'
 QUERY_ROWS = 64  # queries times heads of a group of which attention makes each split an item, if there are several
@@ -51,7 +53,7 @@ class Frame(IntEnum):
     THREADS = 13
     LOGITS = 14
     PAGE_SIZE = 15
-    KEPT = 16  # where attention keeps sums between two instructions
+    KEPT = 16  # where something is kept between two instructions: attention's sums, or pieces of rows
 
 
 class Operation(IntEnum):
@@ -66,6 +68,7 @@ class Operation(IntEnum):
     QUANTIZE = 6
     COMBINE = 7
     PERTURB = 8
+    SPLIT = 9
 
 
 class Activation(IntEnum):
@@ -111,8 +114,17 @@ class NormRows(NamedTuple):
     stride: int
 
 
+class SplitRows(NamedTuple):
+    """Rows of x [depth] as pieces of bfloat16 in what is kept, for the next instruction; see `pieces`"""
+
+    counted_by: int
+    x: int
+    stride: int
+    depth: int
+
+
 class Linear(NamedTuple):
-    """out = residual + softcap(x @ weight.T + bias); `to_logits`: out is the frame's"""
+    """out = residual + softcap(x @ weight.T + bias); `to_logits`: out is the frame's; in_pieces: x is split already"""
 
     counted_by: int
     x: int
@@ -129,6 +141,7 @@ class Linear(NamedTuple):
     to_logits: int
     out: int
     out_stride: int
+    in_pieces: int
 
 
 class Activate(NamedTuple):
@@ -249,6 +262,7 @@ CODES: dict[type, Operation] = {
     Quantize: Operation.QUANTIZE,
     Combine: Operation.COMBINE,
     Perturb: Operation.PERTURB,
+    SplitRows: Operation.SPLIT,
 }
 
 

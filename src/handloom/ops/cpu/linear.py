@@ -28,11 +28,14 @@ from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
 from handloom.ops.cpu.tiles import (
     FORMAT_BF16,
     FORMAT_F32,
-    FORMATS,
+    IN_PANELS,
     TILE_ROWS,
     VECTORS,
     WIDE,
     ask_for,
+    load_bf16,
+    load_even_bf16,
+    load_odd_bf16,
     pair_tile_of,
     tile_of,
 )
@@ -59,11 +62,11 @@ def _product(form):
     few, few_wide = _tiles(form, TILE_ROWS[-3])
     (two, _), (one, _) = _tiles(form, 2), _tiles(form, 1)
     most_rows, many_rows, few_rows = TILE_ROWS[0], TILE_ROWS[1], TILE_ROWS[-3]
-    size = form.size
+    size = form.size * form.together
 
     @kernel(void, *[int64] * 9)
     def product(x, x_stride, rows, w, w_stride, k, out, out_stride, accumulate):
-        """x [rows, k] times w [k, PANEL] into out [rows, PANEL]; strides in bytes."""
+        """x [rows, k] times w [k, PANEL] into out [rows, PANEL]; strides in bytes, w's that of one step of a tile."""
         while rows >= most_rows:
             for v in range(0, VECTORS, most_wide):
                 most(x, x_stride, w + v * LANES * size, w_stride, k, out + v * LANES * 4, out_stride, accumulate)
@@ -85,8 +88,8 @@ def _product(form):
     return product
 
 
-product_f32, product_bf16, product_f16 = (_product(form) for form in FORMATS)
-six_f32 = pair_tile_of(SIX, FORMATS[FORMAT_F32])
+product_f32, product_bf16, product_f16 = (_product(form) for form in IN_PANELS)
+six_f32 = pair_tile_of(SIX, IN_PANELS[FORMAT_F32])
 
 
 @kernel(void, *[int64] * 12)
@@ -114,7 +117,7 @@ def product(form, x, x_stride, rows, w, k, out, accumulate):
     if form == FORMAT_F32:
         product_f32(x, x_stride, rows, w, PANEL * 4, k, out, stride, accumulate)
     elif form == FORMAT_BF16:
-        product_bf16(x, x_stride, rows, w, PANEL * 2, k, out, stride, accumulate)
+        product_bf16(x, x_stride, rows, w, PANEL * 4, k, out, stride, accumulate)
     else:
         product_f16(x, x_stride, rows, w, PANEL * 2, k, out, stride, accumulate)
 
@@ -168,12 +171,28 @@ def add_codes(segment, panel, depth, k, x, x_stride, rows, scales, sums, out):
         x, out, rows = x + n * x_stride, out + 4 * n * PANEL, rows - n
 
 
+@kernel(void, *[int64] * 3)
+def widen_odd(w, count, out):
+    """An odd number of k of a panel in bfloat16, of which all but the last lie in pairs, to float32 [count, PANEL]"""
+    for k in range(0, count - 1, 2):
+        for v in range(VECTORS):
+            pair = w + (k * PANEL + 2 * v * LANES) * 2
+            simd.store(out + (k * PANEL + v * LANES) * 4, load_even_bf16(pair))
+            simd.store(out + ((k + 1) * PANEL + v * LANES) * 4, load_odd_bf16(pair))
+    for v in range(0, PANEL, LANES):
+        last = (count - 1) * PANEL + v
+        simd.store(out + 4 * last, load_bf16(w + 2 * last))
+
+
 @kernel(void, *[int64] * 11)
 def add_block(form, size, data, panel, depth, k, x, x_stride, rows, scales, out):
     """out [rows, PANEL] += x [rows, BLOCK] times a block of weights; scales: scratch, and that of a block after it."""
     block, count = scales + SCALE_BYTES, min(BLOCK, depth - k)
     if form != QUANTIZED:
         w = data + (panel * depth + k) * PANEL * size
+        if form == FORMAT_BF16 and count % 2 != 0:  # the last block of an odd depth
+            widen_odd(w, count, block)
+            form, w = FORMAT_F32, block
         product(form, x, x_stride, rows, w, count, out, k)
     elif rows <= FEW:
         add_codes(data, panel, depth, k, x, x_stride, rows, scales, block, out)
@@ -189,6 +208,31 @@ def finish(x, rows, residual, residual_stride, out, out_stride):
         for v in range(0, PANEL * 4, LANES * 4):
             value = simd.load(x + v)
             simd.store(out + v, value if residual == 0 else simd.add(simd.load(residual + v), value))
+        x, out = x + PANEL * 4, out + out_stride
+        residual += residual_stride if residual != 0 else 0
+
+
+@kernel(void, *[int64] * 8, float64, int64, int64)
+def finish_panel(x, first, rows, panel, columns, bias, residual, residual_stride, softcap, out, out_stride):
+    """out = residual + softcap(x + bias) for x [rows, PANEL] of one panel, from row `first` of out and residual on."""
+    column = panel * PANEL
+    residual += first * residual_stride + 4 * column if residual != 0 else 0
+    out += first * out_stride + 4 * column
+    if bias == 0 and softcap == 0.0 and column + PANEL <= columns:
+        finish(x, rows, residual, residual_stride, out, out_stride)
+        return
+    for _ in range(rows):
+        for v in range(0, PANEL, LANES):
+            left = columns - column - v
+            value = simd.load(x + 4 * v)
+            if bias != 0:
+                value = simd.add(value, simd.load_first(bias + 4 * (column + v), left))
+            if softcap != 0.0:
+                cap = simd.splat(np.float32(softcap))
+                value = simd.mul(cap, tanh(simd.div(value, cap)))
+            if residual != 0:
+                value = simd.add(simd.load_first(residual + 4 * v, left), value)
+            simd.store_first(out + 4 * v, value, left)
         x, out = x + PANEL * 4, out + out_stride
         residual += residual_stride if residual != 0 else 0
 
@@ -227,22 +271,7 @@ def linear_item(
                 into = scratch + (p - first) * width
                 add_block(form, size, data, p, depth, k, x + 4 * k, x_stride, count, scales, into)
     for panel in range(first, last):
-        if bias == 0 and softcap == 0.0 and (panel + 1) * PANEL <= columns:
-            from_, to = scratch + (panel - first) * width, out + first_row * out_stride + panel * PANEL * 4
-            added = residual + first_row * residual_stride + panel * PANEL * 4 if residual != 0 else 0
-            finish(from_, count, added, residual_stride, to, out_stride)
-            continue
-        for row in range(count):
-            at = first_row + row
-            for v in range(VECTORS):
-                column = panel * PANEL + v * LANES
-                left = columns - column
-                value = simd.load(scratch + ((panel - first) * ROWS + row) * PANEL * 4 + v * LANES * 4)
-                if bias != 0:
-                    value = simd.add(value, simd.load_first(bias + 4 * column, left))
-                if softcap != 0.0:
-                    cap = simd.splat(np.float32(softcap))
-                    value = simd.mul(cap, tanh(simd.div(value, cap)))
-                if residual != 0:
-                    value = simd.add(simd.load_first(residual + at * residual_stride + 4 * column, left), value)
-                simd.store_first(out + at * out_stride + 4 * column, value, left)
+        finish_panel(
+            scratch + (panel - first) * width, first_row, count, panel, columns, bias, residual, residual_stride,
+            softcap, out, out_stride,
+        )  # fmt: skip

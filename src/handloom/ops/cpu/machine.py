@@ -39,7 +39,9 @@ class Machine:
 def run_once(rows: Instructions, entries: dict[Frame, int], kept_splits: int = 0) -> None:
     """Run a few instructions."""
     table = np.array([ins.row_of(row) for row in rows], dtype=np.int64)
-    Machine().run(table, blocks.scratch_bytes(rows), blocks.kept_bytes(rows) * kept_splits, entries)
+    most = max(entries.get(Frame.TOKENS, 0), entries.get(Frame.ROWS, 0))
+    kept = max(blocks.kept_bytes(rows) * kept_splits, blocks.piece_bytes(rows) * most)
+    Machine().run(table, blocks.scratch_bytes(rows), kept, entries)
 
 
 def run_bare(row: ins.Perturb, entries: dict[Frame, int], alone: bool) -> None:

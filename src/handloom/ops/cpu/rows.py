@@ -213,9 +213,11 @@ def embed_row(weight, form, in_panels, token, width, out):
             rest = load_as(form, weight + size_of(form) * (token * width + whole), width - whole)
             simd.store_first(out + 4 * whole, rest, width - whole)
         return
-    column = weight + size_of(form) * (token // PANEL * PANEL * width + token % PANEL)
+    panel, column = weight + size_of(form) * (token // PANEL * PANEL * width), token % PANEL
     for i in range(width):
-        simd.store_first(out + 4 * i, load_as(form, column + size_of(form) * PANEL * i, 1), 1)
+        paired = form == FORMAT_BF16 and i < width // 2 * 2
+        at = i // 2 * 2 * PANEL + 2 * column + i % 2 if paired else i * PANEL + column
+        simd.store_first(out + 4 * i, load_as(form, panel + size_of(form) * at, 1), 1)
 
 
 @kernel(void, *[int64] * 5)

@@ -32,7 +32,9 @@ from handloom.ops.cpu.instructions import (
     Operation,
 )
 from handloom.ops.cpu.linear import group_of, linear_item, linear_items
+from handloom.ops.cpu.matrix_linear import matrix_group, matrix_item, matrix_items
 from handloom.ops.cpu.meeting import fetch_add, load_atomic, store_atomic, wait_a_little
+from handloom.ops.cpu.pieces import split_row
 from handloom.ops.cpu.quantizing import quantize_nibbles, quantize_octets
 from handloom.ops.cpu.simd import as_float, int64, kernel, read_i64, void, write_i64
 from handloom.ops.cpu.tiles import ask_for
@@ -55,7 +57,7 @@ INPUT_IDS, POSITIONS, CU_SEQLENS, CONTEXT_LENS, PAGE_TABLE, MAX_PAGES, SLOT_MAPP
 SCRATCH, SCRATCH_BYTES, THREADS, LOGITS, PAGE_SIZE, KEPT = (
     int(x) * 8 for x in (Frame.SCRATCH, Frame.SCRATCH_BYTES, Frame.THREADS, Frame.LOGITS, Frame.PAGE_SIZE, Frame.KEPT)
 )
-EMBED, NORM, LINEAR, ACTIVATE, QKV, ATTENTION, QUANTIZE, COMBINE, PERTURB = (int(x) for x in Operation)
+EMBED, NORM, LINEAR, ACTIVATE, QKV, ATTENTION, QUANTIZE, COMBINE, PERTURB, SPLIT = (int(x) for x in Operation)
 
 
 # Instructions -----------------------------------------------------------------------------------
@@ -77,8 +79,10 @@ def count_items(instruction, frame):
     """How many items an instruction has."""
     code = read_i64(instruction)
     if code == LINEAR:
-        count = read_i64(frame + 8 * operand(instruction, 0))
-        return linear_items(operand(instruction, 6), count, linear_group(instruction, frame))
+        count, group = read_i64(frame + 8 * operand(instruction, 0)), linear_group(instruction, frame)
+        if operand(instruction, 15) != 0:
+            return matrix_items(operand(instruction, 6), operand(instruction, 7), count, group)
+        return linear_items(operand(instruction, 6), count, group)
     if code == ATTENTION:
         group = operand(instruction, 2) // operand(instruction, 3)
         return attention_items(
@@ -91,7 +95,7 @@ def count_items(instruction, frame):
             read_i64(frame + CU_SEQLENS), read_i64(frame + CONTEXT_LENS), read_i64(frame + SEQUENCES),
             operand(instruction, 1), group, operand(instruction, 3),
         )  # fmt: skip
-    if code == NORM:
+    if code in (NORM, SPLIT):
         return items_of_rows(read_i64(frame + 8 * operand(instruction, 0)))
     if code == PERTURB:
         return read_i64(frame + ROWS) * noise_items(operand(instruction, 2))
@@ -103,10 +107,11 @@ def count_items(instruction, frame):
 
 @kernel(int64, int64, int64)
 def linear_group(instruction, frame):
-    rows = read_i64(frame + 8 * operand(instruction, 0))
-    return group_of(
-        operand(instruction, 6), operand(instruction, 7), operand(instruction, 4), rows, read_i64(frame + THREADS)
-    )
+    rows, threads = read_i64(frame + 8 * operand(instruction, 0)), read_i64(frame + THREADS)
+    columns, depth = operand(instruction, 6), operand(instruction, 7)
+    if operand(instruction, 15) != 0:
+        return matrix_group(columns, depth, rows, threads)
+    return group_of(columns, depth, operand(instruction, 4), rows, threads)
 
 
 @kernel(int64, int64, int64)
@@ -117,6 +122,13 @@ def attention_rows(instruction, frame):
 @kernel(void, *[int64] * 4)
 def do_linear(i, frame, item, scratch):
     out = read_i64(frame + LOGITS) if operand(i, 12) != 0 else operand(i, 13)
+    if operand(i, 15) != 0:
+        matrix_item(
+            item, linear_group(i, frame), read_i64(frame + KEPT), read_i64(frame + 8 * operand(i, 0)), operand(i, 5),
+            operand(i, 6), operand(i, 7), operand(i, 8), operand(i, 9), operand(i, 10), as_float(operand(i, 11)), out,
+            operand(i, 14), scratch,
+        )  # fmt: skip
+        return
     linear_item(
         item, operand(i, 3), operand(i, 4), linear_group(i, frame), operand(i, 1), operand(i, 2),
         read_i64(frame + 8 * operand(i, 0)), operand(i, 5), operand(i, 6), operand(i, 7), operand(i, 8), operand(i, 9),
@@ -243,10 +255,14 @@ def do_item(instruction, frame, item, scratch):
             operand(instruction, 4), operand(instruction, 5), operand(instruction, 6),
         )  # fmt: skip
     else:
-        count = read_i64(frame + 8 * operand(instruction, 0)) if code == NORM else read_i64(frame + TOKENS)
+        own = code in (NORM, SPLIT)
+        count = read_i64(frame + 8 * operand(instruction, 0)) if own else read_i64(frame + TOKENS)
         for at in range(item * ROWS_PER_ITEM, min(count, (item + 1) * ROWS_PER_ITEM)):
             if code == NORM:
                 do_norm(instruction, frame, at)
+            elif code == SPLIT:
+                x, stride, depth = operand(instruction, 1), operand(instruction, 2), operand(instruction, 3)
+                split_row(x + at * stride, at, count, depth, read_i64(frame + KEPT))
             elif code == QKV:
                 do_qkv(instruction, frame, at)
             elif code == QUANTIZE:

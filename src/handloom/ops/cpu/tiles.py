@@ -1,8 +1,9 @@
 """The one inner loop of every matrix product: a tile of rows times columns, summed over k in the order of k.
 
-A weight lies in panels of PANEL columns, k after k: panel[k, 0..PANEL). Each output is one lane of an accumulator,
-which adds x[k] * w[k] for k in order, fused. How many rows and vectors a tile has, and on what processor, decides how
-many such sums go on at once and never their order: one row alone gets the bits that it gets among a thousand.
+A weight lies in panels of PANEL columns, k after k: panel[k, 0..PANEL), or two k side by side: panel[k / 2, 0..PANEL,
+2]. Each output is one lane of an accumulator, which adds x[k] * w[k] for k in order, fused. How many rows and vectors a
+tile has, and on what processor, decides how many such sums go on at once and never their order: one row alone gets the
+bits that it gets among a thousand.
 
 To hold weights in another form, add a Format: how 16 columns of one k become 16 float32.
 
@@ -19,7 +20,21 @@ from llvmlite import binding, ir
 from numba.core.registry import cpu_target
 
 from handloom.ops.cpu import simd
-from handloom.ops.cpu.simd import F32, I16, I32, I64, INTS, LANES, VECTOR, Builder, Value, int64, operation, void
+from handloom.ops.cpu.simd import (
+    F32,
+    I16,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    VECTOR,
+    Builder,
+    Value,
+    int64,
+    operation,
+    vector,
+    void,
+)
 from handloom.ops.panels import PANEL
 
 VECTORS = PANEL // LANES
@@ -28,11 +43,24 @@ PREFETCH = 6144  # bytes ahead
 
 @dataclass(frozen=True)
 class Format:
-    """How weights lie in memory. load(builder, address): LANES columns of one k, each `size` bytes, as a VECTOR."""
+    """How weights lie in memory. load(builder, address): LANES columns of one k, each `size` bytes, as a VECTOR.
+
+    load_pair: where two k lie side by side, LANES columns of both, as two VECTORs.
+    """
 
     size: int
     load: Callable[[Builder, Value], Value]
     prefetch: bool = True
+    load_pair: Callable[[Builder, Value], list[Value]] | None = None
+
+    def weights(self, b: Builder, address: Value) -> list[Value]:
+        """LANES columns of one k, or of two."""
+        return [self.load(b, address)] if self.load_pair is None else self.load_pair(b, address)
+
+    @property
+    def together(self) -> int:
+        """How many k lie side by side."""
+        return 1 if self.load_pair is None else 2
 
 
 def _load_f32(b: Builder, address: Value) -> Value:
@@ -44,12 +72,38 @@ def _load_bf16(b: Builder, address: Value) -> Value:
     return b.bitcast(b.shl(b.zext(halves, INTS), ir.Constant(INTS, [16] * LANES)), VECTOR)
 
 
+def _load_bf16_pair(b: Builder, address: Value) -> list[Value]:
+    both = simd.load_at(b, address, INTS, 4)
+    first = b.shl(both, ir.Constant(INTS, [16] * LANES))
+    second = b.and_(both, ir.Constant(INTS, [0xFFFF0000 - (1 << 32)] * LANES))
+    return [b.bitcast(first, VECTOR), b.bitcast(second, VECTOR)]
+
+
 def _load_f16(b: Builder, address: Value) -> Value:
     return b.fpext(simd.load_at(b, address, ir.VectorType(ir.HalfType(), LANES), 2), VECTOR)
 
 
 FORMAT_F32, FORMAT_BF16, FORMAT_F16 = range(3)
 FORMATS = (Format(4, _load_f32), Format(2, _load_bf16), Format(2, _load_f16))
+IN_PANELS = (FORMATS[FORMAT_F32], Format(2, _load_bf16, load_pair=_load_bf16_pair), FORMATS[FORMAT_F16])
+
+
+@operation(vector, int64)
+def load_bf16(b: Builder, address: Value) -> Value:
+    """16 bfloat16"""
+    return _load_bf16(b, address)
+
+
+@operation(vector, int64)
+def load_even_bf16(b: Builder, address: Value) -> Value:
+    """The first of each of 16 pairs of bfloat16"""
+    return _load_bf16_pair(b, address)[0]
+
+
+@operation(vector, int64)
+def load_odd_bf16(b: Builder, address: Value) -> Value:
+    """The second of each of 16 pairs of bfloat16"""
+    return _load_bf16_pair(b, address)[1]
 
 
 PROBE = """
@@ -80,8 +134,11 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
     """A numba function that multiplies x [rows, k] with w [k, columns * LANES].
 
     tile(x, x_stride, w, w_stride, k, out, out_stride, accumulate): addresses and strides in bytes, k > 0; the product
-    is stored in out [rows, columns * LANES] float32, or added to what is there.
+    is stored in out [rows, columns * LANES] float32, or added to what is there. Where two k lie side by side, k is even
+    and w_stride goes from two to the next two.
     """
+    together = form.together
+    width = LANES * form.size * together
 
     @operation(void, *[int64] * 8)
     def tile(
@@ -107,17 +164,21 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
         at.add_incoming(I64(0), entry)
         column.add_incoming(w, entry)
         sums = [[b.phi(VECTOR) for _ in range(columns)] for _ in range(rows)]
-        weights = [form.load(b, simd.offset(b, column, LANES * form.size * v)) for v in range(columns)]
-        for line in range(0, columns * LANES * form.size if form.prefetch else 0, 64):
+        weights = [form.weights(b, simd.offset(b, column, width * v)) for v in range(columns)]
+        for line in range(0, columns * width if form.prefetch else 0, 64):
             prefetch(b, simd.offset(b, column, PREFETCH + line))
         after = []
         for start, row in zip(starts, sums, strict=True):
-            value = simd.splat_of(b, simd.load_at(b, b.add(start, b.shl(at, I64(2))), F32, 4), VECTOR)
-            after.append([simd.fused(b, value, weight, total) for weight, total in zip(weights, row, strict=True)])
-            for total, new in zip(row, after[-1], strict=True):
+            totals: list[Value] = list(row)
+            for j in range(together):
+                place = simd.offset(b, b.add(start, b.shl(at, I64(2))), 4 * j)
+                value = simd.splat_of(b, simd.load_at(b, place, F32, 4), VECTOR)
+                totals = [simd.fused(b, value, own[j], total) for own, total in zip(weights, totals, strict=True)]
+            after.append(totals)
+            for total, new in zip(row, totals, strict=True):
                 total.add_incoming(simd.constant(0.0), entry)
                 total.add_incoming(new, loop)
-        following = b.add(at, I64(1))
+        following = b.add(at, I64(together))
         at.add_incoming(following, loop)
         column.add_incoming(b.add(column, w_stride), loop)
         b.cbranch(b.icmp_signed("<", following, k), loop, done)
