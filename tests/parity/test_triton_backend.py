@@ -89,3 +89,5 @@ def test_the_backend_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UnsupportedOption, match="needs a GPU and the model is on cpu; choose 'torch'"):
         choose_backend(torch.device("cpu"), "triton")
     assert choose_backend(torch.device("cpu")).name == "cpu"
+    with pytest.raises(UnsupportedOption, match="on cuda:1; start it with CUDA_VISIBLE_DEVICES=1"):
+        choose_backend(torch.device("cuda", 1), "triton")

@@ -119,4 +119,4 @@ class DecodeStep:
         self.out[0].copy_(choice.token_ids)
         self.out[1].copy_(choice.logprobs)
         token_ids.copy_(choice.token_ids.clamp_(min=0))  # one that is not there must not be looked up
-        self.integers[1:4] += alive
+        self.integers[1:4].add_(alive)  # `+=` would copy it onto itself

@@ -73,15 +73,19 @@ class CudaStream:
         self._memory = torch.cuda.graph_pool_handle()
 
     def capture(self, step: Step) -> Step:
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            step()  # what is compiled, tuned or allocated at the first run must not be inside the graph
-        torch.cuda.current_stream().wait_stream(self._side)
+        current = torch.cuda.current_stream()
+        self._side.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._side):
+                step()  # what is compiled, tuned or allocated at the first run must not be inside the graph
+        finally:
+            current.wait_stream(self._side)  # also for what was queued before an error: its memory is given back here
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._memory, stream=self._side, capture_error_mode="thread_local"):
                 step()
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a capture that could not be ended has left its own
             raise _out_of_memory(error) or error from None
         return graph.replay
 

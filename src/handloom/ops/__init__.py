@@ -247,6 +247,11 @@ def _triton_ops(device: torch.device, head_dims: Collection[int]) -> Ops:
             f"backend 'triton' needs a GPU and the model is on {device}; choose 'torch', or set TRITON_INTERPRET=1 "
             "before Python starts to let Triton's interpreter run the kernels on the CPU, thousands of times slower"
         )
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise UnsupportedOption(
+            f"backend 'triton' runs on the first GPU that a process sees, and the model is on {device}; start it with "
+            f"CUDA_VISIBLE_DEVICES={device.index} and choose device='cuda', or choose 'torch'"
+        )
     try:
         from handloom.ops.triton_ops import TritonOps
     except ImportError as error:
