@@ -19,6 +19,7 @@ from handloom.cache.snapshot import restore_sequence, save_sequence
 from handloom.engine.engine import MAX_LOGITS_BYTES, MAX_STEP_TOKENS
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt, UnsupportedOption
 from handloom.model.rope import rotary_at
+from handloom.one_process import OneProcess
 from handloom.ops import rotate
 from handloom.prompts import check_embeddings, check_token_ids
 from handloom.sampling.sampler import token_logprobs
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from handloom.lm import LM
 
 
-class LiveSequence(Sequence):
+class LiveSequence(OneProcess, Sequence, instead="save(path) and lm.restore(path), or fork()"):
     """A sequence of one model. `lm.generate(sequence)` continues it in place.
 
     Its pages go back to the pool when it is freed, closed as a context manager, or collected.

@@ -40,6 +40,7 @@ from handloom.model.hooks import Activations, Function, Hooks, Points
 from handloom.model.loading import Progress, load_transformer
 from handloom.model.spec import ModelSpec
 from handloom.model.transformer import Transformer
+from handloom.one_process import OneProcess
 from handloom.ops import Backend, choose_backend
 from handloom.output import Output, Piece
 from handloom.progress import requests_bar
@@ -48,7 +49,7 @@ from handloom.sampling.grammar import Grammars
 from handloom.text.tokenizer import Tokenizer
 
 
-class LM:
+class LM(OneProcess, instead="call LM.from_pretrained again, in the process that is to have it"):
     """A model with its tokenizer and KV cache. Make one with `from_pretrained`."""
 
     def __init__(
@@ -308,8 +309,7 @@ class LM:
     ) -> Output:
         """The assistant's next message in a conversation. Raises what `render_chat` and `generate` raise.
 
-        The text of a control token (`<|im_end|>`) in messages and tools is text, unless sanitize_control_tokens=False.
-        """
+        A control token (`<|im_end|>`) typed in messages or tools is text, unless sanitize_control_tokens=False."""
         options = {"num_return_sequences": 1, **options}
         if options["num_return_sequences"] not in (1, None):
             raise InvalidParam(

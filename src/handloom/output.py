@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from handloom.decoding.by_value import ByValue
 from handloom.decoding.decoder import BeamTrace, DraftCounts, FinishReason, TopLogprobs
 from handloom.decoding.internals import KeysAndValues
 from handloom.errors import HandloomError
@@ -35,9 +36,9 @@ class Timing:
         return (self.new_tokens - 1) / decode if self.new_tokens > 1 and decode > 0 else 0.0
 
 
-@dataclass(slots=True, repr=False)
-class Output:
-    """One prompt's result.
+@dataclass(slots=True, repr=False, eq=False)
+class Output(ByValue):
+    """One prompt's result. Two are equal whose every field is, the timing and the numbers in tensors too.
 
     prompt_token_ids: with token_healing, the healed ones. token_ids: new tokens only, the eos included; text: theirs,
     the stop string's unless excluded, and first what healing adds to the prompt's.

@@ -61,6 +61,7 @@ NO_LONGER_THERE = {"contrastive", "DoLa"}
 LEFT_OUT = {"contrastive", "DoLa", "guidance"}
 # Fields of GenerationParams that are no feature here, and where each is put beside every feature.
 ELSEWHERE = {
+    "max_length": "test_options.py, test_token_healing.py",
     **dict.fromkeys(("do_sample", "seed", "rng"), "test_feature_pairs.py, with every rule of sampling"),
     **dict.fromkeys(("json_schema", "grammar", "choices"), "test_structure_pairs.py"),
     **dict.fromkeys(

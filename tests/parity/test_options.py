@@ -77,6 +77,7 @@ CHANGE_NO_TOKEN: dict[str, Any] = {
     "output_logits": True,
     "return_dict_in_generate": True,
     "low_memory": True,
+    "disable_compile": True,
     "pad_token_id": 5,
     "bos_token_id": 5,
     "transformers_version": "4.0.0",
@@ -99,7 +100,6 @@ REFUSED: dict[str, Any] = {
     "assistant_ensemble_weight": 0.5,
     "speculation_type": "mtp",
     "compile_config": {"mode": "default"},
-    "disable_compile": True,
     "continuous_batching_config": {"block_size": 16},
     "prefill_chunk_size": 16,
 }

@@ -152,3 +152,33 @@ def test_what_it_cannot_heal_is_refused_by_name() -> None:
     bare = hl.LM(lm.transformer, None, lm.pool, name="bare")
     with pytest.raises(UnsupportedOption, match="token_healing needs the text of tokens"):
         bare.generate([5, 6, 7], token_healing=True)
+
+
+def test_max_length_counts_the_healed_prompt_and_max_new_tokens_counts_what_comes_after() -> None:
+    lm, shorter = lm_with(2000), 0
+    for seed in range(60):
+        text = "".join(CORPUS[:3])[seed * 3 : seed * 3 + 14]
+        ids = [id_ for character in text for id_ in lm.tokenizer.encode(character)]
+        options = {"token_healing": True, "eos_token_id": None}
+        output = lm.generate(ids, max_length=len(ids) + 3, **options)
+        new = lm.generate(ids, max_new_tokens=3, **options)
+        assert len(output.prompt_token_ids) + len(output.token_ids) == len(ids) + 3
+        assert len(new.token_ids) == 3 and output.token_ids[:3] == new.token_ids
+        given = lm.generate(output.prompt_token_ids, max_length=len(ids) + 3, eos_token_id=None)
+        assert output.token_ids == given.token_ids
+        shorter += len(output.prompt_token_ids) < len(ids)
+    assert shorter > 5
+
+
+@pytest.mark.parametrize("family", ["llama"])
+def test_max_length_beside_healing_is_that_of_generate(tiny_pair: Callable[..., Pair], family: str) -> None:
+    pair, known = tiny_pair(family), tiny_tokenizer()
+    tokenizer = Spaced(tokenizer_object=known.backend_tokenizer, bos_token=known.bos_token, pad_token=known.pad_token)
+    lm = pair.lm()
+    text = next(text for text in TEXTS if count_to_heal(lm.tokenizer.encode(text), lm.tokenizer.extensions) == 1)
+    ids = lm.tokenizer.encode(text)
+    theirs = pair.hf.generate(
+        torch.tensor([ids]), tokenizer=tokenizer, token_healing=True, max_length=len(ids) + 4, do_sample=False
+    )
+    ours = lm.generate(ids, token_healing=True, max_length=len(ids) + 4)
+    assert len(ours.prompt_token_ids) + len(ours.token_ids) == theirs.shape[1]

@@ -28,7 +28,7 @@ FLOORS = [
     "ops",
     "checkpoint",
     "text",
-    "errors kept",
+    "errors kept one_process",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from handloom.cache.batch import Work
 from handloom.cache.sequence import Sequence
+from handloom.decoding.by_value import ByValue
 from handloom.decoding.internals import NOTHING, KeysAndValues, Seen
 from handloom.errors import HandloomError
 
@@ -20,8 +21,8 @@ FinishReason = Literal["eos", "stop_string", "length", "time", "criteria", "abor
 TopLogprobs = list[tuple[int, float]]
 
 
-@dataclass(slots=True)
-class TokenEvent:
+@dataclass(slots=True, eq=False)
+class TokenEvent(ByValue):
     """One chosen token. `text`: what is now certain of the output's text, possibly empty; seen: see `Internals`.
 
     sample: which of the request's outputs it belongs to, where there are several.
@@ -33,7 +34,7 @@ class TokenEvent:
     top_logprobs: TopLogprobs | None = None
     scores: Tensor | None = None
     logits: Tensor | None = None
-    seen: Seen = NOTHING
+    seen: Seen = field(default_factory=lambda: NOTHING)
     request_id: int = -1
     sample: int = 0
 
@@ -48,8 +49,8 @@ class PromptLogprobsEvent:
     request_id: int = -1
 
 
-@dataclass(slots=True)
-class SampleFinishedEvent:
+@dataclass(slots=True, eq=False)
+class SampleFinishedEvent(ByValue):
     """One output is over, of a request that has several or that searches with beams. Fields as in FinishedEvent.
 
     search: what beam search tells of this output.
@@ -65,8 +66,8 @@ class SampleFinishedEvent:
     request_id: int = -1
 
 
-@dataclass(slots=True)
-class BeamTrace:
+@dataclass(slots=True, eq=False)
+class BeamTrace(ByValue):
     """How beam search came to an output of n tokens.
 
     score: the sum of its log-probabilities, over its length to the power of length_penalty. beam_indices [n]: which
@@ -99,8 +100,8 @@ class DraftCounts:
         return self.accepted / max(1, self.drafted)
 
 
-@dataclass(slots=True)
-class FinishedEvent:
+@dataclass(slots=True, eq=False)
+class FinishedEvent(ByValue):
     """The request is over: the last of its events. `text` is the rest of its text.
 
     `error` is set when reason is "error". A request with several outputs has told of each, and of its error, by a

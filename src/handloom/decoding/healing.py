@@ -97,6 +97,8 @@ class HealingDecoder:
     def _finish(self) -> HealedEvent:
         params, sequence = self.params, self.sequence
         shorter = self._num_before - len(sequence)
+        if params.max_length is not None:
+            params = replace(params, max_new_tokens=params.max_length - len(sequence))
         if params.min_new_tokens:
             params = replace(params, min_length=max(0, params.min_length - shorter))
         if params.output_hidden_states or params.output_attentions or params.penalty_alpha:

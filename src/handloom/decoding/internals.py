@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from handloom.cache.sequence import Sequence
+from handloom.decoding.by_value import ByValue
 from handloom.model.hooks import PATTERN, Activations, Captured, Hook
 from handloom.sampling.params import GenerationParams
 
 KeysAndValues = list[tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen(ByValue):
     """One step of one sequence, n tokens that were computed for it: those of the prompt at first, then one.
 
     hidden_states: what enters each layer, and what the head multiplies: layers + 1 tensors [n, hidden_size];

@@ -23,6 +23,7 @@ from handloom.engine.guarded import Custom
 from handloom.engine.model import Model
 from handloom.engine.prepare import guarded
 from handloom.errors import EngineError, EngineFull, HandloomError, InvalidParam
+from handloom.one_process import OneProcess
 
 MAX_WAITING = 1024
 MAX_EVENTS = 256
@@ -42,7 +43,7 @@ class _Stream:
     paused: bool = False
 
 
-class AsyncEngine:
+class AsyncEngine(OneProcess, instead="make another, of a model of its process"):
     """Continuous generation for the tasks of one or several event loops, over one model.
 
     max_waiting: most requests that wait in the engine, those that were preempted included; others wait outside, first

@@ -27,12 +27,13 @@ from handloom.engine.prepare import guarded, prepare
 from handloom.engine.runner import Runner
 from handloom.engine.scheduler import Request, Scheduler
 from handloom.errors import EngineError, InvalidParam, InvalidPrompt
+from handloom.one_process import OneProcess
 
 MAX_STEP_TOKENS = 512
 MAX_LOGITS_BYTES = 128 << 20
 
 
-class Engine:
+class Engine(OneProcess, instead="make another, of a model of its process"):
     """Continuous generation for many requests over one model.
 
     Args:

@@ -36,7 +36,7 @@ OURS = frozenset(
 BOOKKEEPING = frozenset({*NO_EFFECT, "_from_model_config", "_commit_hash"})
 # These choose how transformers computes or speculates, never which tokens come out: in a file they ask nothing of us.
 NO_EFFECT_IN_A_FILE = frozenset(
-    "use_cache cache_implementation cache_config max_cache_len compile_config disable_compile prefill_chunk_size "
+    "use_cache cache_implementation cache_config max_cache_len compile_config prefill_chunk_size "
     "assistant_lookbehind target_lookbehind".split()
 )
 # Values under which a field does nothing, where that is not None or False.

@@ -70,7 +70,8 @@ class GenerationParams:
     """One request's parameters, resolved and checked. Names and meanings are those of transformers' GenerationConfig.
 
     Attributes:
-        max_new_tokens: at most so many tokens are generated.
+        max_new_tokens: at most so many tokens are generated. max_length: the same with the prompt, where the limit was
+            said like that: it holds for a prompt that healing makes shorter; else None.
         min_new_tokens, min_length: no end-of-sequence token before so many new, and so many tokens with the prompt.
         do_sample: draw tokens, or take the most likely. An explicit do_sample decides; else temperature=0 is greedy;
             else an explicit temperature, top_k, top_p, min_p or seed, or one of top_h, typical_p, epsilon_cutoff and
@@ -129,6 +130,7 @@ class GenerationParams:
     """
 
     max_new_tokens: int
+    max_length: int | None = None
     min_new_tokens: int = 0
     min_length: int = 0
     do_sample: bool = False
@@ -209,7 +211,7 @@ class GenerationParams:
 
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(GenerationParams)}
-_FIELDS = frozenset(_DEFAULTS) | {"max_length", "constraints"}
+_FIELDS = frozenset(_DEFAULTS) | {"constraints"}
 # Options that each stand for themselves, and how they are checked. One that is left out, or None, has its default.
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("top_p", "top_h", "typical_p"), real(0, 1, above=True)),
@@ -247,7 +249,7 @@ def resolve_params(
     Raises: InvalidParam, UnsupportedOption, ContextOverflow.
     """
     asked = Options(options, generation_config, _FIELDS)
-    new_tokens, min_new_tokens, min_length = read_lengths(asked, prompt_length, max_context)
+    lengths = read_lengths(asked, prompt_length, max_context)
     do_sample, temperature = _sampling(asked)
     rng, seed = _random_source(asked)
     logprobs = integer(0, min(MAX_LOGPROBS, vocab_size))
@@ -261,9 +263,7 @@ def resolve_params(
             "those of all beams; use a Watermark, or sample without beams"
         )
     return GenerationParams(
-        max_new_tokens=new_tokens,
-        min_new_tokens=min_new_tokens,
-        min_length=min_length,
+        **{own.name: getattr(lengths, own.name) for own in fields(lengths)},
         do_sample=do_sample,
         temperature=temperature,
         **{
@@ -295,7 +295,7 @@ def resolve_params(
         **{own.name: getattr(search, own.name) for own in fields(search)},
         **read_structure(asked, compile),
         **read_speculation(asked, torch_draws=do_sample and rng == "torch"),
-        **read_contrast(asked, do_sample, search, vocab_size=vocab_size, room=max_context - new_tokens),
+        **read_contrast(asked, do_sample, search, vocab_size=vocab_size, room=max_context - lengths.max_new_tokens),
     )
 
 

@@ -22,7 +22,6 @@ WHY_NOT: dict[str, str] = {
     "max_cache_len": _CACHE,
     "prefill_chunk_size": "the engine chunks long prompts by itself: `max_step_tokens` of `Engine`",
     "compile_config": _COMPILE,
-    "disable_compile": _COMPILE,
     "continuous_batching_config": "every call is batched continuously: see `Engine`",
     "use_mtp": "no family here has layers that predict several tokens; draft with `assistant_model`",
     "speculation_type": "it names drafters that were trained for one model; give `assistant_model` or `speculation`",
@@ -87,13 +86,14 @@ ELSEWHERE: dict[str, str] = {
 NO_EFFECT: dict[str, str] = {
     "bos_token_id": "an empty prompt starts with the tokenizer's",
     "return_dict_in_generate": "an Output always has everything that was asked for",
+    "disable_compile": _COMPILE,
     "low_memory": "candidates of contrastive search share their pages",
     "transformers_version": "says who wrote the file",
 }
 
 # What is different, or not obvious, about options that work.
 NOTES: dict[str, str] = {
-    "max_length": "counts the prompt; max_new_tokens wins over it",
+    "max_length": "counts the prompt, healed if that is asked for; max_new_tokens wins over it",
     "max_new_tokens": "20 where nothing is said; past the context it is refused, from a model's file cut",
     "min_length": "counts the prompt",
     "stop_strings": "or `stop`; as in transformers they stay in the text; `include_stop_text=False` cuts them off",
