@@ -17,6 +17,7 @@ from handloom.cache.pages import PagePool
 from handloom.cache.sequence import Sequence
 from handloom.checkpoint.json_object import quote
 from handloom.errors import ContextOverflow, InvalidParam, InvalidPrompt
+from handloom.sampling.callers_options import refuse_remembering
 from handloom.sampling.options import is_integer, said
 from handloom.text.tokenizer import Tokenizer
 
@@ -260,6 +261,8 @@ def _options_of_each(
     if streamer is not None and (len(streamers) != len(items) or (streamers is not streamer and len(items) > 1)):
         count = f"{len(streamers)} streamers" if streamers is streamer else "one streamer"
         raise InvalidParam(f"{count} for {len(items)} prompts; give a list with one for each, or use lm.stream")
+    if len(items) > 1:
+        refuse_remembering(options.get("logits_processor"))
     shared = [{**options, "streamer": own} for own in streamers]
     negative = options.get("negative_prompt_ids")
     if isinstance(negative, list) and len(negative) == len(items) and all(isinstance(row, Tensor) for row in negative):

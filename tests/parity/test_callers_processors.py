@@ -24,13 +24,18 @@ from transformers import (
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from handloom.errors import UnsupportedOption
 from parity_checks import Pair, assert_tokens_equal, hf_generate
 from tiny_models import ragged_prompts, random_ids
 
@@ -150,3 +155,77 @@ def test_scores_are_those_after_the_callers_processors(pair: Pair) -> None:
     for step in range(10):
         assert torch.allclose(ours.scores[step], theirs.scores[step][0], atol=2e-5)
         assert torch.allclose(ours.logits[step], theirs.logits[step][0], atol=2e-5)
+
+
+class Learned(LogitsProcessor):
+    """Has weights, as one that asks a second model has."""
+
+    def __init__(self, *, returned: bool = False) -> None:
+        self.weights, self.returned = torch.nn.Parameter(torch.linspace(-9, 9, 331)[None]), returned
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.returned:
+            return self.weights if len(scores) == 1 else self.weights.expand_as(scores)
+        return scores + self.weights
+
+
+class Trained(StoppingCriteria):
+    """Has weights too."""
+
+    def __init__(self) -> None:
+        self.weights = torch.nn.Parameter(torch.ones(1))
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return (input_ids.shape[1] * self.weights > 20).expand(len(input_ids))
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+def test_processors_and_criteria_with_weights_run_without_gradients(pair: Pair, more: dict[str, Any]) -> None:
+    """As in generate, which turns them off."""
+    prompt = random_ids(3, LENGTH)
+    options = {
+        "max_new_tokens": COUNT,
+        "eos_token_id": None,
+        "stopping_criteria": StoppingCriteriaList([Trained()]),
+        **more,
+    }
+    for processor in (Learned(), Learned(returned=True)):
+        processors = LogitsProcessorList([processor])
+        torch.manual_seed(3)
+        theirs = pair.hf.generate(torch.tensor([prompt]), logits_processor=processors, **options)[:, LENGTH:]
+        torch.manual_seed(3)
+        ours = pair.lm().generate([prompt], logits_processor=processors, rng="torch", **options)
+        assert [output.token_ids for output in ours] == theirs.tolist()
+        assert theirs.shape[1] == 21 - LENGTH
+
+
+REMEMBERING: dict[str, Callable[[Pair], LogitsProcessor]] = {
+    "watermarking_config": lambda pair: SynthIDTextWatermarkLogitsProcessor(
+        3,
+        [1, 2, 3],
+        sampling_table_size=1024,
+        sampling_table_seed=0,
+        context_history_size=64,
+        device=torch.device("cpu"),
+    ),
+    "guidance_scale": lambda pair: UnbatchedClassifierFreeGuidanceLogitsProcessor(2.0, pair.hf),
+}
+
+
+@pytest.mark.parametrize("instead", REMEMBERING)
+def test_a_processor_that_remembers_serves_one_output(pair: Pair, instead: str) -> None:
+    """Several would mix theirs up in it, and come out otherwise than in generate."""
+    prompts = ragged_prompts(4, (LENGTH, LENGTH))
+    options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None}
+    params = [{"logits_processor": [REMEMBERING[instead](pair)]} for _ in prompts]
+    for prompt, output in zip(prompts, pair.lm().generate(prompts, params=params, **options), strict=True):
+        own = LogitsProcessorList([REMEMBERING[instead](pair)])
+        assert output.token_ids == hf_generate(pair.hf, prompt, do_sample=False, logits_processor=own, **options)
+    shared = {**options, "logits_processor": [REMEMBERING[instead](pair)]}
+    for given, more in (
+        (prompts, {}),
+        (prompts[0], {"num_beams": 2}),
+        (prompts[0], {"do_sample": True, "num_return_sequences": 2}),
+    ):
+        with pytest.raises(UnsupportedOption, match=instead):
+            pair.lm().generate(given, **shared, **more)

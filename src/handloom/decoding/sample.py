@@ -192,7 +192,7 @@ def criteria_met(params: GenerationParams, ids: Tensor, scores: tuple[Tensor, ..
     met = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
     for criterion in params.stopping_criteria:
         try:
-            with callers_threads():
+            with callers_threads(), torch.no_grad():
                 met |= torch.as_tensor(criterion(ids, scores), device="cpu") != 0
         except Exception as cause:
             raise RequestFailed(f"the stopping criterion {criterion!r} raised {cause!r}") from cause

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from handloom.errors import ContextOverflow, InvalidParam
-from handloom.sampling.criteria_options import longest_by_criteria
+from handloom.sampling.callers_options import longest_by_criteria
 from handloom.sampling.options import Options, integer, show
 
 DEFAULT_NEW_TOKENS = 20

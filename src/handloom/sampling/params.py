@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 
 from handloom.errors import InvalidParam, UnsupportedOption
+from handloom.sampling.callers_options import StoppingCriterion, read_criteria, refuse_remembering
 from handloom.sampling.contrast_options import DolaLayers, is_contrastive, read_contrast
-from handloom.sampling.criteria_options import StoppingCriterion, read_criteria
 from handloom.sampling.forced_words import Constraint
 from handloom.sampling.grammar import Grammar
 from handloom.sampling.length_options import read_lengths
@@ -257,6 +257,8 @@ def resolve_params(
     suppressed = read_token_ids(asked, "suppress_tokens", vocab_size)
     watermark = asked.read("watermarking_config", watermarking, default=None, off=None)
     search = read_search(asked, do_sample=do_sample, eos=eos, vocab_size=vocab_size)
+    if max(search.num_beams, search.num_return_sequences) > 1:
+        refuse_remembering(asked.given("logits_processor"))
     if search.num_beams > 1 and isinstance(watermark, SynthID):
         raise UnsupportedOption(
             "watermarking_config: SynthID goes by the tokens of one output, and beside num_beams transformers mixes "

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from handloom.errors import GrammarError, HandloomError, NonFiniteLogits, RequestFailed
@@ -316,7 +317,7 @@ def _run(processor: LogitsProcessor, row: Row, scores: Tensor) -> RequestFailed 
     is_ours = isinstance(processor, constraints.OnlyAllowed)  # where it fails, it has changed nothing
     own = scores if is_ours else scores.clone()
     try:
-        with callers_threads():
+        with callers_threads(), torch.no_grad():
             result: object = processor(row.memory.input_ids().to(scores.device), own)
     except Exception as cause:
         error = RequestFailed(f"{_shown(processor)} raised {cause!r}")
@@ -329,7 +330,7 @@ def _run(processor: LogitsProcessor, row: Row, scores: Tensor) -> RequestFailed 
         wanted = f"{list(scores.shape)} {scores.dtype} on {scores.device}"
         return RequestFailed(f"{_shown(processor)} must return scores {wanted}, and returned {found}")
     if result is not scores:
-        scores.copy_(result)
+        scores.copy_(result.detach())
     return None
 
 

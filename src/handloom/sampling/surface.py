@@ -158,7 +158,9 @@ NOTES: dict[str, str] = {
     "inputs_embeds": "instead of the first argument: [batch, n, hidden_size], or of one prompt [n, hidden_size]",
     "attention_mask": "of `input_ids` or `inputs_embeds`: what it hides is taken off, on either side, and no rule or "
     "limit counts it; a tensor of ids needs one where it has several rows, or a pad_token_id that is no eos",
-    "logits_processor": "transformers' or any callable; one of a built-in class takes that one's place",
+    "logits_processor": "transformers' or any callable; one of a built-in class takes that one's place. Called for "
+    "each output alone, [1, n] and [1, vocab_size]: one that keeps something between calls serves one output (`params` "
+    "gives each prompt its own), and transformers' two that do are refused for several",
     "stopping_criteria": "transformers' or any callable; refused where one of transformers' classes would take the "
     "place of an option there, and says something else",
     "streamer": "transformers' own, or anything with put and end; for several prompts a list with one each; with beams "

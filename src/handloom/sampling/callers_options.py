@@ -1,4 +1,7 @@
-"""The caller's stopping criteria, held against the options that they stand for.
+"""The caller's processors and stopping criteria, held against the options that they stand for.
+
+A processor is called for one output at a time, where transformers calls it for all at once: of its classes that keep
+what came before, one object cannot serve several outputs here.
 
 In transformers a criterion of a class that it builds for an option takes that option's place. Where that would differ
 from the two together it is refused here, and a length that only a criterion says is the request's.
@@ -8,13 +11,18 @@ This module does not know when a request ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from handloom.errors import InvalidParam
+from handloom.errors import InvalidParam, UnsupportedOption
 from handloom.sampling.options import Options, callables, is_integer, show
 
 StoppingCriterion = Callable[..., Any]
+# class -> the option that does the same
+_REMEMBERING = {
+    "SynthIDTextWatermarkLogitsProcessor": "watermarking_config",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
+}
 # option -> (the value that asks for nothing, whether it counts in a model's file)
 _GO_BY_THE_LENGTH: dict[str, tuple[Any, bool]] = {
     "max_new_tokens": (None, False),
@@ -24,10 +32,20 @@ _GO_BY_THE_LENGTH: dict[str, tuple[Any, bool]] = {
 }
 
 
-def of_transformers(criteria: tuple[StoppingCriterion, ...], name: str) -> list[Any]:
+def of_transformers(callables: Iterable[Any], name: str) -> list[Any]:
     """Those that are transformers' class of that very name."""
-    kinds = [(type(each), each) for each in criteria]
+    kinds = [(type(each), each) for each in callables]
     return [each for kind, each in kinds if kind.__name__ == name and kind.__module__.startswith("transformers.")]
+
+
+def refuse_remembering(processors: Any) -> None:
+    """For processors that several outputs share: raises UnsupportedOption for one that remembers its output."""
+    for name, option in _REMEMBERING.items():
+        if isinstance(processors, list | tuple) and of_transformers(processors, name):
+            raise UnsupportedOption(
+                f"logits_processor: a {name} keeps what came before, and called for one output after another it would "
+                f"mix up several of them; give {option} instead, or one output at a time"
+            )
 
 
 def longest_by_criteria(asked: Options, limit: int) -> int:
