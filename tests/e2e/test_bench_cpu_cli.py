@@ -5,35 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from handloom import machine
 from handloom.cli import app
-from handloom.measure import limits
+from handloom.cli.bench_cpu import _contenders
 from tiny_models import save, tiny_llama
 
 REPORT = Path(__file__).resolve().parents[2] / "benchmarks" / "report.py"
 SMALL = ("--batch", "2,1", "--pp", "8", "--tg", "4", "--repeat", "2", "--threads", "1")
 
 
+pytestmark = pytest.mark.usefixtures("round_limits", "threads_as_before")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tiny_llama(), tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(autouse=True)
-def round_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(machine, "read_bandwidth", lambda **_: 10e9)
-    monkeypatch.setattr(limits, "matmul_rate", lambda *_: 1e12)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def bench(folder: Path, *options: str) -> Result:
@@ -87,3 +78,8 @@ def test_wrong_options_are_errors_before_anything_runs(folder: Path, options: tu
     result = bench(folder, *options)
     assert (result.exit_code, result.stdout) == (1, "")
     assert named in result.stderr
+
+
+def test_the_python_of_a_peer_is_a_path_of_any_name() -> None:
+    contenders = _contenders("transformers,llama.cpp", ["llama.cpp=/opt/a=b/python", "/opt/python"])
+    assert [one.python for one in contenders] == [sys.executable, "/opt/python", "/opt/a=b/python"]

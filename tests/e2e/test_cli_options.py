@@ -32,6 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "schema.json").write_text(json.dumps(SCHEMA))
     (folder / "numbers.lark").write_text(LARK)
     (folder / "config.json").write_text('{"max_new_tokens": 5, "num_return_sequences": 2, "num_beams": 2}')
+    (folder / "nulls.json").write_text('{"max_new_tokens": null, "num_return_sequences": null, "eos_token_id": null}')
     (folder / "no.json").write_text("{'a': 1}")
     (folder / "list.json").write_text("[]")
     (folder / "latin1.lark").write_bytes(b"start: \xe9")
@@ -136,6 +137,13 @@ def test_a_generation_config_counts_and_options_win_over_it(pair: Pair, handloom
         handloom("generate", PROMPT, "--json", "--generation-config", "config.json", "--num-return-sequences", 1)
     )
     assert output["score"] == pair.lm().generate(PROMPT, num_beams=2, max_new_tokens=5).beams.score
+
+
+def test_nulls_of_a_generation_config_say_nothing(handloom: Callable[..., Result]) -> None:
+    (output,) = found(
+        handloom("generate", PROMPT, "--json", "--generation-config", "nulls.json", "--set", "eos_token_id=[]")
+    )
+    assert len(output["token_ids"]) == 256
 
 
 def test_values_are_json_or_pythons_constants_or_text() -> None:

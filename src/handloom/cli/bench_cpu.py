@@ -206,10 +206,10 @@ def _contenders(peers: str, pythons: Sequence[str]) -> list[Contender]:
         adapters[name if name in PEERS else path.stem] = path
     having = dict.fromkeys(adapters, sys.executable)
     for text in sorted(pythons, key=lambda text: "=" in text):  # those of one peer last
-        name, given, path_ = text.rpartition("=")
+        name, given, path_ = text.partition("=")
         if given and name not in adapters:
             raise InvalidParam(f"--peer-python {text[:80]!r}: {name[:40]!r} is not one of --peers {peers[:80]}")
-        having.update(dict.fromkeys([name] if given else adapters, path_))
+        having.update({name: path_} if given else dict.fromkeys(adapters, text))
     return [
         Contender(OURS, WORKERS / "handloom_engine.py"),
         *(Contender(name, path, having[name], PEERS.get(name, ("", {}))[1]) for name, path in adapters.items()),

@@ -72,10 +72,11 @@ def generate(
     options |= common.load_draft(asked, loading, quiet=quiet)
     lm = common.load_model(model, loading, quiet=quiet)
     ids = _chat_ids(lm, prompt, system) if chat else lm.encode(prompt).token_ids
-    said = options | options.get("generation_config", {})
+    given = options.get("generation_config", {}) | options
+    said = {name for name, value in given.items() if value is not None}
     if "num_return_sequences" not in said:
         options["num_return_sequences"] = 1
-    if "max_new_tokens" not in said and "max_length" not in said:
+    if not said & {"max_new_tokens", "max_length"}:
         options["max_new_tokens"] = max(1, min(NEW_TOKENS, lm.max_context - len(ids)))
     if json:
         for output in _run(lm, ids, options, None):
