@@ -70,6 +70,24 @@ def test_a_rule_gives_the_bits_of_transformers_with_a_value_of_its_own_in_each_r
         assert same_bits(mine, reference(value)(None, scores))
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("rule", "reference", "values"),
+    [warper for warper in WARPERS if warper[0] not in (ours.temperature, ours.top_h)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_rule_leaves_at_least_as_many_tokens_as_it_has_to_keep_those_of_transformers(rule, reference, values, case):
+    keeps = [1, 2, 3, 9]
+    strict = [(value, keep) for value in (min(values), max(values)) for keep in keeps]
+    scores = random_scores(len(strict), seed=8, **case)
+    mine = scores.clone()
+    ours.keeping(rule)(mine, [value for value, _ in strict], [keep for _, keep in strict])
+    for row, (value, keep) in enumerate(strict):
+        one = scores[row : row + 1]
+        fits = min(keep, case["vocab_size"])  # transformers fails where it has to keep more than there are
+        assert same_bits(mine[row : row + 1], reference(value, min_tokens_to_keep=fits)(None, one))
+
+
 @pytest.mark.parametrize(
     ("rule", "on", "off"),
     [

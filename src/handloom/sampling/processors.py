@@ -186,8 +186,8 @@ def _last_ascending(scores: Tensor, count: int) -> Tensor:
     return scores.sort().indices[-count:]
 
 
-def _first_descending(scores: Tensor, count: int) -> Tensor:
-    return scores.argsort(descending=True)[:count]
+def _most_likely(scores: Tensor, count: int) -> Tensor:
+    return scores.softmax(dim=-1).topk(count).indices
 
 
 def _most_typical(scores: Tensor, count: int) -> Tensor:
@@ -199,7 +199,7 @@ def _most_typical(scores: Tensor, count: int) -> Tensor:
 _BEST: dict[Callable[..., None], Callable[[Tensor, int], Tensor]] = {
     top_k: _highest,
     top_p: _last_ascending,
-    min_p: _first_descending,
+    min_p: _most_likely,
     typical_p: _most_typical,
     epsilon_cutoff: _highest,
     eta_cutoff: _highest,
