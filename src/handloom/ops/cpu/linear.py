@@ -46,7 +46,7 @@ MANY = 64
 ASKED = 4  # cache lines of each of two panels that a tile of them asks for
 SIX = 6  # rows of the tile of two panels, which needs the fewest loads for its sums
 FEW = 16 if WIDE else 2  # rows for which codes are made floats in registers, again for each tile
-ITEM_BYTES = 1 << 17  # of weights that an item is to read: less is lost in handing out items
+ITEM_BYTES = 1 << 18  # of weights that an item is to read: less is lost in handing out items
 SCRATCH = ROWS * GROUP * PANEL * 4
 
 

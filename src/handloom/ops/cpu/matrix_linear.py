@@ -16,7 +16,7 @@ from llvmlite import ir
 from handloom.ops.cpu import amx, simd
 from handloom.ops.cpu.codes import ZERO
 from handloom.ops.cpu.instructions import PIECES, TILE_DEPTH
-from handloom.ops.cpu.linear import ITEM_BYTES, finish_panel
+from handloom.ops.cpu.linear import finish_panel
 from handloom.ops.cpu.pieces import rows_at, tiles_of
 from handloom.ops.cpu.simd import I64, LANES, Builder, Value, float64, int64, kernel, operation, void
 from handloom.ops.cpu.tiles import PREFETCH, prefetch
@@ -27,6 +27,7 @@ TILE_ROW = 2 * amx.ROW_BYTES  # of a panel: two tiles side by side
 TILE_BYTES = 2 * amx.TILE_BYTES
 BLOCK = 10  # tiles of k that are summed alone at most
 PANELS = 8  # of an item of many rows
+ITEM_BYTES = 1 << 17  # of weights that an item of few rows is to read
 NEAR_BYTES = 1 << 20  # of pieces that an item of many rows has: they stay in the second cache
 MOST_ROWS = 256  # of an item
 SUMS = PAIR * PANEL * 4
