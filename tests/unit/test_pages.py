@@ -8,6 +8,8 @@ import tracemalloc
 import pytest
 import torch
 
+from handloom.cache.sequence import Sequence
+from handloom.cache.spill import HostPages
 from handloom.errors import OutOfMemory, OutOfPages
 from paged import SHAPES, pool_of
 
@@ -91,3 +93,30 @@ def test_a_pool_of_a_hundred_million_pages_costs_nothing_until_they_are_used() -
     tracemalloc.stop()
     assert peak < 1 << 20
     assert time.perf_counter() - started < 5
+
+
+def no_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_copy_that_fails_keeps_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of(3)
+    page = pool.allocate()
+    storage = type("Storage", (), {"__getitem__": no_memory, "__setitem__": no_memory})()
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(pool, "storages", {SHAPES[0]: storage})
+        pool.copy(page, 1)
+    assert pool.num_free == 2
+
+
+def test_pages_that_cannot_come_back_are_free_again_and_come_back_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence = Sequence(pool_of(4), [5])
+    sequence.grow(1)
+    sequence.num_computed = 1
+    sequence.spill()
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(HostPages, "write", no_memory)
+        sequence.bring_back()
+    assert (sequence.pool.num_free, sequence.page_table) == (4, []) and sequence.spilled is not None
+    sequence.bring_back()
+    assert (sequence.pool.num_free, len(sequence.page_table), sequence.spilled) == (3, 1, None)

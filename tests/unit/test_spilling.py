@@ -121,8 +121,8 @@ def test_a_spilled_sequence_can_be_evicted_from_saved_and_edited(tmp_path: Path)
         act(sequence)
         act(twin)
         assert same(
-            [pages.flatten(0, 1)[sequence._cache_slots(0, sequence.num_cached)] for pages in lm.pool.layers[1]],
-            [pages.flatten(0, 1)[twin._cache_slots(0, twin.num_cached)] for pages in lm.pool.layers[1]],
+            [pages.flatten(0, 1)[sequence.cached_slots(0, sequence.num_cached)] for pages in lm.pool.layers[1]],
+            [pages.flatten(0, 1)[twin.cached_slots(0, twin.num_cached)] for pages in lm.pool.layers[1]],
         )
     assert torch.equal(sequence.logits, twin.logits)
     for own in (sequence, twin):

@@ -162,6 +162,10 @@ class PagePool:
     def copy(self, source: int, num_tokens: int) -> int:
         """A new page holding the first num_tokens tokens of `source`, in every layer. Raises OutOfPages."""
         target = self.allocate()
-        for storage in self.storages.values():
-            storage[:, :, target, :num_tokens] = storage[:, :, source, :num_tokens]
+        try:
+            for storage in self.storages.values():
+                storage[:, :, target, :num_tokens] = storage[:, :, source, :num_tokens]
+        except BaseException:
+            self.release(target)
+            raise
         return target

@@ -220,8 +220,14 @@ class Sequence:
                 f"the sequence was moved to host memory, and to come back it needs {count} pages where "
                 f"{self.pool.num_free} of {self.pool.num_pages} are free; free other sequences"
             )
-        self.page_table = [self.pool.allocate() for _ in range(count)]
-        self.spilled.write(self.page_table)
+        pages = [self.pool.allocate() for _ in range(count)]
+        try:
+            self.spilled.write(pages)
+        except BaseException:
+            for page in pages:
+                self.pool.release(page)
+            raise
+        self.page_table = pages
         self._drop_spilled()
 
     def _drop_spilled(self) -> None:
