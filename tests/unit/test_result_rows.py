@@ -18,7 +18,7 @@ def newest(suite: str) -> dict[tuple[str, str, str], dict[str, Any]]:
     return {(row["peer"], row["case"], row["metric"]): row for row in rows}
 
 
-@pytest.mark.parametrize("suite", ["beams", "speculation", "rules", "grammar"])
+@pytest.mark.parametrize("suite", ["beams", "modes", "speculation", "rules", "grammar"])
 def test_no_row_was_taken_on_a_busy_machine(suite: str) -> None:
     assert not [name for name, row in newest(suite).items() if row["machine_busy"]]
 
@@ -43,7 +43,7 @@ def test_drafts_out_of_the_text_double_the_speed_at_least_where_there_is_much_to
     assert newest("speculation")[drafter, "text to copy", "gain"]["p50"] >= 2
 
 
-@pytest.mark.parametrize(("suite", "least"), [("rules", 28)])
+@pytest.mark.parametrize(("suite", "least"), [("rules", 28), ("modes", 7)])
 def test_no_rule_and_no_mode_costs_more_than_in_transformers(suite: str, least: int) -> None:
     rows = newest(suite)
     cases = {case for _, case, _ in rows}
