@@ -102,7 +102,7 @@ class Output(ByValue):
             seen = beams.seen or []
             return GenerateBeamDecoderOnlyOutput(
                 sequences=sequences,
-                sequences_scores=torch.tensor([beams.score], device="cpu"),
+                sequences_scores=torch.tensor([beams.score], dtype=torch.float32, device="cpu"),
                 beam_indices=torch.tensor([beams.beam_indices], dtype=torch.int32, device="cpu"),
                 scores=None if beams.scores is None else tuple(beams.scores),
                 logits=None if beams.logits is None else tuple(beams.logits),

@@ -1,9 +1,10 @@
-"""Where torch makes tensors elsewhere by default, everything goes on as ever: each of ours names its device."""
+"""Where torch makes tensors elsewhere, or of another dtype, by default, all goes on as ever: ours name theirs."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 from engines import all_free, lm_with
+from gguf_files import export
 from handloom.lm import LM
 from tiny_models import random_ids, save, tiny_llama
 
@@ -142,3 +144,47 @@ def test_models_are_loaded_and_saved_under_another_default_device(
     expected = LM.from_pretrained(folder, **settings).generate(PROMPT, max_new_tokens=5).token_ids
     with torch.device("meta"):
         assert LM.from_pretrained(folder, **settings).generate(PROMPT, max_new_tokens=5).token_ids == expected
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.empty(1).dtype == dtype
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DTYPES = [torch.float16, torch.float64]
+FINE: dict[str, dict[str, Any]] = {"fine biases": {"sequence_bias": {(i,): 1.001 * i for i in range(100)}}}
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, *FINE])
+def test_every_way_of_choosing_goes_on_under_another_default_dtype(lm: LM, name: str) -> None:
+    options = {**OPTIONS, **FINE}[name]
+    expected = tokens(lm, {**options, "logprobs": 0} if "num_beams" not in options else options)
+    for dtype in DTYPES:
+        with default_dtype(dtype):
+            assert tokens(lm, {**options, "logprobs": 0} if "num_beams" not in options else options) == expected
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_rest_goes_on_under_another_default_dtype(lm: LM, name: str, tmp_path: Path) -> None:
+    expected = CALLS[name](lm, tmp_path)
+    for dtype in DTYPES:
+        with default_dtype(dtype):
+            assert CALLS[name](lm, tmp_path) == expected
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("file", ["safetensors", "gguf"])
+def test_models_are_loaded_under_another_default_dtype(tmp_path: Path, file: str, quantize: str | None) -> None:
+    model = tiny_llama(hidden_size=96, head_dim=16, intermediate_size=64)
+    source = export(model, tmp_path / "m.gguf") if file == "gguf" else save(model, tmp_path)
+    how: dict[str, Any] = {"quantize": quantize, "device": "cpu"}
+    expected = LM.from_pretrained(source, **how).sequence(PROMPT).logits
+    for dtype in DTYPES:
+        with default_dtype(dtype):
+            assert torch.equal(LM.from_pretrained(source, **how).sequence(PROMPT).logits, expected)

@@ -75,7 +75,11 @@ class GGUFCheckpoint:
         rows = self._rows_of(weight, out.detach(), transpose)
         in_place = rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.is_contiguous()
         order = _hub_rows(weight, len(rows)) if weight.rotary_heads else None
-        scratch = None if in_place and order is None else torch.empty(_step(*rows.shape), rows.shape[1], device="cpu")
+        scratch = (
+            None
+            if in_place and order is None
+            else torch.empty(_step(*rows.shape), rows.shape[1], dtype=torch.float32, device="cpu")
+        )
         for first, count, raw in self._chunks(weight.raw, *rows.shape):
             piece = rows[first : first + count] if scratch is None else scratch[:count]
             dequantize(weight.raw.storage, raw, piece)
@@ -90,13 +94,13 @@ class GGUFCheckpoint:
         """As `Checkpoint.read_rows` says, in float32. Takes some 4 MiB of temporary memory, or four rows'."""
         weight = self._weight(name)
         if weight.transposed != transpose:
-            whole = torch.empty(weight.shape[::-1] if transpose else weight.shape, device="cpu")
+            whole = torch.empty(weight.shape[::-1] if transpose else weight.shape, dtype=torch.float32, device="cpu")
             self.read_into(name, whole, transpose=transpose)
             yield torch.arange(len(whole), device="cpu"), whole
             return
         rows, columns = weight.raw.shape
         order = _hub_rows(weight, rows) if weight.rotary_heads else torch.arange(rows, device="cpu")
-        scratch = torch.empty(_step(rows, columns), columns, device="cpu")
+        scratch = torch.empty(_step(rows, columns), columns, dtype=torch.float32, device="cpu")
         for first, count, raw in self._chunks(weight.raw, rows, columns):
             piece = scratch[:count]
             dequantize(weight.raw.storage, raw, piece)
@@ -192,7 +196,7 @@ class GGUFCheckpoint:
             return None
         if raw.storage is not gguf.GGMLQuantizationType.F32 or len(raw.shape) != 1 or raw.shape[0] > CHUNK_ELEMENTS:
             raise CheckpointError(f"{self.path}: tensor {quote(raw.name)} must be a short vector in F32")
-        factors, buffer = torch.empty(raw.shape, device="cpu"), memoryview(bytearray(raw.nbytes))
+        factors, buffer = torch.empty(raw.shape, dtype=torch.float32, device="cpu"), memoryview(bytearray(raw.nbytes))
         self._read(buffer, raw, 0)
         dequantize(raw.storage, buffer, factors)
         return factors.tolist()

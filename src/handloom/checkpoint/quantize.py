@@ -111,7 +111,7 @@ def _int8(values: Tensor, out: QuantizedRows) -> Tensor:
 def _int4(values: Tensor, out: QuantizedRows) -> Tensor:
     """values [rows, groups, group] -> the errors of the chosen scales; codes are written to `out`."""
     lowest, highest = values.amin(-1), values.amax(-1)
-    shrink = torch.tensor(SHRINK, device="cpu").view(-1, 1, 1)
+    shrink = torch.tensor(SHRINK, dtype=torch.float32, device="cpu").view(-1, 1, 1)
     if out.minimum is None:
         tried = (_largest_symmetric(lowest, highest) * shrink).half().float()
         inverse = _inverse(tried)

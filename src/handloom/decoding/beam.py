@@ -50,7 +50,7 @@ class BeamDecoder(Beams):
         count, device = params.num_beams, sequence.pool.device
         self._totals = starting_totals(count, device)
         self._ended: list[Ended | None] = [None] * count
-        self._ended_scores = torch.full((count,), NOWHERE, device=device)
+        self._ended_scores = torch.full((count,), NOWHERE, dtype=torch.float32, device=device)
         self._can_improve = True
 
     def _step(self, rows: Tensor) -> bool:

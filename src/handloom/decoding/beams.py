@@ -297,7 +297,7 @@ class Beams(ABC):
 
 def starting_totals(count: int, device: torch.device) -> Tensor:
     """Sums of log-probabilities [count] before the first token: all beams go on from the prompt, so only one counts."""
-    totals = torch.full((count,), NOWHERE, device=device)
+    totals = torch.full((count,), NOWHERE, dtype=torch.float32, device=device)
     totals[0] = 0.0
     return totals
 

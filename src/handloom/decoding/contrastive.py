@@ -48,8 +48,10 @@ class ContrastiveDecoder:
         self._before = _Directions()  # of the tokens before the candidates
         self._seen: dict[Sequence, Tensor] = {}  # last hidden states [hidden_size] of the candidates
         self._choice: Choice | None = None  # all but which token; none before the prompt has run
-        self._logits = torch.empty(0, device="cpu")  # those that the candidates are the best of [vocab_size]
-        self._probabilities = torch.empty(0, device="cpu")  # of the candidates, highest first
+        self._logits = torch.empty(
+            0, dtype=torch.float32, device="cpu"
+        )  # those that the candidates are the best of [vocab_size]
+        self._probabilities = torch.empty(0, dtype=torch.float32, device="cpu")  # of the candidates, highest first
 
     @property
     def sequences(self) -> Seq[Sequence]:
@@ -130,7 +132,7 @@ class _Directions:
     """Vectors of length one, [n, hidden_size] float32, that grow in number."""
 
     def __init__(self) -> None:
-        self._rows, self._count = torch.empty(0, device="cpu"), 0
+        self._rows, self._count = torch.empty(0, dtype=torch.float32, device="cpu"), 0
 
     def __len__(self) -> int:
         return self._count

@@ -45,7 +45,7 @@ class DolaDecoder(SampleDecoder):
         super().__init__(sequence, params, tokenizer, owns_sequence=owns_sequence)
         self._model = model
         points = [f"blocks.{layer}.hook_resid_pre" for layer in premature_layers(params.dola_layers, model.spec)]
-        nothing = torch.empty(0, device="cpu")
+        nothing = torch.empty(0, dtype=torch.float32, device="cpu")
         self._early = dict.fromkeys(points, nothing)  # residual stream at the last token [hidden_size], by point
 
     def plan(self) -> Seq[Work]:

@@ -191,7 +191,7 @@ def _forward(runner: Forward, wanted: Seq[Wanted]) -> tuple[list[Wanted], Tensor
         except OutOfPages:
             each.drafter.close()
     if not works:
-        return [], torch.empty(0, device="cpu")
+        return [], torch.empty(0, dtype=torch.float32, device="cpu")
     logits, errors = runner.run(works)
     ready: list[Wanted] = []
     rows: list[int] = []

@@ -78,8 +78,10 @@ class DecodeStep:
         columns = [(r.token_id, r.position, r.context_len, r.counter, signed(r.seed)) for r in rows]
         integers[:, : len(rows)] = torch.tensor(columns, dtype=torch.int64, device="cpu").T
         integers[2, len(rows) :] = 1
-        floats = torch.zeros(3, self.rows, device="cpu")
-        floats[:, : len(rows)] = torch.tensor([(r.temperature, r.top_p, r.min_p) for r in rows], device="cpu").T
+        floats = torch.zeros(3, self.rows, dtype=torch.float32, device="cpu")
+        floats[:, : len(rows)] = torch.tensor(
+            [(r.temperature, r.top_p, r.min_p) for r in rows], dtype=torch.float32, device="cpu"
+        ).T
         top_k = torch.zeros(self.rows, dtype=torch.int32, device="cpu")
         top_k[: len(rows)] = torch.tensor([r.top_k for r in rows], device="cpu")
         tables = torch.zeros(self.rows, self.width, dtype=torch.int64, device="cpu")

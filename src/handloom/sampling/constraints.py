@@ -29,7 +29,7 @@ class BiasTable:
         single = {sequence[0]: bias for sequence, bias in biases if len(sequence) == 1}
         self._single = (
             torch.tensor(list(single), dtype=torch.int64, device="cpu"),
-            torch.tensor(list(single.values()), device="cpu"),
+            torch.tensor(list(single.values()), dtype=torch.float32, device="cpu"),
         )
         self._after: dict[int, dict[tuple[int, ...], dict[int, float]]] = {}  # by length of what comes before
         for (*before, last), bias in biases:

@@ -84,7 +84,9 @@ class DeviceChoice:
 
     def _draw(self, logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
         values = [values_of(row.params) for row in rows]
-        numbers = torch.tensor([(t, p, least) for t, _, p, least in values], device=logits.device).T.contiguous()
+        numbers = torch.tensor(
+            [(t, p, least) for t, _, p, least in values], dtype=torch.float32, device=logits.device
+        ).T.contiguous()
         top_k = torch.tensor([k for _, k, _, _ in values], dtype=torch.int32, device=logits.device)
         keys = torch.tensor([(signed(row.params.seed), len(row.token_ids)) for row in rows], device=logits.device)
         seeds, counters = keys.T.contiguous()

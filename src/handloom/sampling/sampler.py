@@ -133,7 +133,7 @@ def _draw(
         drawn.update(zip(counted, rng.sample(part, seeds, positions), strict=True))
     rest = [at for at in sampled if at not in drawn]
     if draws is not None and rest:
-        probabilities = torch.ones(draws.count, scores.shape[1], device=scores.device)
+        probabilities = torch.ones(draws.count, scores.shape[1], dtype=torch.float32, device=scores.device)
         probabilities[[draws.places[at] for at in rest]] = scores[rest].softmax(dim=-1)
         ids = torch.multinomial(probabilities, num_samples=1).flatten().tolist()
         drawn.update((at, ids[draws.places[at]]) for at in rest)
