@@ -42,9 +42,10 @@ NOWHERE = -1e9  # the score of a beam that is not there
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A chosen token, and the one before it. beam: which of num_beams it continued."""
+    """A chosen token, and the one before it. length: of both and all before; beam: which of num_beams it continued."""
 
     before: Link | None
+    length: int
     token_id: int
     beam: int
     logprob: float | None
@@ -88,6 +89,7 @@ class Beams(ABC):
         self._seen: list[Seen] = []
         self._texts = [output_text(tokenizer, params, self._prompt_ids) for _ in range(self.num_outputs)]
         self._told = 0  # tokens that all outputs have in common, and that were emitted
+        self._apart: Link | None = None  # of what is over, one that goes on from these otherwise than all leaves
 
     @property
     def sequences(self) -> Seq[Sequence]:
@@ -190,8 +192,11 @@ class Beams(ABC):
         top: Seq[TopLogprobs | None] = [None] * count
         if wanted is not None:
             logprobs, top = token_logprobs(rows[list(leaves)], token_ids, wanted)
-        columns = zip(leaves, token_ids.tolist(), beams, logprobs, top, strict=True)
-        return [Link(self._links[leaf], token, beam, own, likely) for leaf, token, beam, own, likely in columns]
+        columns = zip([self._links[leaf] for leaf in leaves], token_ids.tolist(), beams, logprobs, top, strict=True)
+        return [
+            Link(before, 1 if before is None else before.length + 1, token, beam, own, likely)
+            for before, token, beam, own, likely in columns
+        ]
 
     def _run_on(self, parents: Seq[int], links: Seq[Link]) -> None:
         """From now on leaf i is what leaf parents[i] was, and the token of links[i]."""
@@ -246,17 +251,23 @@ class Beams(ABC):
     # Events ------------------------------------------------------------------------------------
 
     def _tell_common(self) -> list[Event]:
-        """The tokens that became common to all that may still be an output."""
-        start = self._hidden + len(self._prompt_ids)
-        possible = [leaf.token_ids[start:] for leaf in self._branches.leaves]
-        possible += [[link.token_id for link in chain(own.last)] for own in self._best() if own is not None]
-        end = self._told
-        while all(len(own) > end and own[end] == possible[0][end] for own in possible):
-            end += 1
-        if end == self._told:
+        """The tokens that became common to all that may still be an output; of each it is looked at few times."""
+        at = self._hidden + len(self._prompt_ids) + self._told
+        leaves = [leaf.token_ids for leaf in self._branches.leaves]
+        if any(len(own) <= at or own[at] != leaves[0][at] for own in leaves):
             return []
-        common = chain(self._links[0])[self._told : end]
-        self._told = end
+        over = [own.last for own in self._best() if own is not None]
+        if any(last is self._apart for last in over):
+            return []
+        common = after(self._links[0], self._told)
+        for own in leaves[1:]:
+            del common[_alike(common, own[at:]) :]
+        for last in over:
+            del common[_alike(common, [link.token_id for link in after(last, self._told)]) :]
+            if not common:
+                self._apart = last
+                return []
+        self._told += len(common)
         return [self._event(link, sample) for link in common for sample in range(self.num_outputs)]
 
     def _event(self, link: Link, sample: int) -> TokenEvent:
@@ -304,8 +315,19 @@ def starting_totals(count: int, device: torch.device) -> Tensor:
 
 def chain(last: Link | None) -> list[Link]:
     """All links up to `last`, in order."""
+    return after(last, 0)
+
+
+def after(last: Link | None, count: int) -> list[Link]:
+    """The links up to `last` but the first `count`, in order."""
     links: list[Link] = []
-    while last is not None:
+    while last is not None and last.length > count:
         links.append(last)
         last = last.before
     return links[::-1]
+
+
+def _alike(links: Seq[Link], token_ids: Seq[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(links, token_ids, strict=False))
+    return next((at for at, (link, token) in pairs if link.token_id != token), min(len(links), len(token_ids)))

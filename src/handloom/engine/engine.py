@@ -21,7 +21,7 @@ from handloom.decoding.speculative import Speculator
 from handloom.engine.events import EngineEvent, EngineStats
 from handloom.engine.flight import Pilot
 from handloom.engine.guarded import Custom, Guarded
-from handloom.engine.memory import memory_report, smaller_step
+from handloom.engine.memory import StepSize, memory_report
 from handloom.engine.model import Model
 from handloom.engine.prepare import guarded, prepare
 from handloom.engine.runner import Runner
@@ -81,6 +81,7 @@ class Engine(OneProcess, instead="make another, of a model of its process"):
         )
         self.pilot = None if model.graphs is None else Pilot(model.graphs, self.scheduler, model.hooks)
         self.speculator = Speculator()
+        self._step_size = StepSize(max_step_tokens)
         self._ids = itertools.count()
         self._stepping = threading.Lock()  # held while the scheduler is worked on
         self._stepper: int | None = None  # the thread that steps
@@ -219,11 +220,14 @@ class Engine(OneProcess, instead="make another, of a model of its process"):
             self.scheduler.put_back(events)
             held = 0 if self.pilot is None else self.pilot.free_memory()
             report = memory_report(self.model.transformer, self.model.pool, held)
-            self.scheduler.max_tokens = smaller_step(plan.num_tokens, report, error)
+            self._step_size.shrink(plan.num_tokens, report, error)
+            self.scheduler.max_tokens = self._step_size.now
             return self._planned_step()
         except BaseException:
             self.scheduler.put_back(events)
             raise
+        self._step_size.ran()
+        self.scheduler.max_tokens = self._step_size.now
         self.scheduler.journal.stepped(plan.num_tokens)
         self.speculator.ran(plan.num_tokens)
         return events

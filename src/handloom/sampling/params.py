@@ -44,8 +44,8 @@ from handloom.sampling.rng import fresh_seed
 from handloom.sampling.search_options import EarlyStopping, read_search
 from handloom.sampling.speculation_options import NGRAM, NUM_TOKENS, THRESHOLD, Schedule, read_speculation
 from handloom.sampling.structure_options import Compile, read_structure
-from handloom.sampling.token_lists import token_biases, watermarking
-from handloom.sampling.token_options import check_forced, read_bad_words, read_decay, read_token_ids
+from handloom.sampling.token_lists import watermarking
+from handloom.sampling.token_options import read_token_ids, read_tokens
 from handloom.sampling.watermark import SynthID, Watermark
 from handloom.text.stop import check_stop_strings
 
@@ -254,7 +254,6 @@ def resolve_params(
     rng, seed = _random_source(asked)
     logprobs = integer(0, min(MAX_LOGPROBS, vocab_size))
     eos = read_token_ids(asked, "eos_token_id", vocab_size, eos_token_id)
-    suppressed = read_token_ids(asked, "suppress_tokens", vocab_size)
     watermark = asked.read("watermarking_config", watermarking, default=None, off=None)
     search = read_search(asked, do_sample=do_sample, eos=eos, vocab_size=vocab_size)
     if max(search.num_beams, search.num_return_sequences) > 1:
@@ -273,19 +272,7 @@ def resolve_params(
             for name, check in _CHECKS.items()
         },
         top_k=asked.read("top_k", integer(0, 2**31 - 1), default=50, off=0),
-        sequence_bias=asked.read("sequence_bias", token_biases(vocab_size), default=(), off=()),
-        bad_words_ids=read_bad_words(asked, vocab_size, eos),
-        forced_bos_token_id=check_forced(
-            "forced_bos_token_id",
-            asked.read("forced_bos_token_id", integer(0, vocab_size - 1), default=None, off=None),
-            suppressed,
-        ),
-        forced_eos_token_id=check_forced(
-            "forced_eos_token_id", read_token_ids(asked, "forced_eos_token_id", vocab_size), suppressed
-        ),
-        exponential_decay_length_penalty=read_decay(asked, eos),
-        suppress_tokens=suppressed,
-        begin_suppress_tokens=read_token_ids(asked, "begin_suppress_tokens", vocab_size),
+        **read_tokens(asked, vocab_size, eos),
         watermarking_config=watermark,
         eos_token_id=eos,
         stop_strings=_stop_strings(asked),

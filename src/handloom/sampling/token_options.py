@@ -6,13 +6,29 @@ This module does not know what a rule does with them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from handloom.errors import InvalidParam
-from handloom.sampling.options import MODEL, Options, is_integer, show
-from handloom.sampling.token_lists import MAX_LISTED_IDS, start_and_factor, token_sequences
+from handloom.sampling.options import MODEL, Options, integer, is_integer, show
+from handloom.sampling.token_lists import MAX_LISTED_IDS, start_and_factor, token_biases, token_sequences
 
 Ids = TypeVar("Ids", int | None, tuple[int, ...])
+
+
+def read_tokens(asked: Options, vocab_size: int, eos: tuple[int, ...]) -> dict[str, Any]:
+    """All options that name tokens but the end-of-sequence ones, `eos`, under the names of `GenerationParams`."""
+    suppressed = read_token_ids(asked, "suppress_tokens", vocab_size)
+    first = asked.read("forced_bos_token_id", integer(0, vocab_size - 1), default=None, off=None)
+    last = read_token_ids(asked, "forced_eos_token_id", vocab_size)
+    return {
+        "sequence_bias": asked.read("sequence_bias", token_biases(vocab_size), default=(), off=()),
+        "bad_words_ids": read_bad_words(asked, vocab_size, eos),
+        "forced_bos_token_id": check_forced("forced_bos_token_id", first, suppressed),
+        "forced_eos_token_id": check_forced("forced_eos_token_id", last, suppressed),
+        "exponential_decay_length_penalty": read_decay(asked, eos),
+        "suppress_tokens": suppressed,
+        "begin_suppress_tokens": read_token_ids(asked, "begin_suppress_tokens", vocab_size),
+    }
 
 
 def read_token_ids(
