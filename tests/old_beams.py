@@ -52,5 +52,8 @@ def _verdict(output: Output, tokens: list[int], score: float, case: dict[str, An
         ends = eos if isinstance(eos, list) else [eos]
         assert ours[-1] in ends
         ours[-1] = ends[0]  # as it is written there, whichever came
-    close = abs(output.beams.score - score) <= SCORES_TOLERANCE * max(1.0, abs(score)) + 1e-6  # rounded to 1e-6
+    # rounding errs in the sum of log-probabilities, which a length penalty below 0 multiplies; records have 6 digits
+    shrink = len(output.token_ids) ** case["options"].get("length_penalty", 1.0)
+    ours_sum, their_sum = output.beams.score * shrink, score * shrink
+    close = abs(ours_sum - their_sum) <= SCORES_TOLERANCE * max(1.0, abs(their_sum)) + 1e-6 * shrink
     return "different" if not close else "equal" if ours == tokens else "tied"
