@@ -161,7 +161,7 @@ def _take_prompts(prompts: Any, options: Mapping[str, Any], model: Mapping[str, 
     """The prompts of a call, and its other options.
 
     They are its first argument, or as transformers' `generate` has them: `inputs`, `input_ids` or `inputs_embeds`, with
-    an `attention_mask`; or what a tokenizer returns, with these.
+    an `attention_mask`; or what a tokenizer returns, with these. Ids [batch, n] may be the first argument too.
     """
     options = dict(options)
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
@@ -179,18 +179,26 @@ def _take_prompts(prompts: Any, options: Mapping[str, Any], model: Mapping[str, 
             "the first argument is the prompt: text, token ids, embeddings, or a list of these, not NoneType; messages "
             "go to lm.chat"
         )
-    if prompts is not None:
+    values = given[first]
+    if prompts is not None and not _is_batch(prompts):
         return prompts, options
     mask = options.pop("attention_mask", None)
-    items = _unpadded(first, named[first], mask)
-    if mask is None and isinstance(named[first], Tensor | np.ndarray):
+    items = _unpadded(first, values, mask)
+    if mask is None and isinstance(values, Tensor | np.ndarray):
         _check_no_padding(
-            first, torch.as_tensor(named[first], device="cpu"), (options, options.get("generation_config"), model)
+            first, torch.as_tensor(values, device="cpu"), (options, options.get("generation_config"), model)
         )
     negative = options.get("negative_prompt_ids")
     if isinstance(negative, Tensor) and negative.dim() == 2 and isinstance(items, list) and len(negative) == len(items):
         options["negative_prompt_ids"] = list(negative)  # as those of the prompts, a row for each
     return items, options
+
+
+def _is_batch(prompts: Any) -> bool:
+    """Whether these are token ids [batch, n] in one tensor or array, as `generate` of transformers takes them first."""
+    if isinstance(prompts, np.ndarray):
+        return prompts.ndim == 2 and prompts.dtype.kind in "iu"
+    return isinstance(prompts, Tensor) and prompts.dim() == 2 and not prompts.is_floating_point()
 
 
 def _unpadded(name: str, values: Any, mask: Any) -> Any:

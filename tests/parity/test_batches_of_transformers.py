@@ -39,6 +39,7 @@ def test_a_padded_batch_gives_the_tokens_of_generate(pair: Pair) -> None:
     for ours in (
         pair.lm().generate(**batch, **OPTIONS),
         pair.lm().generate(batch, **OPTIONS),
+        pair.lm().generate(batch["input_ids"], attention_mask=batch["attention_mask"], **OPTIONS),
         pair.lm().generate(inputs=batch["input_ids"], attention_mask=batch["attention_mask"].bool(), **OPTIONS),
         pair.lm().generate(**padded("left", "np"), **OPTIONS),
         pair.lm().generate(**padded("left", None), **OPTIONS),
@@ -62,6 +63,8 @@ def test_one_prompt_needs_no_mask_and_no_batch(pair: Pair) -> None:
     (batch_of_one,) = pair.lm().generate(input_ids=torch.tensor([ids]), **OPTIONS)
     alone = pair.lm().generate(input_ids=ids, attention_mask=[1] * len(ids), **OPTIONS)
     assert batch_of_one.token_ids == alone.token_ids == expected
+    for first in (torch.tensor([ids]), np.array([ids])):
+        assert [output.token_ids for output in pair.lm().generate(first, **OPTIONS)] == [expected]
     pieces = list(pair.lm().stream(input_ids=np.array(ids), **OPTIONS))
     assert [piece.token_id for piece in pieces[:-1]] == expected
     ragged = pair.lm().generate(input_ids=[ids, ids[:2]], **OPTIONS)
@@ -83,6 +86,8 @@ def test_what_transformers_would_mask_as_padding_needs_a_mask(pair: Pair) -> Non
         for name in ("input_ids", "inputs"):
             with pytest.raises(InvalidPrompt, match=r"holds pad_token_id=2.*attention_mask"):
                 pair.lm().generate(**{name: ids}, **said, **way)
+        with pytest.raises(InvalidPrompt, match=r"holds pad_token_id=2.*attention_mask"):
+            pair.lm().generate(ids, **said, **way)
         for mask, expected in ((ids != 2, hidden), (torch.ones_like(ids), shown)):
             assert pair.lm().generate(input_ids=ids, attention_mask=mask, **said, **way)[0].token_ids == expected
         assert pair.lm().generate(ids[0].tolist(), **said, **way).token_ids == shown

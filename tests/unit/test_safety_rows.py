@@ -171,7 +171,8 @@ def test_row15_a_token_id_outside_the_vocabulary_is_refused_by_its_place(lm: LM,
         torch.tensor([5.0, 6.0]),
         torch.tensor([True]),
         torch.tensor([1j]),
-        torch.tensor([[5, 6]]),
+        torch.tensor([[5, VOCAB_SIZE]]),
+        torch.tensor([[[5, 6]]]),
         torch.tensor(5),
         torch.tensor([5, 6]).to_sparse(),
         np.array([5, VOCAB_SIZE]),
@@ -179,7 +180,8 @@ def test_row15_a_token_id_outside_the_vocabulary_is_refused_by_its_place(lm: LM,
         np.array([5.0]),
         np.array(["5"]),
         np.array([5, 6], dtype=object),
-        np.array([[5, 6]]),
+        np.array([[5, VOCAB_SIZE]]),
+        np.array([[[5, 6]]]),
         np.ma.masked_array([5, 6], [False, True]),
         torch.nested.nested_tensor([torch.tensor([5]), torch.tensor([5, 6])], layout=torch.jagged),
     ],
@@ -189,6 +191,13 @@ def test_row15_arrays_of_ids_are_checked_like_lists(lm: LM, bad: Any) -> None:
     for call in (lm.generate, lm.sequence, lm.score):
         with pytest.raises(InvalidPrompt):
             call(bad)
+
+
+@pytest.mark.parametrize("batch", [torch.tensor([[5, 6]]), np.array([[5, 6]])], ids=["tensor", "array"])
+def test_row15_a_batch_is_no_single_prompt(lm: LM, batch: Any) -> None:
+    for call in (lm.sequence, lm.score):
+        with pytest.raises(InvalidPrompt):
+            call(batch)
 
 
 class Unread(Sequence[int]):

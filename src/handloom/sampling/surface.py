@@ -153,8 +153,8 @@ NOTES: dict[str, str] = {
     "watermarking_config": "a `Watermark` or `SynthID`, transformers' configs, or a dict of their fields",
     "generation_config": "a GenerationConfig or a mapping",
     "inputs": "another name of `input_ids`",
-    "input_ids": "instead of the first argument: tensors or lists [batch, n], which give a list of outputs, or one "
-    "prompt [n]; also what a tokenizer returns, as keywords or as the first argument",
+    "input_ids": "or as the first argument: tensors or lists [batch, n], which give a list of outputs, or one prompt "
+    "[n]; also what a tokenizer returns, as keywords or as the first argument",
     "inputs_embeds": "instead of the first argument: [batch, n, hidden_size], or of one prompt [n, hidden_size]",
     "attention_mask": "of `input_ids` or `inputs_embeds`: what it hides is taken off, on either side, and no rule or "
     "limit counts it; a tensor of ids needs one where it has several rows, or a pad_token_id that is no eos",
