@@ -1,4 +1,5 @@
-"""The CPU's kernels on quantised weights: bit for bit what they compute on the floats that the codes stand for."""
+"""The CPU's kernels on quantised weights: with vectors, bit for bit what they compute on the floats of the codes; with
+matrix units, which take codes as they are, as near to float64 as that."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from handloom.checkpoint.quantization import FORMATS, QuantizedMatrix, Quantized
 from handloom.checkpoint.quantize import Scheme, quantize_rows
 from handloom.errors import CheckpointError
 from handloom.ops import cpu
+from handloom.ops.cpu import matrix_units
 from tiny_models import ragged_prompts, save, tiny_gemma3, tiny_gpt2, tiny_llama
 
 SCHEMES = ["int8", "int8:32", "int8:64", "int8:128", "int4", "int4:64", "int4:128", "int4-sym"]
@@ -35,6 +37,15 @@ def rows_in(name: str, rows: int, columns: int) -> QuantizedRows:
     out = QuantizedRows.empty(Scheme.parse(name).format, rows, columns)
     quantize_rows(torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)), out)
     return out
+
+
+@pytest.fixture
+def vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrix units are left alone."""
+    monkeypatch.setattr(matrix_units, "usable", lambda: False)
+
+
+needs_units = pytest.mark.skipif(not matrix_units.usable(), reason="this processor or system has no AMX")
 
 
 def stacked(*formats: str, rows: int, columns: int) -> QuantizedMatrix:
@@ -103,6 +114,7 @@ def shapes() -> Iterator[Any]:
     yield from (pytest.param(name, 37, 96, id=f"{name}-37x96") for name in ("Q4_0", "Q5_1", "Q8_0", "int4"))
 
 
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parametrize(("name", "rows", "columns"), list(shapes()))
 def test_a_product_is_bit_for_bit_that_of_the_floats(name: str, rows: int, columns: int) -> None:
     held = stacked(name, rows=rows, columns=columns)
@@ -115,6 +127,63 @@ def test_a_product_is_bit_for_bit_that_of_the_floats(name: str, rows: int, colum
     assert ((product(x, packed).double() - exact).abs() <= 3e-7 * bound).all()
 
 
+def unlike_rows(count: int, columns: int) -> Tensor:
+    """Rows of ordinary numbers, with one that is far larger than all others, and of very large and very small ones."""
+    x = torch.randn(count, columns, generator=torch.Generator().manual_seed(columns))
+    x[1::4, 5] *= 1000
+    x[2::4] *= 1e-30
+    x[3::4] *= 10 ** torch.randn(1, columns, generator=torch.Generator().manual_seed(3))
+    x[-1] = 0.0
+    return x
+
+
+def errors(got: Tensor, exact: Tensor) -> Tensor:
+    """Of each row, relative to its norm."""
+    return (got.double() - exact).norm(dim=1) / exact.norm(dim=1).clamp(min=1e-300)
+
+
+@needs_units
+@pytest.mark.parametrize(("rows", "columns"), [(33, 64), (200, 768), (37, 2304)])
+def test_matrix_units_are_as_near_to_float64_as_vectors(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = stacked("int8", rows=rows, columns=columns)
+    x = unlike_rows(40, columns)
+    exact = x.double() @ held.matrix().double().T
+    packed = cpu.hold(held)
+    own = errors(product(x, packed), exact)
+    with monkeypatch.context() as patched:
+        patched.setattr(matrix_units, "usable", lambda: False)
+        theirs = errors(product(x, packed), exact)
+    assert own.max() <= 2e-7
+    for kind in range(4):
+        assert own[kind::4].max() <= 2 * theirs[kind::4].max(), kind
+
+
+@needs_units
+def test_whole_numbers_are_multiplied_without_any_error() -> None:
+    """Codes and rows whose sums a float32 holds."""
+    weights = torch.randint(-127, 128, (70, 640), generator=torch.Generator().manual_seed(1)).float()
+    weights[:, 0] = 127.0  # so the scale of each row is 1
+    packed = QuantizedRows.empty(Scheme.parse("int8").format, 70, 640)
+    quantize_rows(weights, packed)
+    held = QuantizedMatrix([packed])
+    assert torch.equal(held.matrix(), weights)
+    x = torch.randint(-100, 101, (19, 640), generator=torch.Generator().manual_seed(2)).float() / 64
+    assert torch.equal(product(x, cpu.hold(held)).double(), x.double() @ weights.double().T)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "Q8_0", "Q6_K"])
+def test_a_row_that_is_not_finite_gives_nothing_finite_and_leaves_others_alone(name: str) -> None:
+    packed, x = cpu.hold(stacked(name, rows=40, columns=256)), unlike_rows(9, 256)
+    alone = product(x, packed)
+    x[2, 100], x[5, 7] = torch.nan, torch.inf
+    together = product(x, packed)
+    assert not together[[2, 5]].isfinite().any()
+    others = [0, 1, 3, 4, 6, 7, 8]
+    assert torch.equal(together[others], alone[others])
+
+
 @pytest.mark.parametrize("name", [*FORMATS, *SCHEMES])
 def test_a_row_alone_gives_the_bits_that_it_gives_among_others(name: str) -> None:
     packed = cpu.hold(stacked(name, rows=70, columns=512))
@@ -122,6 +191,23 @@ def test_a_row_alone_gives_the_bits_that_it_gives_among_others(name: str) -> Non
     together = product(x, packed)
     for row in (0, 17, 39):
         assert torch.equal(product(x[row : row + 1], packed)[0], together[row])
+    many = product(x.repeat(8, 1)[:300], packed)
+    for first, count in ((0, 2), (3, 4), (5, 5), (9, 8), (20, 9)):
+        assert torch.equal(product(x[first : first + count], packed), together[first : first + count])
+    assert torch.equal(many[280:300], together[:20])
+
+
+@needs_units
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_row_of_digits_gets_the_same_bits_in_any_company(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x = cpu.hold(stacked("int8", rows=300, columns=192)), torch.randn(700, 192)
+    monkeypatch.setattr("handloom.ops.cpu.machine.usable_threads", lambda: 1)
+    whole = product(x, packed)
+    monkeypatch.setattr("handloom.ops.cpu.machine.usable_threads", lambda: threads)
+    for count in [*range(1, 18), 24, 63, 64, 65, 264, 265, 529, 700]:
+        assert torch.equal(product(x[:count], packed), whole[:count]), count
+    for first in (1, 3, 4, 7, 8, 300, 699):
+        assert torch.equal(product(x[first:], packed), whole[first:]), first
 
 
 @pytest.mark.parametrize("name", [*FORMATS, *SCHEMES])
@@ -137,6 +223,7 @@ def test_panels_lose_nothing(name: str) -> None:
     assert torch.equal(packed[some], held.matrix()[some])
 
 
+@pytest.mark.usefixtures("vectors")
 def test_stacked_formats_are_one_weight() -> None:
     held = stacked("Q4_K", "Q6_K", "Q8_0", rows=37, columns=256)
     x, bias = torch.randn(5, 256), torch.randn(held.shape[0])
@@ -152,6 +239,7 @@ def logits(lm: hl.LM, prompts: list[list[int]]) -> Tensor:
     return lm.step([lm.sequence(prompt) for prompt in prompts])
 
 
+@pytest.mark.usefixtures("vectors")
 @pytest.mark.parametrize("storage", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "mixed"])
 def test_a_kept_gguf_file_computes_as_its_floats_do(tmp_path: Path, storage: str) -> None:
     if storage == "mixed":
@@ -167,6 +255,21 @@ def test_a_kept_gguf_file_computes_as_its_floats_do(tmp_path: Path, storage: str
     assert torch.equal(alone, logits(kept, prompts))
     for prompt in prompts:
         assert kept.generate(prompt, max_new_tokens=8).token_ids == floats.generate(prompt, max_new_tokens=8).token_ids
+
+
+@needs_units
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_logits_of_matrix_units_depend_on_their_sequence_alone(tmp_path: Path, scheme: str) -> None:
+    path = save(tiny_llama(**WIDE), tmp_path / "model")
+    lm = hl.LM.from_pretrained(path, quantize=scheme)
+    prompts = ragged_prompts(3, (11, 40, 1))
+    together = logits(lm, prompts)
+    assert torch.equal(torch.cat([logits(lm, [prompt]) for prompt in prompts]), together)
+    sequence = lm.sequence(prompts[1][:1])
+    for token in prompts[1][1:]:
+        sequence.append(token)
+        assert sequence.logits.isfinite().all()
+    assert torch.equal(sequence.logits, together[1])
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

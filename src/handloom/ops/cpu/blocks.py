@@ -19,13 +19,14 @@ from torch import Tensor
 from handloom.checkpoint.quantization import QuantizedRows
 from handloom.ops.cpu import instructions as ins
 from handloom.ops.cpu import matrix_units
-from handloom.ops.cpu.instructions import Frame
+from handloom.ops.cpu.instructions import Frame, Split
 from handloom.ops.panels import PANEL, Panels, format_of
 from handloom.ops.quantized_panels import QUANTIZED, QuantizedPanels
 from handloom_kernels.reference import Norm, Rotary
 
 Weight = Tensor | Panels | QuantizedPanels
 Instructions = list[tuple[int | float, ...]]
+MOST_SUMMED = 1 << 16  # products of 8 bits whose sum is an int32
 
 
 class Scale(NamedTuple):
@@ -90,12 +91,11 @@ def linear(
 ) -> Instructions:  # fmt: skip
     """out [count, M] = residual + softcap(x @ weight.T + bias); None: the run's logits. out may be residual.
 
-    One instruction, or one for each segment of a quantised weight, which writes columns of its own. Where weights are
-    bfloat16 and there are matrix units, another before it splits x for them.
+    One instruction, or one for each segment of a quantised weight, which writes columns of its own. For matrix units
+    another before them splits x.
     """
-    depth, first = weight.shape[1], 0
-    in_pieces = weight.dtype == torch.bfloat16 and isinstance(weight, Panels) and matrix_units.usable()
-    instructions: Instructions = [ins.SplitRows(int(count), address(x), stride(x), depth)] if in_pieces else []
+    depth, first, split = weight.shape[1], 0, int(split_for(weight))
+    instructions: Instructions = [ins.SplitRows(int(count), address(x), stride(x), depth, split)] if split else []
     if isinstance(weight, QuantizedPanels):
         parts = [(QUANTIZED, 1, s.entries.ctypes.data, s.rows) for s in weight.segments]
     else:
@@ -106,11 +106,22 @@ def linear(
         instruction = ins.Linear(
             int(count), address(x), stride(x), form, size, data, columns, depth, address(added), address(theirs),
             0 if theirs is None else stride(theirs), softcap or 0.0, int(out is None), address(ours),
-            4 * columns if ours is None else stride(ours), int(in_pieces),
+            4 * columns if ours is None else stride(ours), split,
         )  # fmt: skip
         instructions.append(instruction)
         first += columns
     return instructions
+
+
+def split_for(weight: Panels | QuantizedPanels) -> Split:
+    """How the matrix units take rows for this weight: bfloat16, or codes of 8 bits with one scale for a row of them."""
+    if isinstance(weight, Panels):
+        split = Split.PIECES if weight.dtype == torch.bfloat16 else Split.NONE
+    else:
+        formats, depth = [segment.like.format for segment in weight.segments], weight.shape[1]
+        octets = all(form.bits == 8 and not form.group for form in formats)
+        split = Split.DIGITS if octets and depth % ins.BLOCK == 0 and depth <= MOST_SUMMED else Split.NONE
+    return split if split and matrix_units.usable() else Split.NONE
 
 
 def activate(x: Tensor, activation: str, gated: bool, out: Tensor) -> ins.Activate:
@@ -182,6 +193,8 @@ def scratch_bytes(rows: Instructions) -> int:
             d, dv = (-(-width // PANEL) * PANEL for width in (row.head_dim, row.v_head_dim))
             floats = queries * (d + dv + 32) + ins.CHUNK * (dv + ins.SPLIT + 48) + ins.SPLIT * (d + dv) + 16 * d
             most = max(most, 4 * floats + 8 * (ins.KEYS + d) // 16)
+        elif isinstance(row, ins.SplitRows) and row.split == Split.DIGITS:
+            most = max(most, 4 * PANEL * (ins.ROWS * ins.GROUP + 4 * ins.QUAD * ins.DIGITS) + row.depth * PANEL)
     return -(-most // 64) * 64
 
 
@@ -193,10 +206,14 @@ def kept_bytes(rows: Instructions) -> int:
     return max(records, default=0)
 
 
-def piece_bytes(rows: Instructions) -> int:
-    """What the pieces of a row take, of any that these instructions split."""
-    tiles = [-(-row.depth // ins.TILE_DEPTH) for row in rows if isinstance(row, ins.SplitRows)]
-    return max(tiles, default=0) * ins.TILE_DEPTH * ins.PIECES * 2
+def split_bytes(rows: Instructions) -> int:
+    """What is kept of QUAD rows, of any that these instructions split."""
+    most = 0
+    for row in rows:
+        if isinstance(row, ins.SplitRows):
+            pieces = ins.QUAD * ins.PIECES * 2 * -(-row.depth // ins.TILE_DEPTH) * ins.TILE_DEPTH
+            most = max(most, pieces if row.split == Split.PIECES else ins.quad_bytes(row.depth))
+    return most
 
 
 def kept_splits(cu_seqlens: np.ndarray, context_lens: np.ndarray) -> int:

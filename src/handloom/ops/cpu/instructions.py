@@ -27,6 +27,8 @@ ROWS = 264  # of a product's item at most: a multiple of every tile
 GROUP = 4  # panels of a product's item at most
 PIECES = 3  # of bfloat16 that a float32 is the sum of
 TILE_DEPTH = 32  # columns of k in a tile of bfloat16
+DIGITS = 4  # of 8 bits that a row of x is the sum of
+QUAD = 4  # rows whose digits lie together: as many as a tile holds
 KEYS = 64  # of a block of attention
 SPLIT = 256  # keys whose sums attention takes apart from others'
 QUERY_ROWS = 64  # queries times heads of a group of which attention makes each split an item, if there are several
@@ -53,7 +55,7 @@ class Frame(IntEnum):
     THREADS = 13
     LOGITS = 14
     PAGE_SIZE = 15
-    KEPT = 16  # where something is kept between two instructions: attention's sums, or pieces of rows
+    KEPT = 16  # where something is kept between two instructions: attention's sums, or rows that are split
 
 
 class Operation(IntEnum):
@@ -69,6 +71,14 @@ class Operation(IntEnum):
     COMBINE = 7
     PERTURB = 8
     SPLIT = 9
+
+
+class Split(IntEnum):
+    """What rows of x are for a product: themselves, or for the matrix units pieces or digits (see the modules)."""
+
+    NONE = 0
+    PIECES = 1
+    DIGITS = 2
 
 
 class Activation(IntEnum):
@@ -115,16 +125,17 @@ class NormRows(NamedTuple):
 
 
 class SplitRows(NamedTuple):
-    """Rows of x [depth] as pieces of bfloat16 in what is kept, for the next instruction; see `pieces`"""
+    """Rows of x [depth] as a Split says, in what is kept, for the products that follow"""
 
     counted_by: int
     x: int
     stride: int
     depth: int
+    split: int
 
 
 class Linear(NamedTuple):
-    """out = residual + softcap(x @ weight.T + bias); `to_logits`: out is the frame's; in_pieces: x is split already"""
+    """out = residual + softcap(x @ weight.T + bias); `to_logits`: out is the frame's; split: so x is kept already"""
 
     counted_by: int
     x: int
@@ -141,7 +152,7 @@ class Linear(NamedTuple):
     to_logits: int
     out: int
     out_stride: int
-    in_pieces: int
+    split: int
 
 
 class Activate(NamedTuple):
@@ -270,6 +281,11 @@ def row_of(instruction: tuple[int | float, ...]) -> list[int]:
     """The row of a table."""
     values = [value if isinstance(value, int) else float_bits(value) for value in instruction]
     return [int(CODES[type(instruction)]), *values, *[0] * (WIDTH - 1 - len(values))]
+
+
+def quad_bytes(depth: int) -> int:
+    """Of QUAD rows as digits, a line of scales after them; depth is a multiple of BLOCK."""
+    return depth * QUAD * DIGITS + LINE
 
 
 def float_bits(value: float) -> int:

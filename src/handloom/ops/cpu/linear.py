@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from handloom.ops.cpu import simd
+from handloom.ops.cpu.amx import AMX
 from handloom.ops.cpu.codes import (
     FEWER_AT_ONCE,
     MOST_AT_ONCE,
@@ -22,6 +23,7 @@ from handloom.ops.cpu.codes import (
     multiply_one,
     unpack_block,
 )  # fmt: skip
+from handloom.ops.cpu.digits import multiply_digits
 from handloom.ops.cpu.elementary import tanh
 from handloom.ops.cpu.instructions import BLOCK, GROUP, LINE, ROWS
 from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
@@ -44,6 +46,7 @@ from handloom.ops.quantized_panels import QUANTIZED
 
 MANY = 64
 ASKED = 4  # cache lines of each of two panels that a tile of them asks for
+WHOLE = 24  # rows of which a chunk is a multiple: of SIX, and of two quads of digits
 SIX = 6  # rows of the tile of two panels, which needs the fewest loads for its sums
 FEW = 16 if WIDE else 2  # rows for which codes are made floats in registers, again for each tile
 ITEM_BYTES = 1 << 18  # of weights that an item is to read: less is lost in handing out items
@@ -138,7 +141,7 @@ def group_of(columns, depth, size, rows, threads):
 def rows_of(rows):
     """How many rows an item has: chunks as even as whole tiles let them be, for threads to have the same work."""
     chunks = (rows + ROWS - 1) // ROWS
-    return max(1, (rows + SIX * chunks - 1) // (SIX * chunks) * SIX)
+    return max(1, (rows + WHOLE * chunks - 1) // (WHOLE * chunks) * WHOLE)
 
 
 @kernel(int64, int64, int64, int64)
@@ -237,14 +240,15 @@ def finish_panel(x, first, rows, panel, columns, bias, residual, residual_stride
         residual += residual_stride if residual != 0 else 0
 
 
-@kernel(void, *[int64] * 13, float64, int64, int64, int64)
+@kernel(void, *[int64] * 13, float64, *[int64] * 4)
 def linear_item(
     item, form, size, group, x, x_stride, rows, data, columns, depth, bias, residual, residual_stride, softcap, out,
-    out_stride, scratch,
+    out_stride, digits, scratch,
 ):  # fmt: skip
     """out = residual + softcap(x @ weight.T + bias) for one item's rows and columns; addresses of 0: there is none.
 
     Many rows are taken a block of k at a time, which they leave in a near cache; of few the weights lie in one piece.
+    digits: the rows of x as such, for a quantised weight in the matrix units; 0: there are none.
     """
     panels = (columns + PANEL - 1) // PANEL
     groups = (panels + group - 1) // group
@@ -253,7 +257,10 @@ def linear_item(
     count = min(per, rows - first_row)
     last = min(panels, first + group)
     x, scales, width = x + first_row * x_stride, scratch + SCRATCH, ROWS * PANEL * 4
-    if count > MANY:
+    if digits != 0:
+        if AMX:
+            multiply_digits(data, first, last, depth, digits, first_row, count, scales, scratch)
+    elif count > MANY:
         paired = first + (last - first) // 2 * 2 if form == FORMAT_F32 else first
         for k in range(0, depth, BLOCK):
             for p in range(first, paired, 2):

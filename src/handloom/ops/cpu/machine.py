@@ -40,7 +40,7 @@ def run_once(rows: Instructions, entries: dict[Frame, int], kept_splits: int = 0
     """Run a few instructions."""
     table = np.array([ins.row_of(row) for row in rows], dtype=np.int64)
     most = max(entries.get(Frame.TOKENS, 0), entries.get(Frame.ROWS, 0))
-    kept = max(blocks.kept_bytes(rows) * kept_splits, blocks.piece_bytes(rows) * most)
+    kept = max(blocks.kept_bytes(rows) * kept_splits, blocks.split_bytes(rows) * -(-most // ins.QUAD))
     Machine().run(table, blocks.scratch_bytes(rows), kept, entries)
 
 

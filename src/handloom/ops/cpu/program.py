@@ -220,7 +220,7 @@ class Program:
             self._record(compute, max(tokens, count), int(batch.positions.numpy().max()) + 1, rotaries, kv)
             logits = torch.empty(count, self._width, dtype=torch.float32, device="cpu")
             kept = self._kept * blocks.kept_splits(batch.cu_seqlens.numpy(), batch.context_lens.numpy())
-            kept = max(kept, self._pieces * max(tokens, count))
+            kept = max(kept, self._split * -(-max(tokens, count) // ins.QUAD))
             self._machine.run(self._table, self._scratch, kept, entries(batch, logits, kv[0][0].shape[1]))
         return logits
 
@@ -240,7 +240,7 @@ class Program:
         self._width = compute(recorder, self._rotaries, kv).shape[1]
         self._table = np.array([ins.row_of(row) for row in recorder.rows], dtype=np.int64)
         self._scratch, self._kept = blocks.scratch_bytes(recorder.rows), blocks.kept_bytes(recorder.rows)
-        self._pieces = blocks.piece_bytes(recorder.rows)
+        self._split = blocks.split_bytes(recorder.rows)
         self._recorded, self._pages = recorder, pages
 
 

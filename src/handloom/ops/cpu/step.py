@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from numba.core.types import UniTuple  # type: ignore[attr-defined]
 
+from handloom.ops.cpu import digits, pieces
 from handloom.ops.cpu import rows as row
 from handloom.ops.cpu.amx import AMX
 from handloom.ops.cpu.attention import attention_item, attention_items, combine_item, combine_items, item_rows
@@ -30,11 +31,11 @@ from handloom.ops.cpu.instructions import (
     WIDTH,
     Frame,
     Operation,
+    Split,
 )
 from handloom.ops.cpu.linear import group_of, linear_item, linear_items
 from handloom.ops.cpu.matrix_linear import matrix_group, matrix_item, matrix_items
 from handloom.ops.cpu.meeting import fetch_add, load_atomic, store_atomic, wait_a_little
-from handloom.ops.cpu.pieces import split_row
 from handloom.ops.cpu.quantizing import quantize_nibbles, quantize_octets
 from handloom.ops.cpu.simd import as_float, int64, kernel, read_i64, void, write_i64
 from handloom.ops.cpu.tiles import ask_for
@@ -58,6 +59,7 @@ SCRATCH, SCRATCH_BYTES, THREADS, LOGITS, PAGE_SIZE, KEPT = (
     int(x) * 8 for x in (Frame.SCRATCH, Frame.SCRATCH_BYTES, Frame.THREADS, Frame.LOGITS, Frame.PAGE_SIZE, Frame.KEPT)
 )
 EMBED, NORM, LINEAR, ACTIVATE, QKV, ATTENTION, QUANTIZE, COMBINE, PERTURB, SPLIT = (int(x) for x in Operation)
+PIECES, DIGITS = int(Split.PIECES), int(Split.DIGITS)
 
 
 # Instructions -----------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def count_items(instruction, frame):
     code = read_i64(instruction)
     if code == LINEAR:
         count, group = read_i64(frame + 8 * operand(instruction, 0)), linear_group(instruction, frame)
-        if operand(instruction, 15) != 0:
+        if operand(instruction, 15) == PIECES:
             return matrix_items(operand(instruction, 6), operand(instruction, 7), count, group)
         return linear_items(operand(instruction, 6), count, group)
     if code == ATTENTION:
@@ -109,7 +111,7 @@ def count_items(instruction, frame):
 def linear_group(instruction, frame):
     rows, threads = read_i64(frame + 8 * operand(instruction, 0)), read_i64(frame + THREADS)
     columns, depth = operand(instruction, 6), operand(instruction, 7)
-    if operand(instruction, 15) != 0:
+    if operand(instruction, 15) == PIECES:
         return matrix_group(columns, depth, rows, threads)
     return group_of(columns, depth, operand(instruction, 4), rows, threads)
 
@@ -122,18 +124,27 @@ def attention_rows(instruction, frame):
 @kernel(void, *[int64] * 4)
 def do_linear(i, frame, item, scratch):
     out = read_i64(frame + LOGITS) if operand(i, 12) != 0 else operand(i, 13)
-    if operand(i, 15) != 0:
+    rows, kept = read_i64(frame + 8 * operand(i, 0)), read_i64(frame + KEPT)
+    if operand(i, 15) == PIECES:
         matrix_item(
-            item, linear_group(i, frame), read_i64(frame + KEPT), read_i64(frame + 8 * operand(i, 0)), operand(i, 5),
-            operand(i, 6), operand(i, 7), operand(i, 8), operand(i, 9), operand(i, 10), as_float(operand(i, 11)), out,
-            operand(i, 14), scratch,
+            item, linear_group(i, frame), kept, rows, operand(i, 5), operand(i, 6), operand(i, 7), operand(i, 8),
+            operand(i, 9), operand(i, 10), as_float(operand(i, 11)), out, operand(i, 14), scratch,
         )  # fmt: skip
         return
     linear_item(
-        item, operand(i, 3), operand(i, 4), linear_group(i, frame), operand(i, 1), operand(i, 2),
-        read_i64(frame + 8 * operand(i, 0)), operand(i, 5), operand(i, 6), operand(i, 7), operand(i, 8), operand(i, 9),
-        operand(i, 10), as_float(operand(i, 11)), out, operand(i, 14), scratch,
+        item, operand(i, 3), operand(i, 4), linear_group(i, frame), operand(i, 1), operand(i, 2), rows, operand(i, 5),
+        operand(i, 6), operand(i, 7), operand(i, 8), operand(i, 9), operand(i, 10), as_float(operand(i, 11)), out,
+        operand(i, 14), kept if operand(i, 15) == DIGITS else 0, scratch,
     )  # fmt: skip
+
+
+@kernel(void, *[int64] * 4)
+def do_split(i, frame, at, count):
+    x, depth, kept = operand(i, 1) + at * operand(i, 2), operand(i, 3), read_i64(frame + KEPT)
+    if operand(i, 4) == PIECES:
+        pieces.split_row(x, at, count, depth, kept)
+    else:
+        digits.split_row(x, at, depth, kept)
 
 
 @kernel(void, *[int64] * 4)
@@ -261,8 +272,7 @@ def do_item(instruction, frame, item, scratch):
             if code == NORM:
                 do_norm(instruction, frame, at)
             elif code == SPLIT:
-                x, stride, depth = operand(instruction, 1), operand(instruction, 2), operand(instruction, 3)
-                split_row(x + at * stride, at, count, depth, read_i64(frame + KEPT))
+                do_split(instruction, frame, at, count)
             elif code == QKV:
                 do_qkv(instruction, frame, at)
             elif code == QUANTIZE:

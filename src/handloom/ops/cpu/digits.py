@@ -1,0 +1,264 @@
+"""Products with codes of 8 bits, exactly, in the processor's matrix units: rows of x as four digits of 8 bits.
+
+A row of x is made whole numbers of 31 bits: a power of 2 times its numbers, rounded by at most 2**-30 of the row's
+largest, where float32 rounds each sum to 2**-24 of itself. These have four signed digits to the base 256, and a digit's
+product with codes is a sum of whole numbers, the same in any order. Four such sums become one float32, which the scales
+of the row and of the output are multiplied with: so a row's result depends on nothing but that row. A row with an
+infinity or a NaN gives NaN.
+
+Four rows of x lie together, a quad: of each 64 columns of k a tile, whose row 4 * i + j has digit j of row i (the
+largest first), and after the tiles a line with four scales. Codes are made tiles block by block, [16, 16, 4] of
+64 columns of k and 16 outputs: a row of a tile has 4 columns side by side.
+
+This module does not know threads, or where operands come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llvmlite import ir
+
+from handloom.ops.cpu import amx, instructions, simd
+from handloom.ops.cpu.amx import TILE_BYTES
+from handloom.ops.cpu.codes import LOW, SCALE, ZERO
+from handloom.ops.cpu.instructions import BLOCK, DIGITS, LINE, QUAD, ROWS
+from handloom.ops.cpu.simd import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    VECTOR,
+    Builder,
+    Value,
+    float32,
+    int64,
+    kernel,
+    operation,
+    read_f32,
+    read_i64,
+    vector,
+    void,
+)
+from handloom.ops.cpu.tiles import PREFETCH, VECTORS, prefetch
+from handloom.ops.panels import PANEL
+
+BLOCK_BYTES = VECTORS * TILE_BYTES
+WIDTH = PANEL * 4
+ROW_OF_SUMS = DIGITS * WIDTH
+SUMS_BYTES = 2 * QUAD * ROW_OF_SUMS
+LARGEST, LEAST = 29, 30  # the power of 2 below which numbers become, and the least exponent that is looked at
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # columns of k of each 8, as tiles have them: as shuffles bring codes there
+BYTES, HALVES = ir.VectorType(I8, 4 * LANES), ir.VectorType(I16, 2 * LANES)
+
+quad_bytes = kernel(int64, int64)(instructions.quad_bytes)
+
+
+def _shuffle(b: Builder, x: Value, y: Value, order: list[int]) -> Value:
+    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(order)), order))
+
+
+# Rows to digits ----------------------------------------------------------------------------------
+
+
+@operation(vector, vector)
+def absolute(b: Builder, x: Value) -> Value:
+    """|x|"""
+    return b.bitcast(b.and_(b.bitcast(x, INTS), ir.Constant(INTS, [0x7FFFFFFF] * LANES)), VECTOR)
+
+
+@operation(int64, float32)
+def exponent(b: Builder, x: Value) -> Value:
+    """The exponent's bits of x >= 0"""
+    return b.zext(b.lshr(b.bitcast(x, I32), I32(23)), I64)
+
+
+@operation(float32, int64)
+def power(b: Builder, bits: Value) -> Value:
+    """The power of 2 with these bits of exponent"""
+    return b.bitcast(b.shl(b.trunc(bits, I32), I32(23)), F32)
+
+
+@operation(void, int64, vector)
+def write_digits(b: Builder, out: Value, x: Value) -> None:
+    """16 numbers |x| <= 2**30 to the nearest whole ones, as digits in DIGITS rows of a tile"""
+    whole = b.fptosi(simd.call(b, "llvm.rint.v16f32", VECTOR, x), INTS)
+    middle = ir.Constant(INTS, [0x00808080] * LANES)
+    digits = b.bitcast(b.xor(b.add(whole, middle), middle), BYTES)
+    for digit in range(DIGITS):
+        own = _shuffle(b, digits, digits, [4 * (8 * i + k) + DIGITS - 1 - digit for i in range(2) for k in ORDER])
+        simd.store_at(b, own, simd.offset(b, out, BLOCK * digit), 1)
+
+
+@kernel(void, *[int64] * 4)
+def split_row(x, row, depth, quads):
+    """Row `row` [depth] float32 to its digits and scale; depth is a multiple of BLOCK."""
+    quad, row = quads + row // QUAD * quad_bytes(depth), row % QUAD
+    most, bad = simd.splat(ZERO), simd.splat(ZERO)
+    for k in range(0, depth, LANES):
+        value = simd.load(x + 4 * k)
+        most = simd.larger(most, absolute(value))
+        bad = simd.fma(value, simd.splat(ZERO), bad)
+    bits = max(exponent(simd.max_lanes(most)), LEAST)
+    factor = simd.splat(power(127 + 127 + LARGEST - bits))
+    simd.write_f32(quad + depth // BLOCK * TILE_BYTES + 4 * row, power(bits - LARGEST) + simd.sum_lanes(bad))
+    tiles = quad + row * DIGITS * BLOCK
+    for k in range(0, depth, LANES):
+        write_digits(tiles + k // BLOCK * TILE_BYTES + k % BLOCK, simd.mul(simd.load(x + 4 * k), factor))
+
+
+# Products ----------------------------------------------------------------------------------------
+
+
+def _rows_of_tiles(b: Builder, codes: Value) -> Iterator[tuple[int, int, int, Value]]:
+    """Of each 8 columns from k on: of 16 outputs, of which v says which, the even or the odd columns side by side."""
+    for k in range(0, BLOCK, 8):
+        at = simd.offset(b, codes, PANEL * k)
+        for line in range(0, 8 * PANEL, 64):
+            prefetch(b, simd.offset(b, at, PREFETCH + line))
+        columns = [simd.load_at(b, simd.offset(b, at, 2 * PANEL * i), BYTES, 1) for i in range(4)]
+        for v in range(VECTORS):
+            twos = [PANEL * (2 * j + odd) + LANES * v + n for odd in range(2) for n in range(LANES) for j in range(2)]
+            first, second = (b.bitcast(_shuffle(b, columns[i], columns[i + 1], twos), HALVES) for i in (0, 2))
+            for odd in range(2):
+                fours = [LANES * odd + 2 * LANES * j + n for n in range(LANES) for j in range(2)]
+                yield k, v, odd, _shuffle(b, first, second, fours)
+
+
+@operation(void, int64, int64)
+def codes_to_tiles(b: Builder, codes: Value, out: Value) -> None:
+    """Codes [BLOCK, PANEL] as VECTORS tiles, by two shuffles of 64 bytes for each row of them"""
+    for k, v, odd, row in _rows_of_tiles(b, codes):
+        simd.store_at(b, row, simd.offset(b, out, TILE_BYTES * v + LANES * (k + 4 * odd)), 64)
+
+
+@operation(void, int64)
+def configure(b: Builder, rows: Value) -> None:
+    """Take tiles for products of so many rows of digits, their sums zero"""
+    amx.configure(b, dict.fromkeys((0, 1, 2, 3, 6, 7), rows))
+
+
+@operation(void, int64, int64, int64, int64)
+def multiply(b: Builder, x: Value, other: Value, both: Value, codes: Value) -> None:
+    """Add the products of a quad, or of two, and a block of a panel's codes"""
+    stride = I64(BLOCK)
+    amx.load(b, 4, codes, stride)
+    amx.load(b, 5, simd.offset(b, codes, TILE_BYTES), stride)
+    amx.load(b, 6, x, stride)
+    amx.multiply_int8(b, 0, 6, 4)
+    amx.multiply_int8(b, 1, 6, 5)
+    with b.if_then(b.icmp_signed("!=", both, I64(0))):
+        amx.load(b, 7, other, stride)
+        amx.multiply_int8(b, 2, 7, 4)
+        amx.multiply_int8(b, 3, 7, 5)
+
+
+@operation(void, int64, int64)
+def end(b: Builder, both: Value, out: Value) -> None:
+    """Store the sums, [2 * QUAD, DIGITS, PANEL] int32, and begin anew"""
+    stride, half = I64(WIDTH), QUAD * ROW_OF_SUMS
+    with b.if_then(b.icmp_signed("!=", both, I64(0))):
+        for tile in (2, 3):
+            amx.store(b, tile, simd.offset(b, out, half + 4 * LANES * (tile - 2)), stride)
+            amx.zero(b, tile)
+    for tile in (0, 1):
+        amx.store(b, tile, simd.offset(b, out, 4 * LANES * tile), stride)
+        amx.zero(b, tile)
+
+
+@operation(vector, int64)
+def number(b: Builder, sums: Value) -> Value:
+    """The number whose digits' sums these are"""
+    rows = [simd.load_at(b, simd.offset(b, sums, WIDTH * digit), INTS, 4) for digit in range(DIGITS)]
+    total, *rest = (b.sitofp(row, VECTOR) for row in rows)
+    for digit in rest:
+        total = simd.fused(b, total, simd.constant(256.0), digit)
+    return total
+
+
+@kernel(void, *[int64] * 6)
+def scale_sums(sums, count, scales, quads, size, out):
+    """out [count, PANEL] = the numbers of sums, times the scales of rows and columns; size: bytes of a quad."""
+    for row in range(count):
+        own = simd.splat(read_f32(quads + (row // QUAD + 1) * size - LINE + 4 * (row % QUAD)))
+        for v in range(0, WIDTH, 4 * LANES):
+            value = simd.mul(number(sums + v), simd.load(scales + v))
+            simd.store(out + v, simd.mul(value, own))
+        sums, out = sums + ROW_OF_SUMS, out + WIDTH
+
+
+@operation(void, *[int64] * 4)
+def sum_one(b: Builder, codes: Value, tile: Value, depth: Value, out: Value) -> None:
+    """The sums of one row and a panel, [DIGITS, PANEL] int32, in vectors: they read memory more steadily than tiles.
+
+    One factor of such a product has no sign: codes are 128 more here, and 128 times the sum of a digit is taken away.
+    """
+
+    def add(total: Value, unsigned: Value, signed: Value) -> Value:
+        values = (b.bitcast(x, INTS) for x in (unsigned, signed))
+        return simd.call(b, "llvm.x86.avx512.vpdpbusd.512", INTS, total, *values)
+
+    entry, loop, done = b.block, b.append_basic_block("block"), b.append_basic_block("summed")
+    b.branch(loop)
+    b.position_at_end(loop)
+    left, at, x = (b.phi(I64) for _ in range(3))
+    ones, flip = (ir.Constant(BYTES, [n] * 4 * LANES) for n in (1, 0x80))
+    begun = [[b.phi(INTS) for _ in range(VECTORS + 1)] for _ in range(DIGITS)]
+    sums = [list(own) for own in begun]
+    for k, v, odd, row in _rows_of_tiles(b, at):
+        for digit, own in enumerate(sums):
+            place = simd.offset(b, x, BLOCK * digit + k + 4 * odd)
+            four = simd.splat_of(b, simd.load_at(b, place, I32, 1), INTS)
+            own[v] = add(own[v], b.xor(b.bitcast(row, BYTES), flip), four)
+            if v == 0:
+                own[VECTORS] = add(own[VECTORS], ones, four)
+    after = b.sub(left, I64(BLOCK)), simd.offset(b, at, BLOCK * PANEL), simd.offset(b, x, TILE_BYTES)
+    for phi, first, following in zip((left, at, x), (depth, codes, tile), after, strict=True):
+        phi.add_incoming(first, entry)
+        phi.add_incoming(following, loop)
+    for phis, own in zip(begun, sums, strict=True):
+        for phi, total in zip(phis, own, strict=True):
+            phi.add_incoming(ir.Constant(INTS, [0] * LANES), entry)
+            phi.add_incoming(total, loop)
+    b.cbranch(b.icmp_signed(">", after[0], I64(0)), loop, done)
+    b.position_at_end(done)
+    for digit, own in enumerate(sums):
+        more = b.shl(own[VECTORS], ir.Constant(INTS, [7] * LANES))
+        for v in range(VECTORS):
+            simd.store_at(b, b.sub(own[v], more), simd.offset(b, out, WIDTH * digit + 4 * LANES * v))
+
+
+@kernel(void, *[int64] * 9)
+def multiply_digits(segment, first, last, depth, x, row, count, scratch, out):
+    """out [last - first, ROWS, PANEL] = rows `row`, ..., a multiple of QUAD, times these panels.
+
+    Two quads at a time go through all columns of a panel. Sums are scaled when those after them have been stored: until
+    then they are on their way to the cache, and nothing else would go on meanwhile.
+    """
+    size, data, scales = quad_bytes(depth), read_i64(segment + LOW), read_i64(segment + SCALE)
+    codes, step = scratch + 2 * SUMS_BYTES, BLOCK_BYTES if count > 2 * QUAD else 0
+    slot, waiting, of, quads, into = 0, 0, scales, x, out
+    if row == 0 and count == 1:
+        for panel in range(first, last):
+            sum_one(data + panel * depth * PANEL, x, depth, scratch)
+            scale_sums(scratch, 1, scales + panel * WIDTH, x, size, out + (panel - first) * ROWS * WIDTH)
+        return
+    configure(DIGITS * min(count, QUAD))
+    for panel in range(first, last):
+        for at in range(0, count, 2 * QUAD):
+            rows, both = x + (row + at) // QUAD * size, int(count - at > QUAD)
+            for k in range(0, depth, BLOCK):
+                here, tile = codes + k // BLOCK * step, rows + k // BLOCK * TILE_BYTES
+                if at == 0:  # once for all rows: they stay in a near cache
+                    codes_to_tiles(data + (panel * depth + k) * PANEL, here)
+                multiply(tile, tile + size, both, here)
+            slot = SUMS_BYTES - slot
+            end(both, scratch + slot)
+            scale_sums(scratch + SUMS_BYTES - slot, waiting, of, quads, size, into)
+            waiting, of, quads = min(2 * QUAD, count - at), scales + panel * WIDTH, rows
+            into = out + ((panel - first) * ROWS + at) * WIDTH
+    scale_sums(scratch + slot, waiting, of, quads, size, into)
+    amx.release()
