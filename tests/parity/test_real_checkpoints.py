@@ -121,7 +121,7 @@ def test_decoding_by_contrast_on_a_real_model(smollm2: Pair) -> None:
         assert ours == dola(model, prompt, layers, 6)
 
 
-@pytest.mark.parametrize("name", [SMOLLM2, GEMMA3])
+@pytest.mark.parametrize("name", [SMOLLM2, pytest.param(GEMMA3, marks=pytest.mark.slow)])
 def test_ids_under_other_names_are_those_of_the_real_tokenizers(name: str) -> None:
     tokenizer = real_lm(name).tokenizer
     assert tokenizer is not None

@@ -333,12 +333,12 @@ def test_only_a_seed_that_gives_the_tokens_again_is_reported() -> None:
     assert lm.generate(PROMPTS[0], max_new_tokens=1, do_sample=True, seed=5).seed == 5
 
 
-def test_params_that_are_no_list_and_batches_of_ids_are_told_what_to_do() -> None:
+def test_params_that_are_no_list_and_batches_without_a_mask_are_told_what_to_do() -> None:
     lm = lm_with()
     with pytest.raises(InvalidParam, match="must be a list of dicts"):
         lm.generate(PROMPTS[0], params={"seed": 1})
-    with pytest.raises(InvalidPrompt, match=r"ids\[0\]"):
-        lm.generate(torch.tensor([[1, 2, 3]]))
+    with pytest.raises(InvalidPrompt, match="attention_mask"):
+        lm.generate(torch.tensor([[1, 2, 3], [4, 5, 6]]))
 
 
 def test_an_output_shows_its_text_and_what_else_was_asked_for_in_short() -> None:

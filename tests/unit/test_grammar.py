@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import product
 
+import llguidance
 import numpy as np
 import pytest
 import torch
@@ -243,9 +244,12 @@ def test_what_the_deep_stack_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -
     class Panic(BaseException):
         """As pyo3's: no Exception."""
 
-    def panics(*_: object, **__: object) -> None:
-        raise Panic("in Rust")
+    class Matcher:
+        grammar_from_regex = llguidance.LLMatcher.grammar_from_regex
 
-    monkeypatch.setattr("llguidance.LLMatcher.__new__", panics)
+        def __init__(self, *_: object, **__: object) -> None:
+            raise Panic("in Rust")
+
+    monkeypatch.setattr("llguidance.LLMatcher", Matcher)
     with pytest.raises(Panic, match="in Rust"):
         Grammars(Tokenizer(tiny_tokenizer()), VOCAB_SIZE).compile("regex", "a+")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +44,43 @@ def test_it_goes_back_when_nobody_uses_it_and_not_before() -> None:
     assert bool((part == 1).all())
     del part
     assert resident() - before < 0.1 * size
+
+
+def test_tensors_of_a_region_lie_side_by_side_and_never_on_each_other() -> None:
+    region = memory.Region()
+    shapes = [(3, 5), (700,), (0, 4), (1 << 18,), (33, 300), (1,), (1 << 20,), *[(1 << 19,)] * 40]
+    dtypes = [torch.float32, torch.bfloat16, torch.int8]
+    asked = [(shape, dtypes[i % 3]) for i, shape in enumerate(shapes)]
+    with ThreadPoolExecutor(4) as pool:
+        tensors = list(pool.map(lambda pair: region.empty(*pair), asked))
+    for i, tensor in enumerate(tensors):
+        tensor.fill_(i)
+    for i, (tensor, (shape, dtype)) in enumerate(zip(tensors, asked, strict=True)):
+        assert (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
+        assert bool((tensor == i).all())
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    small = [tensor for tensor in tensors if memory.LINE_BYTES <= tensor.nbytes < memory.HUGE_PAGE_BYTES]
+    assert all(tensor.data_ptr() % memory.LINE_BYTES == 0 for tensor in small)
+    total = sum(tensor.nbytes for tensor in small)
+    gaps = [b - a for a, b in itertools.pairwise(sorted(tensor.data_ptr() for tensor in small))]
+    assert sum(gap <= memory.HUGE_PAGE_BYTES for gap in gaps) >= len(small) - 2 - total // memory.BLOCK_BYTES
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's count of pages")
+def test_a_region_goes_back_with_its_tensors() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    region, before = memory.Region(), resident()
+    tensors = [region.empty((1 << 20,), torch.uint8).fill_(1) for _ in range(96)]
+    assert resident() - before > 90 << 20
+    del region
+    part = tensors[50]
+    del tensors
+    assert bool((part == 1).all())
+    assert resident() - before <= memory.BLOCK_BYTES + (4 << 20)
+    del part
+    assert resident() - before < 4 << 20
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torch's own memory there")

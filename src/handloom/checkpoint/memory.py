@@ -2,7 +2,8 @@
 
 The C library's allocator would keep what is freed between two weights, 10 % of a model and more; pages of the system's
 own go back when their tensor does. Huge ones are asked for, where the system has them for the asking: reading 500 MiB
-of weights takes a tenth less time then, and so does each decoded token.
+of weights takes a tenth less time then, and so does each decoded token. Weights smaller than a huge page lie side by
+side in a `Region`: in int8 a token takes a seventh less time for it.
 
 This module does not know what the memory is for.
 """
@@ -13,6 +14,7 @@ import ctypes
 import math
 import mmap
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -24,6 +26,9 @@ from handloom.errors import OutOfMemory
 MIN_BYTES = 1 << 18
 """Less is left to the allocator."""
 HUGE_PAGE_BYTES = 1 << 21
+BLOCK_BYTES = 16 * HUGE_PAGE_BYTES
+"""What a region asks for at once. Memory lies behind those of its huge pages that were written to."""
+LINE_BYTES = 64
 
 
 def trim() -> None:
@@ -38,6 +43,35 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     nbytes = count * dtype.itemsize
     if nbytes < MIN_BYTES or sys.platform == "win32":
         return torch.empty(*shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(_pages(nbytes), dtype=dtype, count=count).view(*shape)
+
+
+class Region:
+    """Memory for tensors that stay together, such as the weights of a model: those that are smaller than a huge page
+    share blocks of them, which go back when the last tensor of a block does. Threads may ask at once.
+    """
+
+    def __init__(self) -> None:
+        self._block: mmap.mmap | None = None
+        self._used = BLOCK_BYTES
+        self._lock = threading.Lock()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor on the CPU with any values. Raises OutOfMemory."""
+        count = math.prod(shape)
+        nbytes = count * dtype.itemsize
+        if not LINE_BYTES <= nbytes < HUGE_PAGE_BYTES or sys.platform == "win32":
+            return empty(shape, dtype)
+        with self._lock:
+            if self._block is None or self._used + nbytes > BLOCK_BYTES:
+                self._block, self._used = _pages(BLOCK_BYTES), 0
+            block, start = self._block, self._used
+            self._used += -(-nbytes // LINE_BYTES) * LINE_BYTES
+        return torch.frombuffer(block, dtype=dtype, count=count, offset=start).view(*shape)
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    """Raises OutOfMemory."""
     try:
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
@@ -48,4 +82,4 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if nbytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype, count=count).view(*shape)
+    return pages

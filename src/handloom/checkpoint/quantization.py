@@ -19,7 +19,7 @@ This module does not know files, models, or how a product with such a matrix is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -129,13 +129,20 @@ class QuantizedRows:
     super_minimum: Tensor | None = None
 
     @classmethod
-    def empty(cls, format: Format, rows: int, columns: int, *, multiple: int = 1) -> QuantizedRows:
+    def empty(
+        cls,
+        format: Format,
+        rows: int,
+        columns: int,
+        multiple: int = 1,
+        make: Callable[[Sequence[int], torch.dtype], Tensor] = memory.empty,
+    ) -> QuantizedRows:
         """Memory for so many rows, and after them up to a multiple; columns must be one of format.multiple."""
         room, planes = -(-rows // multiple) * multiple, _planes(format, columns)
         return cls(
             format,
             columns,
-            **{name: memory.empty((room, width), dtype)[:rows] for name, (width, dtype) in planes.items()},
+            **{name: make((room, width), dtype)[:rows] for name, (width, dtype) in planes.items()},
         )
 
     def like(self, rows: int) -> QuantizedRows:

@@ -66,11 +66,12 @@ def load_transformer(
     _check_memory(checkpoint, parameters, formats, dtype, device)
     sizes = {name: _nbytes(p, formats[name], dtype) for name, p in parameters.items()}
     memory.trim()
+    region = memory.Region()
     weights: dict[str, Weight] = {}
     done = 0
 
     def read(name: str) -> int:
-        weight = _empty(parameters[name], formats[name], dtype, device)
+        weight = _empty(parameters[name], formats[name], dtype, device, region)
         if isinstance(weight, QuantizedMatrix):
             _read_quantized(checkpoint, sources[name], parameters[name], weight, backend, keep=quantize == "keep")
         else:
@@ -247,18 +248,18 @@ def _nbytes(parameter: Parameter, formats: tuple[Format, ...], dtype: torch.dtyp
 
 
 def _empty(
-    parameter: Parameter, formats: tuple[Format, ...], dtype: torch.dtype, device: torch.device
+    parameter: Parameter, formats: tuple[Format, ...], dtype: torch.dtype, device: torch.device, region: memory.Region
 ) -> Tensor | QuantizedMatrix:
-    """Memory for a weight; neighbours of one format become one segment."""
+    """Memory for a weight, on a CPU of the region; neighbours of one format become one segment."""
     if not formats:
         rows, *columns = parameter.shape
         room = -(-rows // ROOM) * ROOM if columns else rows
         if device.type == "cpu":
-            return memory.empty((room, *columns), dtype)[:rows]
+            return region.empty((room, *columns), dtype)[:rows]
         return torch.empty(room, *columns, dtype=dtype, device=device)[:rows]
     parts = zip(formats, _parts(parameter, len(formats)), strict=True)
     segments = [
-        QuantizedRows.empty(format, sum(count for _, count in same), parameter.shape[1], multiple=ROOM)
+        QuantizedRows.empty(format, sum(count for _, count in same), parameter.shape[1], ROOM, region.empty)
         for format, same in groupby(parts, key=lambda part: part[0])
     ]
     return QuantizedMatrix(segments, dtype)
