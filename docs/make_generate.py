@@ -70,8 +70,9 @@ INTRODUCTION = """\
 # `lm.generate` beside `model.generate`
 
 `lm.generate(prompt, **options)` takes the options of transformers' `generate` under the same names, and gives the same
-tokens, or an error that names the option. Nothing is dropped in silence. An option that is not supported may still be
-said with the value that switches it off, so that a `GenerationConfig` can be passed as it is.
+tokens, or an error that names the option; where a row says that something differs, above all `do_sample`, it does so by
+design. Nothing is dropped in silence. An option that is not supported may still be said with the value that switches it
+off, so that a `GenerationConfig` can be passed as it is.
 
 Who wins: the caller's options, then a `generation_config` passed along, then the model's generation_config.json, then
 transformers' global defaults. `None` switches a rule off.

@@ -97,7 +97,8 @@ NOTES: dict[str, str] = {
     "max_new_tokens": "20 where nothing is said; past the context it is refused, from a model's file cut",
     "min_length": "counts the prompt",
     "stop_strings": "or `stop`; as in transformers they stay in the text; `include_stop_text=False` cuts them off",
-    "do_sample": "left out, an explicit sampling option or seed turns it on",
+    "do_sample": "where it is left out or None, an explicit sampling option or seed turns it on, where transformers "
+    "warns and stays greedy; without one the model's own counts, where transformers takes None for greedy",
     "temperature": "0 means greedy",
     "top_k": "50 when sampling and nothing is said, as in transformers; None or 0 for off",
     "eos_token_id": "one or several; None for none",
