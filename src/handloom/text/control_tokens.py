@@ -1,6 +1,6 @@
 """Control tokens that somebody typed, kept apart from those that a chat template writes.
 
-A typed `<|im_end|>` must be six characters' worth of text, and the template's own one token. So the values that go into
+A typed `<|im_end|>` must be text like any other, and the template's own one token. So the values that go into
 a template are marked where a control token stands in them, and what comes out says which ones are the template's. Then
 the tokenizer is asked under other names: one whose control tokens are called what nobody can guess reads the text with
 those names in the place of the template's own. All else is as ever: how words are cut, and what is merged with what.
