@@ -167,17 +167,7 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
         weights = [form.weights(b, simd.offset(b, column, width * v)) for v in range(columns)]
         for line in range(0, columns * width if form.prefetch else 0, 64):
             prefetch(b, simd.offset(b, column, PREFETCH + line))
-        after = []
-        for start, row in zip(starts, sums, strict=True):
-            totals: list[Value] = list(row)
-            for j in range(together):
-                place = simd.offset(b, b.add(start, b.shl(at, I64(2))), 4 * j)
-                value = simd.splat_of(b, simd.load_at(b, place, F32, 4), VECTOR)
-                totals = [simd.fused(b, value, own[j], total) for own, total in zip(weights, totals, strict=True)]
-            after.append(totals)
-            for total, new in zip(row, totals, strict=True):
-                total.add_incoming(simd.constant(0.0), entry)
-                total.add_incoming(new, loop)
+        after = _accumulate(b, starts, at, weights, sums, entry)
         following = b.add(at, I64(together))
         at.add_incoming(following, loop)
         column.add_incoming(b.add(column, w_stride), loop)
@@ -226,14 +216,8 @@ def pair_tile_of(rows: int, form: Format) -> Any:
         column.add_incoming(w, entry)
         sums = [[b.phi(VECTOR) for _ in range(2 * VECTORS)] for _ in starts]
         panels = column, b.add(column, w_next)
-        weights = [form.load(b, simd.offset(b, p, LANES * form.size * v)) for p in panels for v in range(VECTORS)]
-        after = []
-        for start, totals in zip(starts, sums, strict=True):
-            value = simd.splat_of(b, simd.load_at(b, b.add(start, b.shl(at, I64(2))), F32, 4), VECTOR)
-            after.append([simd.fused(b, value, weight, total) for weight, total in zip(weights, totals, strict=True)])
-            for total, new in zip(totals, after[-1], strict=True):
-                total.add_incoming(simd.constant(0.0), entry)
-                total.add_incoming(new, loop)
+        weights = [[form.load(b, simd.offset(b, p, LANES * form.size * v))] for p in panels for v in range(VECTORS)]
+        after = _accumulate(b, starts, at, weights, sums, entry)
         following = b.add(at, I64(1))
         at.add_incoming(following, loop)
         column.add_incoming(b.add(column, w_stride), loop)
@@ -283,14 +267,8 @@ def scattered_tile_of(rows: int, columns: int, form: Format) -> Any:
         piece = simd.load_at(b, b.add(pieces, b.shl(b.lshr(at, I64(4)), I64(3))), I64, 8)
         begins = b.icmp_signed("==", b.and_(at, I64(LANES - 1)), I64(0))
         column = b.select(begins, b.add(piece, w_offset), before)
-        weights = [form.load(b, simd.offset(b, column, LANES * form.size * v)) for v in range(columns)]
-        after = []
-        for start, totals in zip(starts, sums, strict=True):
-            value = simd.splat_of(b, simd.load_at(b, b.add(start, b.shl(at, I64(2))), F32, 4), VECTOR)
-            after.append([simd.fused(b, value, weight, total) for weight, total in zip(weights, totals, strict=True)])
-            for total, new in zip(totals, after[-1], strict=True):
-                total.add_incoming(simd.constant(0.0), entry)
-                total.add_incoming(new, loop)
+        weights = [[form.load(b, simd.offset(b, column, LANES * form.size * v))] for v in range(columns)]
+        after = _accumulate(b, starts, at, weights, sums, entry)
         following = b.add(at, I64(1))
         at.add_incoming(following, loop)
         before.add_incoming(b.add(column, w_stride), loop)
@@ -310,6 +288,28 @@ def prefetch(b: Builder, address: Value) -> None:
 def ask_for(b: Builder, address: Value) -> None:
     """Ask for a line of memory"""
     prefetch(b, address)
+
+
+def _accumulate(
+    b: Builder, starts: list[Value], at: Value, weights: list[list[Value]], sums: list[list[Value]], entry: Value
+) -> list[list[Value]]:
+    """In a loop's body: each row's numbers from column `at` on times the weights of as many k, added to its sums.
+
+    weights: for each vector those of one k, or of several in order; sums: of each row a phi for each vector, which
+    begin at zero and go on with what is returned.
+    """
+    after = []
+    for start, row in zip(starts, sums, strict=True):
+        totals = list(row)
+        for j in range(len(weights[0])):
+            place = simd.offset(b, b.add(start, b.shl(at, I64(2))), 4 * j)
+            value = simd.splat_of(b, simd.load_at(b, place, F32, 4), VECTOR)
+            totals = [simd.fused(b, value, own[j], total) for own, total in zip(weights, totals, strict=True)]
+        for total, new in zip(row, totals, strict=True):
+            total.add_incoming(simd.constant(0.0), entry)
+            total.add_incoming(new, b.block)
+        after.append(totals)
+    return after
 
 
 def _finish(b: Builder, sums: list[list[Value]], places: list[Value], add: Value) -> None:
