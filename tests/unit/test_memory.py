@@ -59,7 +59,7 @@ def test_tensors_of_a_region_lie_side_by_side_and_never_on_each_other() -> None:
         assert (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
         assert bool((tensor == i).all())
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
-    small = [tensor for tensor in tensors if memory.LINE_BYTES <= tensor.nbytes < memory.HUGE_PAGE_BYTES]
+    small = [tensor for tensor in tensors if memory.LINE_BYTES <= tensor.nbytes < memory.BLOCK_BYTES]
     assert all(tensor.data_ptr() % memory.LINE_BYTES == 0 for tensor in small)
     total = sum(tensor.nbytes for tensor in small)
     gaps = [b - a for a, b in itertools.pairwise(sorted(tensor.data_ptr() for tensor in small))]

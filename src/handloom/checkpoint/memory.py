@@ -43,43 +43,48 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     nbytes = count * dtype.itemsize
     if nbytes < MIN_BYTES or sys.platform == "win32":
         return torch.empty(*shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(_pages(nbytes), dtype=dtype, count=count).view(*shape)
+    pages, start = _pages(nbytes)
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=start).view(*shape)
 
 
 class Region:
-    """Memory for tensors that stay together, such as the weights of a model: those that are smaller than a huge page
-    share blocks of them, which go back when the last tensor of a block does. Threads may ask at once.
+    """Memory for tensors that stay together, such as the weights of a model: they share blocks of huge pages, which go
+    back when the last tensor of a block does; what fills a block has one of its own. Threads may ask at once.
     """
 
     def __init__(self) -> None:
         self._block: mmap.mmap | None = None
-        self._used = BLOCK_BYTES
+        self._end = self._used = 0
         self._lock = threading.Lock()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor on the CPU with any values. Raises OutOfMemory."""
         count = math.prod(shape)
         nbytes = count * dtype.itemsize
-        if not LINE_BYTES <= nbytes < HUGE_PAGE_BYTES or sys.platform == "win32":
+        if not LINE_BYTES <= nbytes < BLOCK_BYTES or sys.platform == "win32":
             return empty(shape, dtype)
         with self._lock:
-            if self._block is None or self._used + nbytes > BLOCK_BYTES:
-                self._block, self._used = _pages(BLOCK_BYTES), 0
+            if self._block is None or self._used + nbytes > self._end:
+                self._block, self._used = _pages(BLOCK_BYTES)
+                self._end = self._used + BLOCK_BYTES
             block, start = self._block, self._used
             self._used += -(-nbytes // LINE_BYTES) * LINE_BYTES
         return torch.frombuffer(block, dtype=dtype, count=count, offset=start).view(*shape)
 
 
-def _pages(nbytes: int) -> mmap.mmap:
-    """Raises OutOfMemory."""
+def _pages(nbytes: int) -> tuple[mmap.mmap, int]:
+    """Memory, and where in it `nbytes` begin: where a huge page does, if they fill one. Raises OutOfMemory."""
+    huge = nbytes >= HUGE_PAGE_BYTES
     try:
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES * huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise OutOfMemory(
             f"weights take {nbytes} bytes more, which the system refuses: {error}; use a smaller dtype or quantize, or "
             "raise this process's limits"
         ) from error
-    if nbytes >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+    if not huge:
+        return pages, 0
+    if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages
+    return pages, -torch.frombuffer(pages, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE_BYTES

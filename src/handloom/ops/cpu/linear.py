@@ -47,6 +47,7 @@ from handloom.ops.quantized_panels import QUANTIZED
 MANY = 64
 ASKED = 4  # cache lines of each of two panels that a tile of them asks for
 WHOLE = 24  # rows of which a chunk is a multiple: of SIX, and of two quads of digits
+AT_ONCE = 16  # rows that take a panel from its first k to its last; more take a block of k at a time
 SIX = 6  # rows of the tile of two panels, which needs the fewest loads for its sums
 FEW = 16 if WIDE else 2  # rows for which codes are made floats in registers, again for each tile
 ITEM_BYTES = 1 << 18  # of weights that an item is to read: less is lost in handing out items
@@ -274,8 +275,11 @@ def linear_item(
                 add_block(form, size, data, p, depth, k, x + 4 * k, x_stride, count, scales, into)
     else:
         for p in range(first, last):
-            for k in range(0, depth, BLOCK):
-                into = scratch + (p - first) * width
+            into, start = scratch + (p - first) * width, 0
+            if form != QUANTIZED and count <= AT_ONCE and depth >= BLOCK:
+                start = depth // BLOCK * BLOCK
+                product(form, x, x_stride, count, data + p * depth * PANEL * size, start, into, 0)
+            for k in range(start, depth, BLOCK):
                 add_block(form, size, data, p, depth, k, x + 4 * k, x_stride, count, scales, into)
     for panel in range(first, last):
         finish_panel(

@@ -9,13 +9,14 @@ This module does not know threads, or where operands come from.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from llvmlite import ir
 
 from handloom.ops.cpu import amx, simd
 from handloom.ops.cpu.codes import ZERO
-from handloom.ops.cpu.instructions import PIECES, TILE_DEPTH
+from handloom.ops.cpu.instructions import LINE, PIECES, TILE_DEPTH
 from handloom.ops.cpu.linear import finish_panel
 from handloom.ops.cpu.pieces import rows_at, tiles_of
 from handloom.ops.cpu.simd import I64, LANES, Builder, Value, float64, int64, kernel, operation, void
@@ -84,16 +85,24 @@ def _multiplier(groups: int, fetch: bool) -> Any:
         left, weights, *rows = (b.phi(I64) for _ in range(2 + groups))
         for phi, start in zip((left, weights, *rows), (count, w, x, y), strict=False):
             phi.add_incoming(start, entry)
+        at_once = TILE_BYTES // LINE // (2 + 3 * PIECES * groups) + 1
+        lines = iter(range(0, TILE_BYTES if fetch else 0, LINE))
+
+        def ask() -> None:
+            for line in itertools.islice(lines, at_once):
+                prefetch(b, simd.offset(b, weights, PREFETCH + line))
+
         for half in range(2):
             amx.load(b, 4 + half, simd.offset(b, weights, amx.ROW_BYTES * half), I64(TILE_ROW))
-        for line in range(0, TILE_BYTES if fetch else 0, 64):
-            prefetch(b, simd.offset(b, weights, PREFETCH + line))
+            ask()
         places: list[Value] = list(rows)
         for _ in range(PIECES):
             for i, size in zip(range(groups), (x_size, y_size), strict=False):
                 amx.load(b, 6 + i, places[i], I64(amx.ROW_BYTES))
+                ask()
                 for half in range(2):
                     amx.multiply_bf16(b, 2 * i + half, 6 + i, 4 + half)
+                    ask()
                 places[i] = b.add(places[i], size)
         rest = b.sub(left, I64(1))
         for phi, new in zip((left, weights, *rows), (rest, simd.offset(b, weights, TILE_BYTES), *places), strict=True):

@@ -20,6 +20,7 @@ from llvmlite import binding, ir
 from numba.core.registry import cpu_target
 
 from handloom.ops.cpu import simd
+from handloom.ops.cpu.instructions import BLOCK, LINE
 from handloom.ops.cpu.simd import (
     F32,
     I16,
@@ -38,7 +39,11 @@ from handloom.ops.cpu.simd import (
 from handloom.ops.panels import PANEL
 
 VECTORS = PANEL // LANES
-PREFETCH = 6144  # bytes ahead
+PREFETCH = 6144
+"""Bytes ahead that are asked for. Of two neighbouring lines the second is asked for after the sums: at once they come more
+slowly. One or two rows have too few sums for that; asking for the first alone, a little ahead, is fastest there."""
+PREFETCH_NEAR = 1024
+NEAR_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,6 @@ class Format:
 
     size: int
     load: Callable[[Builder, Value], Value]
-    prefetch: bool = True
     load_pair: Callable[[Builder, Value], list[Value]] | None = None
 
     def weights(self, b: Builder, address: Value) -> list[Value]:
@@ -134,8 +138,8 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
     """A numba function that multiplies x [rows, k] with w [k, columns * LANES].
 
     tile(x, x_stride, w, w_stride, k, out, out_stride, accumulate): addresses and strides in bytes, k > 0; the product
-    is stored in out [rows, columns * LANES] float32, or added to what is there. Where two k lie side by side, k is even
-    and w_stride goes from two to the next two.
+    is stored in out [rows, columns * LANES] float32, or added to what is there, a block of BLOCK k after the other. Where
+    two k lie side by side, k is even and w_stride goes from two to the next two.
     """
     together = form.together
     width = LANES * form.size * together
@@ -153,30 +157,42 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
         add: Value,
     ) -> None:
         """Rows of x times a panel"""
-        function, entry = b.function, b.block
-        loop, done = function.append_basic_block("k"), function.append_basic_block("tile")
-        starts = [x]
+        entry = b.block
+        block, loop, done, over = (b.function.append_basic_block(name) for name in ("block", "k", "sums", "tile"))
+        starts, places = [x], [out]
         for _ in range(rows - 1):
             starts.append(b.add(starts[-1], x_stride))
+            places.append(b.add(places[-1], stride))
+        b.branch(block)
+        b.position_at_end(block)
+        first, begin, adding = b.phi(I64), b.phi(I64), b.phi(I64)
+        for phi, value in ((first, I64(0)), (begin, w), (adding, add)):
+            phi.add_incoming(value, entry)
+        end = b.add(first, I64(BLOCK))
+        end = b.select(b.icmp_signed("<", end, k), end, k)
         b.branch(loop)
         b.position_at_end(loop)
         at, column = b.phi(I64), b.phi(I64)
-        at.add_incoming(I64(0), entry)
-        column.add_incoming(w, entry)
+        at.add_incoming(first, block)
+        column.add_incoming(begin, block)
         sums = [[b.phi(VECTOR) for _ in range(columns)] for _ in range(rows)]
         weights = [form.weights(b, simd.offset(b, column, width * v)) for v in range(columns)]
-        for line in range(0, columns * width if form.prefetch else 0, 64):
-            prefetch(b, simd.offset(b, column, PREFETCH + line))
-        after = _accumulate(b, starts, at, weights, sums, entry)
-        following = b.add(at, I64(together))
+        two_lines = columns * width > LINE
+        near = two_lines and rows <= NEAR_ROWS
+        prefetch(b, simd.offset(b, column, PREFETCH_NEAR if near else PREFETCH))
+        after = _accumulate(b, starts, at, weights, sums, block)
+        if two_lines and not near:
+            prefetch(b, simd.offset(b, column, PREFETCH + LINE))
+        following, next_column = b.add(at, I64(together)), b.add(column, w_stride)
         at.add_incoming(following, loop)
-        column.add_incoming(b.add(column, w_stride), loop)
-        b.cbranch(b.icmp_signed("<", following, k), loop, done)
+        column.add_incoming(next_column, loop)
+        b.cbranch(b.icmp_signed("<", following, end), loop, done)
         b.position_at_end(done)
-        places = [out]
-        for _ in range(rows - 1):
-            places.append(b.add(places[-1], stride))
-        _finish(b, after, places, add)
+        _finish(b, after, places, adding)
+        for phi, value in ((first, end), (begin, next_column), (adding, I64(1))):
+            phi.add_incoming(value, b.block)
+        b.cbranch(b.icmp_signed("<", end, k), block, over)
+        b.position_at_end(over)
 
     return tile
 
