@@ -57,6 +57,21 @@ def test_a_row_gets_the_same_bits_in_any_company(
         assert torch.equal(product(x[first:], weight), whole[first:]), first
 
 
+@pytest.mark.parametrize("exponents", [(-149, -60), (-30, 30), (60, 127)])
+def test_one_row_by_vectors_has_the_bits_of_the_matrix_units_for_numbers_of_any_size(
+    exponents: tuple[int, int],
+) -> None:
+    """Sums that are subnormal, cancel or overflow; in blocks of any number of tiles, the last of them not full."""
+    torch.manual_seed(0)
+    for depth in (32, 40, 320, 333, 960):
+        x, weight = (torch.randn(40, depth) * 2.0 ** torch.randint(*exponents, (40, depth)) for _ in range(2))
+        panels = Panels.pack(weight.bfloat16())
+        together, alone = product(x, panels), torch.cat([product(row[None], panels) for row in x])
+        assert torch.equal(alone.isnan(), together.isnan())
+        numbers = ~together.isnan()
+        assert torch.equal(alone[numbers].view(torch.int32), together[numbers].view(torch.int32)), depth
+
+
 def test_the_pieces_of_a_number_are_all_of_it() -> None:
     """Times one, in any column, each float32 comes back; below 2^-110 the lower of its bits are lost."""
     torch.manual_seed(0)

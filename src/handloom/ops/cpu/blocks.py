@@ -193,6 +193,8 @@ def scratch_bytes(rows: Instructions) -> int:
             d, dv = (-(-width // PANEL) * PANEL for width in (row.head_dim, row.v_head_dim))
             floats = queries * (d + dv + 32) + ins.CHUNK * (dv + ins.SPLIT + 48) + ins.SPLIT * (d + dv) + 16 * d
             most = max(most, 4 * floats + 8 * (ins.KEYS + d) // 16)
+        elif isinstance(row, ins.SplitRows) and row.split == Split.PIECES:
+            most = max(most, 4 * (3 * 32 * PANEL + ins.PIECES * (row.depth + ins.TILE_DEPTH)))
         elif isinstance(row, ins.SplitRows) and row.split == Split.DIGITS:
             most = max(most, 4 * PANEL * (ins.ROWS * ins.GROUP + 4 * ins.QUAD * ins.DIGITS) + row.depth * PANEL)
     return -(-most // 64) * 64

@@ -2,7 +2,7 @@
 
 Rows come as pieces (see `pieces`); a sum takes 32 columns of k at a time, of each the products of the three pieces one
 after the other, in blocks of at most 320 that are summed alone and added in order. That order depends on k alone, and
-each row of a tile on its own row of x: a row alone gets the bits that it gets among a thousand.
+each row of a tile on its own row of x: a row alone, by vectors (`matrix_row`), gets the bits it gets among a thousand.
 
 This module does not know threads, or where operands come from.
 """
@@ -18,6 +18,7 @@ from handloom.ops.cpu import amx, simd
 from handloom.ops.cpu.codes import ZERO
 from handloom.ops.cpu.instructions import LINE, PIECES, TILE_DEPTH
 from handloom.ops.cpu.linear import finish_panel
+from handloom.ops.cpu.matrix_row import PIECE, multiply_row, widen_pieces
 from handloom.ops.cpu.pieces import rows_at, tiles_of
 from handloom.ops.cpu.simd import I64, LANES, Builder, Value, float64, int64, kernel, operation, void
 from handloom.ops.cpu.tiles import PREFETCH, prefetch
@@ -28,10 +29,11 @@ TILE_ROW = 2 * amx.ROW_BYTES  # of a panel: two tiles side by side
 TILE_BYTES = 2 * amx.TILE_BYTES
 BLOCK = 10  # tiles of k that are summed alone at most
 PANELS = 8  # of an item of many rows
-ITEM_BYTES = 1 << 17  # of weights that an item of few rows is to read
+ITEM_BYTES = 1 << 18  # of weights that an item of few rows is to read
 NEAR_BYTES = 1 << 20  # of pieces that an item of many rows has: they stay in the second cache
 MOST_ROWS = 256  # of an item
 SUMS = PAIR * PANEL * 4
+ALONE, FAR, NEAR = range(3)  # one row by vectors; weights come from memory; from a cache
 
 
 @kernel(int64, int64, int64)
@@ -140,20 +142,23 @@ def fill_tile(w, count, out):
 
 
 @kernel(void, *[int64] * 8)
-def multiply(x, y, rows, w, first, count, near, out):
+def multiply(x, y, rows, w, first, count, way, out):
     """`rows` rows, of tiles that begin at x and y, times tiles first .. first + count of k, whose weights are at w."""
+    if way == ALONE:
+        multiply_row(x + first * PIECES * PIECE, w, count, out)
+        return
     x_size, y_size = min(amx.ROWS, rows) * amx.ROW_BYTES, (rows - amx.ROWS) * amx.ROW_BYTES
     x, y = x + first * PIECES * x_size, y + first * PIECES * y_size
     if rows <= amx.ROWS:
         multiply_one(x, x_size, 0, 0, w, count, out)
-    elif near:
+    elif way == NEAR:
         multiply_near(x, x_size, y, y_size, w, count, out)
     else:
         multiply_two(x, x_size, y, y_size, w, count, out)
 
 
 @kernel(void, *[int64] * 7)
-def multiply_panel(x, y, rows, w, depth, near, scratch):
+def multiply_panel(x, y, rows, w, depth, way, scratch):
     """At most PAIR rows times a panel, all of k, to the beginning of scratch [rows, PANEL] float32."""
     whole, more, tile = depth // TILE_DEPTH, scratch + SUMS, scratch + 2 * SUMS
     blocks = (whole + BLOCK - 1) // BLOCK
@@ -166,20 +171,27 @@ def multiply_panel(x, y, rows, w, depth, near, scratch):
         else:
             fill_tile(own, depth - first * TILE_DEPTH, tile)
             own = tile
-        multiply(x, y, rows, own, first, last - first, near, more if i > 0 else scratch)
+        multiply(x, y, rows, own, first, last - first, way, more if i > 0 else scratch)
         for at in range(0, rows * PANEL * 4 if i > 0 else 0, LANES * 4):
             simd.store(scratch + at, simd.add(simd.load(scratch + at), simd.load(more + at)))
 
 
-@kernel(void, *[int64] * 10, float64, int64, int64, int64)
+@kernel(void, *[int64] * 11, float64, int64, int64, int64)
 def _item(
-    item, group, pieces, rows, data, columns, depth, bias, residual, residual_stride, softcap, out, out_stride, scratch
-):
+    item, group, x, pieces, rows, data, columns, depth, bias, residual, residual_stride, softcap, out, out_stride,
+    scratch,
+):  # fmt: skip
     """out = residual + softcap(x @ weight.T + bias) for one item's rows and columns; addresses of 0: there is none."""
     panels, per = (columns + PANEL - 1) // PANEL, matrix_rows(rows, depth)
     groups = (panels + group - 1) // group
     first_row, first = item // groups * per, item % groups * group
     end, last, taken = min(rows, first_row + per), min(panels, first + group), 0
+    if rows == 1:
+        widen_pieces(x, depth, scratch + 3 * SUMS)
+        for panel in range(first, last):
+            multiply_panel(scratch + 3 * SUMS, 0, 1, data + panel * depth * PANEL * 2, depth, ALONE, scratch)
+            finish_panel(scratch, 0, 1, panel, columns, bias, residual, residual_stride, softcap, out, out_stride)
+        return
     for panel in range(first, last):
         for row in range(first_row, end, PAIR):
             count = min(PAIR, end - row)
@@ -188,15 +200,16 @@ def _item(
                 taken = count
             x, y = rows_at(pieces, row, depth), rows_at(pieces, row + amx.ROWS, depth)
             w = data + panel * depth * PANEL * 2
-            multiply_panel(x, y, count, w, depth, 1 if row > first_row else 0, scratch)
+            multiply_panel(x, y, count, w, depth, NEAR if row > first_row else FAR, scratch)
             finish_panel(scratch, row, count, panel, columns, bias, residual, residual_stride, softcap, out, out_stride)
     amx.release()
 
 
-@kernel(void, *[int64] * 10, float64, int64, int64, int64)
+@kernel(void, *[int64] * 11, float64, int64, int64, int64)
 def _no_item(
-    item, group, pieces, rows, data, columns, depth, bias, residual, residual_stride, softcap, out, out_stride, scratch
-):
+    item, group, x, pieces, rows, data, columns, depth, bias, residual, residual_stride, softcap, out, out_stride,
+    scratch,
+):  # fmt: skip
     """Nothing: code for a processor without matrix units has no instruction that comes here."""
 
 

@@ -33,6 +33,12 @@ def store_upper_half(b: Builder, address: Value, x: Value) -> None:
 
 
 @operation(vector, vector)
+def upper_half(b: Builder, x: Value) -> Value:
+    """The upper 16 bits of 16 float32, as float32"""
+    return b.bitcast(b.and_(b.bitcast(x, INTS), _each(0xFFFF0000 - (1 << 32))), VECTOR)
+
+
+@operation(vector, vector)
 def lower_half(b: Builder, x: Value) -> Value:
     """What is left of 16 float32 without their upper 16 bits; of infinity nothing, of a NaN a NaN"""
     upper = b.bitcast(b.and_(b.bitcast(x, INTS), _each(0xFFFF0000 - (1 << 32))), VECTOR)

@@ -98,7 +98,8 @@ def count_items(instruction, frame):
             operand(instruction, 1), group, operand(instruction, 3),
         )  # fmt: skip
     if code in (NORM, SPLIT):
-        return items_of_rows(read_i64(frame + 8 * operand(instruction, 0)))
+        rows = read_i64(frame + 8 * operand(instruction, 0))
+        return 0 if code == SPLIT and rows == 1 and operand(instruction, 4) == PIECES else items_of_rows(rows)
     if code == PERTURB:
         return read_i64(frame + ROWS) * noise_items(operand(instruction, 2))
     tokens = read_i64(frame + TOKENS)
@@ -127,8 +128,8 @@ def do_linear(i, frame, item, scratch):
     rows, kept = read_i64(frame + 8 * operand(i, 0)), read_i64(frame + KEPT)
     if operand(i, 15) == PIECES:
         matrix_item(
-            item, linear_group(i, frame), kept, rows, operand(i, 5), operand(i, 6), operand(i, 7), operand(i, 8),
-            operand(i, 9), operand(i, 10), as_float(operand(i, 11)), out, operand(i, 14), scratch,
+            item, linear_group(i, frame), operand(i, 1), kept, rows, operand(i, 5), operand(i, 6), operand(i, 7),
+            operand(i, 8), operand(i, 9), operand(i, 10), as_float(operand(i, 11)), out, operand(i, 14), scratch,
         )  # fmt: skip
         return
     linear_item(

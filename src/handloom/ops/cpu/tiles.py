@@ -40,8 +40,8 @@ from handloom.ops.panels import PANEL
 
 VECTORS = PANEL // LANES
 PREFETCH = 6144
-"""Bytes ahead that are asked for. Of two neighbouring lines the second is asked for after the sums: at once they come more
-slowly. One or two rows have too few sums for that; asking for the first alone, a little ahead, is fastest there."""
+"""Bytes ahead that are asked for. Of two neighbouring lines the second is asked for after the sums: at once they come
+more slowly. One or two rows have too few sums for that; asking for the first alone, a little ahead, is fastest."""
 PREFETCH_NEAR = 1024
 NEAR_ROWS = 2
 
@@ -76,7 +76,8 @@ def _load_bf16(b: Builder, address: Value) -> Value:
     return b.bitcast(b.shl(b.zext(halves, INTS), ir.Constant(INTS, [16] * LANES)), VECTOR)
 
 
-def _load_bf16_pair(b: Builder, address: Value) -> list[Value]:
+def load_pair(b: Builder, address: Value) -> list[Value]:
+    """16 pairs of bfloat16: the first of each, and the second"""
     both = simd.load_at(b, address, INTS, 4)
     first = b.shl(both, ir.Constant(INTS, [16] * LANES))
     second = b.and_(both, ir.Constant(INTS, [0xFFFF0000 - (1 << 32)] * LANES))
@@ -89,7 +90,7 @@ def _load_f16(b: Builder, address: Value) -> Value:
 
 FORMAT_F32, FORMAT_BF16, FORMAT_F16 = range(3)
 FORMATS = (Format(4, _load_f32), Format(2, _load_bf16), Format(2, _load_f16))
-IN_PANELS = (FORMATS[FORMAT_F32], Format(2, _load_bf16, load_pair=_load_bf16_pair), FORMATS[FORMAT_F16])
+IN_PANELS = (FORMATS[FORMAT_F32], Format(2, _load_bf16, load_pair=load_pair), FORMATS[FORMAT_F16])
 
 
 @operation(vector, int64)
@@ -101,13 +102,13 @@ def load_bf16(b: Builder, address: Value) -> Value:
 @operation(vector, int64)
 def load_even_bf16(b: Builder, address: Value) -> Value:
     """The first of each of 16 pairs of bfloat16"""
-    return _load_bf16_pair(b, address)[0]
+    return load_pair(b, address)[0]
 
 
 @operation(vector, int64)
 def load_odd_bf16(b: Builder, address: Value) -> Value:
     """The second of each of 16 pairs of bfloat16"""
-    return _load_bf16_pair(b, address)[1]
+    return load_pair(b, address)[1]
 
 
 PROBE = """
@@ -138,8 +139,8 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
     """A numba function that multiplies x [rows, k] with w [k, columns * LANES].
 
     tile(x, x_stride, w, w_stride, k, out, out_stride, accumulate): addresses and strides in bytes, k > 0; the product
-    is stored in out [rows, columns * LANES] float32, or added to what is there, a block of BLOCK k after the other. Where
-    two k lie side by side, k is even and w_stride goes from two to the next two.
+    is stored in out [rows, columns * LANES] float32, or added to what is there, a block of BLOCK k after the other.
+    Where two k lie side by side, k is even and w_stride goes from two to the next two.
     """
     together = form.together
     width = LANES * form.size * together
