@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import mmap
 import random
+import struct
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,6 +84,34 @@ def test_of_equal_keys_a_long_context_is_the_mean_and_of_one_seen_key_its_value(
     assert (mean - v.double().mean((0, 1)).repeat(3)).abs().max() < 1e-7
     alone = cpu.paged_attention(*paged.arguments(), 1.0, 1)
     assert torch.equal(alone, v[-2:].flatten(1).repeat(1, 3))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not say which memory it has given")
+@DTYPES
+@pytest.mark.parametrize("new", [1, 90])
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("head_dim", [20, 64])
+def test_what_was_never_written_is_not_read(dtype: torch.dtype, new: int, page_size: int, head_dim: int) -> None:
+    """The system gives memory at its first touch; a write after a read costs it more than one that comes first."""
+    length, shape = 163, (4 * 64 // page_size, page_size, 5, head_dim)
+    maps = [mmap.mmap(-1, math.prod(shape) * dtype.itemsize) for _ in "kv"]
+    pools = [torch.frombuffer(own, dtype=dtype).view(shape) for own in maps]
+    for pages in pools:
+        pages.flatten(0, 1)[:length] = draw(length, 5, head_dim, dtype=dtype)
+    written = [given(pages) for pages in pools]
+    assert 0 < sum(written[0]) < len(written[0])
+    table = torch.arange(shape[0])[None]
+    cpu.paged_attention(draw(new, 15, head_dim), *pools, table, torch.tensor([0, new]), torch.tensor([length]), 1.0)
+    assert [given(pages) for pages in pools] == written
+
+
+def given(tensor: Tensor) -> list[bool]:
+    """Whether there is memory behind each of the system's pages that a tensor lies on."""
+    first, nbytes = tensor.data_ptr() // mmap.PAGESIZE, tensor.numel() * tensor.element_size()
+    count = -(-nbytes // mmap.PAGESIZE)
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
+        file.seek(8 * first)
+        return [bool(entry >> 63) for entry in struct.unpack(f"{count}Q", file.read(8 * count))]
 
 
 # Sinks and ALiBi ---------------------------------------------------------------------------------

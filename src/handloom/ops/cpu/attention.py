@@ -20,7 +20,7 @@ from numba.core.types import UniTuple  # type: ignore[attr-defined]
 
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.attention_sums import begin, fold, padded, record_of, weigh, write_mean
-from handloom.ops.cpu.instructions import CHUNK, ITEM_ROWS, KEYS, QUERY_ROWS, SPLIT
+from handloom.ops.cpu.instructions import BLOCK, CHUNK, ITEM_ROWS, KEYS, QUERY_ROWS, SPLIT
 from handloom.ops.cpu.linear import product_f32, product_pair
 from handloom.ops.cpu.pages import ask_for_block, gather, places_of, turn_block
 from handloom.ops.cpu.rows import size_of, widen_row
@@ -142,6 +142,24 @@ def multiply_many(x, x_stride, rows, w, width, k, out, out_stride, accumulate):
         product_f32(x, x_stride, rows, w + 4 * paired, 4 * width, k, out + 4 * paired, out_stride, accumulate)
 
 
+@kernel(void, *[int64] * 8)
+def score_few(x, x_stride, rows, pieces, offset, k, out, out_stride):
+    """x [rows, k] times PANEL of the keys that lie as columns, in blocks of k."""
+    for at in range(0, k, BLOCK):
+        multiply_few(
+            FORMAT_F32, x + 4 * at, x_stride, rows, pieces + at // LANES * 8, offset, 4 * KEYS, min(BLOCK, k - at), out,
+            out_stride, at,
+        )  # fmt: skip
+
+
+@kernel(void, *[int64] * 7)
+def score_many(x, x_stride, rows, w, k, out, out_stride):
+    """x [rows, k] times KEYS keys that lie as columns, w [k, KEYS], in blocks of k."""
+    for at in range(0, k, BLOCK):
+        own = w + 4 * at * KEYS
+        multiply_many(x + 4 * at, x_stride, rows, own, KEYS, min(BLOCK, k - at), out, out_stride, at)
+
+
 @kernel(void, *[int64] * 15, float64, int64, float64, *[int64] * 4)
 def attend_few(
     first, end, rows, group, position, head_dim, v_head_dim, k_pages, v_pages, form, k_stride, v_stride, page_size,
@@ -165,9 +183,7 @@ def attend_few(
         turn_block(k_pages, form, k_stride, page_size, table, at, end, head_dim, d, copied, columns)
         for j in range(0, min(KEYS, end - at), PANEL):
             out = scores + 4 * (at - base + j)
-            multiply_few(
-                FORMAT_F32, queries, 4 * d, rows, column_pieces, 4 * j, 4 * KEYS, head_dim, out, SCORES, 0
-            )  # fmt: skip
+            score_few(queries, 4 * d, rows, column_pieces, 4 * j, head_dim, out, SCORES)
     weigh(begins, end, rows, group, scale, window, softcap, slopes, position, 0, scores, base, parts, size, SCORES)
     for at in range(begins, end, KEYS):
         weights, count = scores + 4 * (at - base), min(KEYS, end - at)
@@ -206,7 +222,7 @@ def attend_many(
             continue
         for at in range(begins, ends, KEYS):
             own, out = columns + 4 * (at - base) * d, scores + 4 * (at - base)
-            multiply_many(queries + 4 * row * d, 4 * d, count, own, KEYS, head_dim, out, SCORES, 0)
+            score_many(queries + 4 * row * d, 4 * d, count, own, head_dim, out, SCORES)
         weigh(
             begins, ends, count, group, scale, window, softcap, slopes, position, row, scores, base, parts, size, SCORES
         )  # fmt: skip

@@ -2,7 +2,8 @@
 
 LANES keys that lie one after another are turned to columns where they are, and a few queries weigh values where they
 are. What lies in pieces, or has a width that is no multiple of a vector, is copied as float32 first. Both give the same
-numbers. Of places past a sequence's end nothing is made use of: what lies there may be anything.
+numbers. What lies past a sequence's last key is not read: to memory that was read before it was ever written the system
+gives other memory at the first write, and interrupts all threads for it.
 
 This module does not know queries, heads or threads.
 """
@@ -17,19 +18,21 @@ from handloom.ops.cpu import simd
 from handloom.ops.cpu.codes import ZERO
 from handloom.ops.cpu.instructions import KEYS, LINE
 from handloom.ops.cpu.rows import widen_row
-from handloom.ops.cpu.simd import LANES, Builder, Value, int64, kernel, operation, void
+from handloom.ops.cpu.simd import I64, LANES, Builder, Value, int64, kernel, operation, void
 from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, Format, ask_for
 from handloom.ops.panels import PANEL
 
 
 def _turner(form: Format) -> Any:
-    @operation(void, *[int64] * 4)
-    def turn(b: Builder, source: Value, source_stride: Value, target: Value, target_stride: Value) -> None:
-        """16 x 16 of a format, rows to columns of float32; strides in bytes"""
+    @operation(void, *[int64] * 5)
+    def turn(
+        b: Builder, source: Value, source_stride: Value, count: Value, target: Value, target_stride: Value
+    ) -> None:
+        """16 x 16 of a format, rows to columns of float32; past `count` the last row again; strides in bytes"""
         rows = []
-        for _ in range(LANES):
+        for i in range(LANES):
             rows.append(form.load(b, source))
-            source = b.add(source, source_stride)
+            source = b.add(source, b.select(b.icmp_signed("<", I64(i + 1), count), source_stride, I64(0)))
         width = 1
         while width < LANES:  # exchange blocks of `width` across the diagonal
             low = [i if not i & width else i - width + LANES for i in range(LANES)]
@@ -54,15 +57,12 @@ turn_f32, turn_bf16, turn_f16 = (_turner(form) for form in FORMATS)
 
 @kernel(int64, *[int64] * 6)
 def place(pages, stride, page_size, table, first, last):
-    """Where LANES keys from `first` on lie one after another and may all be read; 0 where there is no such place."""
+    """Where LANES keys from `first` on, or those below `last`, lie one after another; 0 where they do not."""
     page, at = first // page_size, first % page_size
     number = simd.read_i64(table + 8 * page)
-    if at + LANES > page_size:
-        if first + LANES > last:
+    for following in range(page + 1, (min(first + LANES, last) - 1) // page_size + 1):
+        if simd.read_i64(table + 8 * following) != number + following - page:
             return 0
-        for following in range(page + 1, (first + LANES - 1) // page_size + 1):
-            if simd.read_i64(table + 8 * following) != number + following - page:
-                return 0
     return pages + (number * page_size + at) * stride
 
 
@@ -96,18 +96,18 @@ def turn_block(pages, form, stride, page_size, table, first, last, width, out_wi
     """The keys of a block below `last` as columns float32 [width, KEYS]; copied: scratch [LANES, out_width]."""
     for i in range(0, min(KEYS, last - first), LANES):
         at = place(pages, stride, page_size, table, first + i, last) if width % LANES == 0 else 0
-        kind, step = form, stride
+        kind, step, count = form, stride, last - first - i
         if at == 0:
-            gather(pages, form, stride, page_size, table, first + i, last, LANES, width, copied, out_width)
+            gather(pages, form, stride, page_size, table, first + i, last, min(LANES, count), width, copied, out_width)
             at, kind, step = copied, FORMAT_F32, 4 * out_width
         for j in range(0, width, LANES):
             target = columns + 4 * (j * KEYS + i)
             if kind == FORMAT_F32:
-                turn_f32(at + 4 * j, step, target, 4 * KEYS)
+                turn_f32(at + 4 * j, step, count, target, 4 * KEYS)
             elif kind == FORMAT_BF16:
-                turn_bf16(at + 2 * j, step, target, 4 * KEYS)
+                turn_bf16(at + 2 * j, step, count, target, 4 * KEYS)
             else:
-                turn_f16(at + 2 * j, step, target, 4 * KEYS)
+                turn_f16(at + 2 * j, step, count, target, 4 * KEYS)
 
 
 @kernel(int64, *[int64] * 8)
