@@ -57,7 +57,7 @@ NOMINAL = {  # bytes per second; operations in 16 bits per second, without spars
 class Rates:
     """The machine's roofs in bytes and operations per second: measured in this run, and nominal where they are known.
 
-    read: of a large buffer; copy: bytes read and written by a large copy.
+    read: of a buffer as large as the weights, or of a large one; copy: bytes read and written by a large copy.
     """
 
     read: float
@@ -67,8 +67,8 @@ class Rates:
     nominal_matmul: float | None = None
 
     @classmethod
-    def measure(cls, dtype: torch.dtype, device: torch.device) -> Rates:
-        read, copy = machine.read_bandwidth(device=device), copy_bandwidth(device)
+    def measure(cls, dtype: torch.dtype, device: torch.device, nbytes: int | None = None) -> Rates:
+        read, copy = machine.read_bandwidth(device=device, nbytes=nbytes), copy_bandwidth(device)
         return cls.known(read, copy, limits.matmul_rate(dtype, device), dtype, device)
 
     @classmethod
@@ -125,7 +125,7 @@ def add_use(
 
 def generation_cases(lm: hl.LM, peer: Transformers, sizes: Sizes, results: Results) -> None:
     """Prefill, decode and a batch of prompts of different lengths, both engines in turn, limits beside them."""
-    rates = Rates.measure(lm.dtype, lm.device)
+    rates = Rates.measure(lm.dtype, lm.device, machine.weight_bytes_per_token(lm, lm.dtype))
     rates.tell(results)
     ids = speed.random_ids(lm.spec.vocab_size, max(sizes.prefill, sizes.decode_prompt, max(sizes.batch)))
     check_same_tokens(lm, peer, ids[: sizes.decode_prompt], min(sizes.decode, 32))

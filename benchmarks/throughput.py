@@ -59,7 +59,8 @@ def throughput_case(lm: Any, folder: Path, arguments: argparse.Namespace, result
     found = peer_serving.in_turn(
         lm, requests, watch, repeat=arguments.rounds, load_peer=load_peer, batch_sizes=arguments.batches
     )
-    read, rate = machine.read_bandwidth(device=lm.device), limits.matmul_rate(lm.dtype, lm.device)
+    read = machine.read_bandwidth(device=lm.device, nbytes=machine.weight_bytes_per_token(lm, lm.dtype))
+    rate = limits.matmul_rate(lm.dtype, lm.device)
     print(f"failed: {found.failed or 'none'}", file=sys.stderr)
     add_comparison(found, lm, requests, case, read, rate, results)
 

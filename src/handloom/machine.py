@@ -8,12 +8,12 @@ This module does not know how a model is loaded or run, or how any of this is sh
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,8 +24,9 @@ import torch
 from handloom.checkpoint import memory
 from handloom.checkpoint.quantization import QuantizedMatrix
 from handloom.model.spec import ModelSpec, looked_up, model_parameters
-from handloom.ops import QuantizedPanels, Weight
+from handloom.ops import QuantizedPanels, Weight, cpu
 from handloom.ops.cores import cgroup, usable_cores
+from handloom.ops.cpu.reading import PANEL_BYTES, reader
 
 if TYPE_CHECKING:
     from handloom.model.transformer import Transformer
@@ -34,6 +35,7 @@ MIN_BUFFER_BYTES = 512 << 20
 ROW_VALUES = 4096
 READ_SECONDS = 0.4
 CPU_SLICES = 16
+SLICE_BYTES = 32 << 20
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "huggingface_hub", "safetensors", "gguf", "numpy")
 
 
@@ -50,40 +52,50 @@ class Loaded(Protocol):
 # Speed -----------------------------------------------------------------------------------------
 
 
-def read_bandwidth(threads: int | None = None, device: str | torch.device = "cpu") -> float:
-    """Bytes per second that `device` reads from its memory, measured now, in about half a second.
+def read_bandwidth(
+    threads: int | None = None, device: str | torch.device = "cpu", *, nbytes: int | None = None
+) -> float:
+    """Bytes per second that `device` reads, measured now, in about half a second.
 
-    The best of many short reads, of two kinds (a sum, a matrix-vector product), going round a buffer of at
-    least twice the last-level cache: short ones, because on a busy machine they still find free moments.
-    threads: on a CPU, how many read at once; None for what torch is set to.
+    The best of many short reads, of two kinds (a sum, a matrix-vector product), on a CPU with the compiled kernels also
+    of a third, one row's product by these; going round a buffer: short ones, because on a busy machine they still find
+    free moments. threads: on a CPU, how many read at once; None for what torch is set to. nbytes: on a CPU, of the
+    buffer, such as a model's weights, which a large cache may hold; by default twice the last-level cache, so that it
+    is memory that is read, as on other devices always.
     """
     where, before = torch.device(device), torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        return _read_bandwidth(where)
+        return _read_bandwidth(where, nbytes)
     finally:
         torch.set_num_threads(before)
 
 
-def _read_bandwidth(device: torch.device) -> float:
-    rows = _buffer_bytes(device) // (4 * ROW_VALUES)
-    shape = rows, ROW_VALUES
-    on_cpu = device.type == "cpu"  # pages as those of weights: huge ones are read faster
+def _read_bandwidth(device: torch.device, nbytes: int | None) -> float:
+    on_cpu = device.type == "cpu"
+    size = _buffer_bytes(device)
+    if nbytes is not None and on_cpu:
+        size = max(SLICE_BYTES, min(nbytes, size))
+    count = max(1, min(CPU_SLICES, size // SLICE_BYTES)) if on_cpu else 1
+    shape = size // (count * PANEL_BYTES) * count * PANEL_BYTES // (4 * ROW_VALUES), ROW_VALUES
+    # pages as those of weights: huge ones are read faster
     buffer = memory.empty(shape, torch.float32) if on_cpu else torch.empty(shape, dtype=torch.float32, device=device)
     buffer.fill_(1.0)  # written, or no memory lies behind it
     vector = torch.ones(ROW_VALUES, dtype=torch.float32, device=device)
-    slices = buffer.chunk(CPU_SLICES if on_cpu else 1)
+    slices = buffer.chunk(count)
+    reads: list[list[Callable[[], object]]] = [[part.sum, partial(torch.mv, part, vector)] for part in slices]
+    for part, kinds in zip(slices if on_cpu and cpu.is_loaded() else [], reads, strict=False):
+        kinds.append(reader(part))
     best, deadline = 0.0, time.perf_counter() + READ_SECONDS
-    for matrix_vector in itertools.cycle((False, True)):
-        for part in slices:
-            _wait(device)
-            start = time.perf_counter()
-            _ = part @ vector if matrix_vector else part.sum()
-            _wait(device)
-            best = max(best, part.nbytes / (time.perf_counter() - start))
-        if matrix_vector and time.perf_counter() > deadline:
-            break
+    while time.perf_counter() < deadline:
+        for kind in range(len(reads[0])):
+            for part, kinds in zip(slices, reads, strict=True):
+                _wait(device)
+                start = time.perf_counter()
+                kinds[kind]()
+                _wait(device)
+                best = max(best, part.nbytes / (time.perf_counter() - start))
     return best
 
 

@@ -15,6 +15,7 @@ import handloom as hl
 from handloom import machine
 from handloom.checkpoint.folder import FolderCheckpoint
 from handloom.cli import app
+from handloom.ops.cpu import compiled, reading
 from parity_checks import Pair, load_pair
 from tiny_chat import save_chat
 from tiny_models import save, tiny_gemma3
@@ -85,6 +86,25 @@ def test_the_measured_bandwidth_is_one_that_memory_can_have() -> None:
     threads = torch.get_num_threads()
     assert 0.5e9 < machine.read_bandwidth(threads=1) < 2e12
     assert torch.get_num_threads() == threads
+
+
+def test_the_compiled_kernels_read_all_of_a_buffer_and_a_small_one_is_read_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled.compiled_step()
+    data = torch.arange(3 * reading.PANEL_BYTES // 4, dtype=torch.float32) % 1000
+    total = reading.reader(data)()
+    assert total.double().sum() == pytest.approx(data.double().sum().item(), rel=1e-6)
+    sizes: list[int] = []
+
+    def noted(part: torch.Tensor) -> Callable[[], torch.Tensor]:
+        sizes.append(part.nbytes)
+        return reading.reader(part)
+
+    monkeypatch.setattr(machine, "reader", noted)
+    assert 0.5e9 < machine.read_bandwidth(nbytes=70 << 20) < 2e12
+    assert len(sizes) == 2 and all(size % reading.PANEL_BYTES == 0 for size in sizes)
+    assert 69 << 20 <= sum(sizes) <= 70 << 20
 
 
 def test_env_says_what_there_is_and_what_would_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

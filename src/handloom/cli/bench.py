@@ -93,7 +93,7 @@ def _rows(
     from handloom import machine
     from handloom.measure import limits
 
-    bandwidth = machine.read_bandwidth(device=lm.device)
+    bandwidth = machine.read_bandwidth(device=lm.device, nbytes=machine.weight_bytes_per_token(lm, lm.dtype))
     rate = limits.matmul_rate(lm.dtype, lm.device)
 
     def decode_row(name: str, context: int) -> Row:

@@ -40,9 +40,9 @@ NOTES = (
     "pp: prompts computed and a token chosen for each; tg: tokens from prompts of one token. tok/s of all prompts, of "
     "the whole call: scheduling and greedy choosing are inside, handloom also detokenises; tokenising is not. Same "
     "token ids for all, others in each round, eos ignored, numbers of tokens checked, warm-up left out; medians",
-    "%: of the limit, the bytes of a step at the measured read bandwidth or its operations at the measured rate of a "
-    "float32 matrix product (a CPU's own products of int8 or bfloat16 may pass that), whichever takes longer; bytes of "
-    "weights and cache as handloom holds them, for every engine",
+    "%: of the limit, the bytes of a step at the measured read bandwidth (of as many bytes, which a cache may hold) or "
+    "its operations at the measured rate of a float32 matrix product (a CPU's own products of int8 or bfloat16 may "
+    "pass that), whichever takes longer; bytes of weights and cache as handloom holds them, for every engine",
     "first token: from the start of a process to one token for a short prompt; load: of it, making the model, imports "
     "apart; peak memory: what that process, or the one of all batches, held at most",
     "agree: share of tokens as handloom's, each prompt up to where the two part, where both hold the same weights: of "

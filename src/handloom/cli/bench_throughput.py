@@ -131,7 +131,8 @@ def _rows(
     from handloom.measure import limits
 
     runs = found.ours
-    bandwidth, rate = machine.read_bandwidth(device=lm.device), limits.matmul_rate(lm.dtype, lm.device)
+    bandwidth = machine.read_bandwidth(device=lm.device, nbytes=machine.weight_bytes_per_token(lm, lm.dtype))
+    rate = limits.matmul_rate(lm.dtype, lm.device)
     sizes = [(len(request.prompt), request.new_tokens) for request in requests]
     fastest = limits.serving_seconds(lm, lm.dtype, sizes, bandwidth, rate)
     new = sum(size[1] for size in sizes)

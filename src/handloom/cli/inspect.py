@@ -51,8 +51,9 @@ def inspect(
         how = choose_quantization(scheme, checkpoint, choose_backend(device), dtype, device)
         held = choose_dtype(dtype, torch.float32 if how else checkpoint.dtype)
         planned = plan(checkpoint, family, spec, held, how)
+        per_token = machine.bytes_per_token(spec, {name: sum(counts.values()) for name, counts in planned.items()})
         with common.waiting("measuring memory bandwidth", quiet or json):
-            bandwidth = machine.read_bandwidth(device=device)
+            bandwidth = machine.read_bandwidth(device=device, nbytes=per_token)
         found = _describe(checkpoint, spec, held)
     finally:
         checkpoint.close()
@@ -60,7 +61,6 @@ def inspect(
     for counts in planned.values():
         formats.update(counts)
     found["held"] |= {"bytes": formats.total()} | ({"formats": dict(formats.most_common())} if how else {})
-    per_token = machine.bytes_per_token(spec, {name: sum(counts.values()) for name, counts in planned.items()})
     in_cache = machine.kv_bytes_read(spec, held, spec.max_context)
     found["decode_limit"] = {
         "device": str(device),
