@@ -2,9 +2,11 @@
 
     python -m benchmarks.report benchmarks/results/cpu_vs_transformers.jsonl [--picture out.svg]
     python -m benchmarks.report benchmarks/results/gpu.jsonl [--pictures FOLDER]
+    python -m benchmarks.report --readme [--check]
 
-Of each case the newest row counts. Rows of `handloom bench cpu` and of gpu.py have tables and pictures of their own
-(report_cpu.py, report_gpu.py).
+Of each case the newest row counts. Rows of gpu.py have tables of their own, and they and those of `handloom bench cpu`
+pictures (report_gpu.py, report_cpu.py). --readme writes what the README says of speed, the picture beside it, and the
+tables of all results into results/README.md (report_readme.py).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 OURS, THEIRS, LIMIT = "handloom", "transformers", "limit"
-SMALLER_IS_BETTER = {"s", "ms", "MiB"}
+SMALLER_IS_BETTER = {"s", "ms", "µs", "MiB"}
 
 Row = dict[str, Any]
 Cases = dict[tuple[str, str, str], dict[str, Row]]
@@ -29,7 +31,8 @@ def read(file: Path) -> list[Row]:
 
 def setting_of(row: Row) -> str:
     """What the rows of one table have in common."""
-    return f"{row['suite']}: {row['model']}, {row['dtype']}, {row['device']}, {row['threads']} threads"
+    named = [str(row["model"])] if "model" in row else []
+    return f"{row['suite']}: {', '.join([*named, row['dtype'], row['device']])}, threads: {row['threads']}"
 
 
 def newest(rows: Iterable[Row]) -> Cases:
@@ -41,29 +44,52 @@ def newest(rows: Iterable[Row]) -> Cases:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """One table per setting. Ratio above 1: handloom is better."""
-    lines: list[str] = []
-    last = ""
+    """A table per setting: medians (p20–p80) of everybody, and the limit. Ratio above 1: handloom is better."""
+    tables: dict[str, list[tuple[str, str, dict[str, Row]]]] = {}
     for (setting, case, metric), peers in newest(rows).items():
-        if setting != last:
-            row = next(iter(peers.values()))
-            lines += ["", f"**{setting}** ({row['time']}, revision {row['revision']}, {versions(row)})", ""]
-            lines += ["The machine was busy: too low, and uneven.", ""] if row["machine_busy"] else []
-            lines += ["| case | metric | handloom p50 (p20–p80) | transformers | ratio | limit | % of limit |"]
-            lines += ["|---|---|---|---|---:|---:|---:|"]
-            last = setting
-        lines.append(_line(case, metric, peers))
+        tables.setdefault(setting, []).append((case, metric, peers))
+    lines: list[str] = []
+    for setting, cases in tables.items():
+        measured = [row for *_, peers in cases for row in peers.values()]
+        lines += ["", f"**{setting}**", "", *_runs(measured), "", *_held(measured)]
+        lines += ["The machine was busy: too low, and uneven.", ""] if any(r["machine_busy"] for r in measured) else []
+        lines += _table(cases)
     return "\n".join(lines).strip() + "\n"
 
 
-def _line(case: str, metric: str, peers: dict[str, Row]) -> str:
-    ours, theirs, limit = peers.get(OURS), peers.get(THEIRS), peers.get(LIMIT)
-    unit = next(iter(peers.values()))["unit"]
-    cells = [case, f"{metric}, {unit}", spread(ours), spread(theirs)]
-    cells.append(f"{ratio(ours, theirs):.2f}" if ours and theirs else "")
-    cells.append(number(limit["p50"]) if limit else "")
-    cells.append(f"{100 * ours['p50'] / limit['p50']:.0f}" if ours and limit else "")
-    return "| " + " | ".join(cells) + " |"
+def _runs(rows: Iterable[Row]) -> list[str]:
+    """A line about each run that these rows are of."""
+    said = {(row["time"], row["revision"], row["command"]): versions(row) for row in rows}
+    return [f"- {time}, revision {of}, {known}: `{command}`" for (time, of, command), known in sorted(said.items())]
+
+
+def _held(rows: Iterable[Row]) -> list[str]:
+    """How each engine held the weights, and its version, where that is said."""
+    held = {row["peer"]: f"{row['held']}, {row['version']}" for row in rows if "held" in row}
+    return ["; ".join(f"{peer}: {what}" for peer, what in held.items()), ""] if held else []
+
+
+def _table(cases: list[tuple[str, str, dict[str, Row]]]) -> list[str]:
+    """Columns of everybody who was measured, handloom first; ratio and limit where there are any."""
+    everybody = dict.fromkeys(peer for *_, found in cases for peer in found)
+    peers = sorted((peer for peer in everybody if peer != LIMIT), key=lambda peer: peer != OURS)
+    against, limited = {OURS, THEIRS} <= {*peers}, LIMIT in everybody
+    ends = ["ratio"] * against + ["limit", "% of limit"] * limited
+    lines = [f"| {' | '.join(['case', 'metric', *peers, *ends])} |", f"|---|---{'|---:' * len([*peers, *ends])}|"]
+    for case, metric, found in cases:
+        ours, theirs, limit = found.get(OURS), found.get(THEIRS), found.get(LIMIT)
+        unit = next(iter(found.values()))["unit"]
+        cells = [case, f"{metric}, {unit}", *(spread(found.get(peer)) for peer in peers)]
+        cells += [f"{ratio(ours, theirs):.2f}" if ours and theirs and _compares(ours) else ""] * against
+        cells += [number(limit["p50"]) if limit else ""] * limited
+        cells += [f"{100 * ours['p50'] / limit['p50']:.0f}" if ours and limit else ""] * limited
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _compares(row: Row) -> bool:
+    """Whether twice as much, or half as much, is twice as good."""
+    return row["unit"] in SMALLER_IS_BETTER or row["unit"].endswith("/s")
 
 
 def ratio(ours: Row, theirs: Row) -> float:
@@ -114,23 +140,30 @@ def main() -> None:
     import kernel_report
     import report_cpu
     import report_gpu
+    import report_readme
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("--picture", type=Path, help="of the suites of a CPU")
     parser.add_argument("--pictures", type=Path, help="a folder, for those of the suites and kernels of a GPU")
+    parser.add_argument("--readme", action="store_true", help="renew README.md and results/README.md from results/")
+    parser.add_argument("--check", action="store_true", help="with --readme: write nothing, fail where it would change")
     arguments = parser.parse_args()
+    if arguments.readme == bool(arguments.files) or (arguments.check and not arguments.readme):
+        parser.error("name files of rows, or give --readme, which reads all of results/; --check is for --readme")
+    if arguments.readme:
+        sys.exit(report_readme.renew(check=arguments.check))
     rows = [row for file in arguments.files for row in read(file)]
     gpu = [row for row in rows if row["suite"].startswith(report_gpu.SUITE)]
-    cpu = [row for row in rows if row["suite"] == "cpu"]
-    ours = [row for row in rows if row not in gpu and row not in cpu]
-    if arguments.picture and ours and cpu:
+    others = [row for row in rows if not row["suite"].startswith(report_gpu.SUITE)]
+    cpu = [row for row in others if row["suite"] == "cpu"]
+    if arguments.picture and 0 < len(cpu) < len(others):
         parser.error("--picture: the suite cpu has a picture of its own; name its files apart")
-    for report, some in ((markdown, ours), (report_cpu.markdown, cpu), (report_gpu.markdown, gpu)):
+    for report, some in ((markdown, others), (report_gpu.markdown, gpu)):
         if some:
             print(report(some), end="")
     if arguments.picture:
-        (report_cpu.picture if cpu else picture)(cpu or ours, arguments.picture)
+        (report_cpu.picture if cpu else picture)(others, arguments.picture)
     if arguments.pictures:
         report_gpu.pictures(gpu, arguments.pictures)
         kernel_report.draw(gpu, arguments.pictures)

@@ -1,4 +1,4 @@
-"""Tables and the picture of `handloom bench cpu`: every precision, tok/s beside the limit and beside every peer.
+"""The picture of `handloom bench cpu`: every precision, tok/s beside the limit and beside every peer.
 
 This module does not know how anything was measured; report.py calls it with the rows of suite "cpu".
 """
@@ -6,11 +6,10 @@ This module does not know how anything was measured; report.py calls it with the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from report import LIMIT, OURS, Row, newest, number, setting_of, spread, versions
+from report import LIMIT, OURS, Row, newest, setting_of
 
 COLOURS = ("#3b7a57", "#c96f2e", "#4668a8", "#8a5a9e", "#a8a03c", "#7d7d7d", "#b04a5a")
 
@@ -19,28 +18,6 @@ def _peers(rows: Iterable[Row]) -> list[str]:
     """Who was measured, handloom first."""
     names = dict.fromkeys(row["peer"] for row in rows if row["peer"] != LIMIT)
     return sorted(names, key=lambda name: name != OURS)
-
-
-def markdown(rows: list[Row]) -> str:
-    """A table per precision: medians (p20–p80) of every engine, and the share of the limit that handloom reached."""
-    lines: list[str] = []
-    for setting, group in groupby(newest(rows).items(), key=lambda item: item[0][0]):
-        cases = [(case, metric, found) for (_, case, metric), found in group]
-        measured = [row for *_, found in cases for row in found.values()]
-        peers, row = _peers(measured), measured[0]
-        held = {row["peer"]: f"{row['held']}, {row['version']}" for row in measured if "held" in row}
-        lines += ["", f"**{setting}** ({row['time']}, revision {row['revision']}, {versions(row)})", ""]
-        lines += ["; ".join(f"{peer}: {what}" for peer, what in held.items()), ""]
-        lines += ["The machine was busy: too low, and uneven.", ""] if row["machine_busy"] else []
-        lines += [f"| case | metric | {' | '.join(peers)} | limit | % of limit |"]
-        lines += ["|---|---" + "|---:" * (len(peers) + 2) + "|"]
-        for case, metric, found in cases:
-            ours, limit = found.get(OURS), found.get(LIMIT)
-            cells = [case, f"{metric}, {next(iter(found.values()))['unit']}", *(spread(found.get(p)) for p in peers)]
-            cells += [number(limit["p50"]) if limit else ""]
-            cells += [f"{100 * ours['p50'] / limit['p50']:.0f}" if ours and limit else ""]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines).strip() + "\n"
 
 
 def picture(rows: list[Row], file: Path) -> None:

@@ -57,6 +57,33 @@ def measure(contenders: list[Contender], wanted: Settings, precision: str = "fp3
     return group, said
 
 
+@pytest.mark.parametrize(
+    ("precision", "looked_at", "rate"),
+    [
+        ("fp32", ["float32"], 1e12),
+        ("bf16", ["float32", "bfloat16"], 6e12),
+        ("int8", ["float32", "bfloat16", "int8"], 6e12),
+        ("gguf", ["float32", "bfloat16", "int8"], 6e12),
+    ],
+)
+def test_the_roof_is_the_fastest_product_of_numbers_that_the_weights_may_be_held_in(
+    precision: str, looked_at: list[str], rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates, asked = {"float32": 1e12, "bfloat16": 6e12, "int8": 2e12}, []
+
+    def matmul_rate(dtype: torch.dtype, _: torch.device) -> float:
+        asked.append(str(dtype).removeprefix("torch."))
+        return rates[asked[-1]]
+
+    monkeypatch.setattr(limits, "matmul_rate", matmul_rate)
+    roofs = Roofs()
+    roofs.measure(precision, None)
+    assert (asked, roofs.matmul(precision)) == (looked_at, rate)
+    rates = dict.fromkeys(rates, 1.0)
+    roofs.measure(precision, None)
+    assert roofs.matmul(precision) == rate, "the best so far"
+
+
 def test_peers_that_crash_answer_too_little_or_are_not_installed_are_a_line_each(tmp_path: Path) -> None:
     contenders = [
         engine(tmp_path, "handloom"),

@@ -97,12 +97,13 @@ def test_operations_of_a_prompt_are_those_torch_counts(family: str) -> None:
     assert limits.prefill_flops(spec, n) == counts["Global"] - angles - sum(surplus)
 
 
-def test_matmul_rate_is_operations_over_the_best_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_matmul_rate_is_operations_over_the_best_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that moves one second at a look, a product takes a second."""
     ticks = iter(range(100))
     monkeypatch.setattr(limits, "SIZE", 8)
     monkeypatch.setattr(limits.time, "perf_counter", lambda: float(next(ticks)))
-    assert limits.matmul_rate(torch.float32, CPU) == 2 * 8**3
+    assert limits.matmul_rate(dtype, CPU) == 2 * 8**3
 
 
 PEAK = """

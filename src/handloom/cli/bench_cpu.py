@@ -41,8 +41,8 @@ NOTES = (
     "the whole call: scheduling and greedy choosing are inside, handloom also detokenises; tokenising is not. Same "
     "token ids for all, others in each round, eos ignored, numbers of tokens checked, warm-up left out; medians",
     "%: of the limit, the bytes of a step at the measured read bandwidth (of as many bytes, which a cache may hold) or "
-    "its operations at the measured rate of a float32 matrix product (a CPU's own products of int8 or bfloat16 may "
-    "pass that), whichever takes longer; bytes of weights and cache as handloom holds them, for every engine",
+    "its operations at the measured rate of matrix products (the best of float32, for 16 bits also bfloat16, for fewer "
+    "also int8), whichever takes longer; bytes of weights and cache as handloom holds them, for every engine",
     "first token: from the start of a process to one token for a short prompt; load: of it, making the model, imports "
     "apart; peak memory: what that process, or the one of all batches, held at most",
     "agree: share of tokens as handloom's, each prompt up to where the two part, where both hold the same weights: of "

@@ -5,7 +5,8 @@ generates 128 tokens for each of 8 prompts of one token. Rates are tokens of all
 
 The limit is the roofline of Williams, Waterman and Patterson (CACM 52(4), 2009) of a step: its bytes at the measured
 read bandwidth of a buffer as large as the weights, which a large cache may hold, or its operations at the measured rate
-of a float32 matrix product, whichever takes longer.
+of matrix products, whichever takes longer. That rate is the best of float32 and whatever narrower numbers the weights
+are held in: units for bfloat16 or int8 are part of the machine.
 
 This module does not know engines, tables or files.
 """
@@ -37,6 +38,10 @@ FIRST_PROMPT = 8
 SAME_WEIGHTS = ("fp32", "bf16", "fp16", "gguf")
 """Precisions in which all engines compute with the same weights, to the bit; each quantises to int8 and int4 its own
 way, so that other tokens than handloom's tell nothing of either."""
+
+PRODUCTS = {"fp32": (torch.float32,), **dict.fromkeys(("bf16", "fp16"), (torch.float32, torch.bfloat16))}
+ALL_PRODUCTS = torch.float32, torch.bfloat16, torch.int8
+"""Matrix products whose rates bound a precision; ALL_PRODUCTS: one that PRODUCTS does not have."""
 
 Tell = Callable[[str], None]
 
@@ -75,17 +80,23 @@ class Case:
 
 @dataclass
 class Roofs:
-    """Float32 operations done per second, and bytes read, of a buffer of so many: the best of this run so far."""
+    """Bytes read, of a buffer of so many, and operations done per second, by the numbers multiplied: the best so far."""
 
     bandwidth: dict[int | None, float] = field(default_factory=dict)
-    matmul: float = 0.0
+    products: dict[torch.dtype, float] = field(default_factory=dict)
 
-    def measure(self, nbytes: int | None) -> None:
-        """Once more. nbytes: None for a buffer that no cache holds."""
+    def measure(self, precision: str, nbytes: int | None) -> None:
+        """Once more, what bounds that precision. nbytes: None for a buffer that no cache holds."""
         with suppress(UnsupportedOption):
             cpu.require()  # its kernels read faster than torch's
         self.bandwidth[nbytes] = max(self.bandwidth.get(nbytes, 0.0), machine.read_bandwidth(nbytes=nbytes))
-        self.matmul = max(self.matmul, limits.matmul_rate(torch.float32, torch.device("cpu")))
+        for dtype in PRODUCTS.get(precision, ALL_PRODUCTS):
+            rate = limits.matmul_rate(dtype, torch.device("cpu"))
+            self.products[dtype] = max(self.products.get(dtype, 0.0), rate)
+
+    def matmul(self, precision: str) -> float:
+        """Of the products that bound that precision, the fastest."""
+        return max(self.products[dtype] for dtype in PRODUCTS.get(precision, ALL_PRODUCTS))
 
 
 @dataclass
@@ -154,15 +165,15 @@ def measure(
         tokens: dict[str, list[list[int]]] = {name: [] for name in live}
         nbytes = int(group.about[OURS]["weight_bytes"]) if OURS in live else None
         tell(f"{precision}: the machine")
-        roofs.measure(nbytes)
+        roofs.measure(precision, nbytes)
         for case in settings.cases:
             _run_case(group, settings, case, live, tokens, tell, say)
     for name in live.keys() - {OURS}:
         if OURS in live and precision in SAME_WEIGHTS:
             group.agreement[name] = _agreement(tokens[OURS], tokens[name])
     _start(group, settings, [c for c in contenders if c.name in live], tell, say)
-    roofs.measure(nbytes)
-    group.bandwidth, group.matmul = roofs.bandwidth[nbytes], roofs.matmul
+    roofs.measure(precision, nbytes)
+    group.bandwidth, group.matmul = roofs.bandwidth[nbytes], roofs.matmul(precision)
     return group
 
 
