@@ -80,7 +80,7 @@ class Case:
 
 @dataclass
 class Roofs:
-    """Bytes read, of a buffer of so many, and operations done per second, by the numbers multiplied: the best so far."""
+    """Per second, the best so far: bytes read of a buffer of so many, operations by the numbers multiplied."""
 
     bandwidth: dict[int | None, float] = field(default_factory=dict)
     products: dict[torch.dtype, float] = field(default_factory=dict)
