@@ -38,7 +38,6 @@ from handloom.ops.cpu.tiles import (
     load_bf16,
     load_even_bf16,
     load_odd_bf16,
-    pair_tile_of,
     tile_of,
 )
 from handloom.ops.panels import PANEL
@@ -73,27 +72,27 @@ def _product(form):
         """x [rows, k] times w [k, PANEL] into out [rows, PANEL]; strides in bytes, w's that of one step of a tile."""
         while rows >= most_rows:
             for v in range(0, VECTORS, most_wide):
-                most(x, x_stride, w + v * LANES * size, w_stride, k, out + v * LANES * 4, out_stride, accumulate)
+                most(x, x_stride, w + v * LANES * size, 0, w_stride, k, out + v * LANES * 4, 0, out_stride, accumulate)
             x, out, rows = x + most_rows * x_stride, out + most_rows * out_stride, rows - most_rows
         while rows >= many_rows:
             for v in range(0, VECTORS, many_wide):
-                many(x, x_stride, w + v * LANES * size, w_stride, k, out + v * LANES * 4, out_stride, accumulate)
+                many(x, x_stride, w + v * LANES * size, 0, w_stride, k, out + v * LANES * 4, 0, out_stride, accumulate)
             x, out, rows = x + many_rows * x_stride, out + many_rows * out_stride, rows - many_rows
         while rows >= few_rows:
             for v in range(0, VECTORS, few_wide):
-                few(x, x_stride, w + v * LANES * size, w_stride, k, out + v * LANES * 4, out_stride, accumulate)
+                few(x, x_stride, w + v * LANES * size, 0, w_stride, k, out + v * LANES * 4, 0, out_stride, accumulate)
             x, out, rows = x + few_rows * x_stride, out + few_rows * out_stride, rows - few_rows
         while rows >= 2:
-            two(x, x_stride, w, w_stride, k, out, out_stride, accumulate)
+            two(x, x_stride, w, 0, w_stride, k, out, 0, out_stride, accumulate)
             x, out, rows = x + 2 * x_stride, out + 2 * out_stride, rows - 2
         if rows == 1:
-            one(x, x_stride, w, w_stride, k, out, out_stride, accumulate)
+            one(x, x_stride, w, 0, w_stride, k, out, 0, out_stride, accumulate)
 
     return product
 
 
 product_f32, product_bf16, product_f16 = (_product(form) for form in IN_PANELS)
-six_f32 = pair_tile_of(SIX, IN_PANELS[FORMAT_F32])
+six_f32 = tile_of(SIX, VECTORS, IN_PANELS[FORMAT_F32], 2, asks=False)
 
 
 @kernel(void, *[int64] * 12)

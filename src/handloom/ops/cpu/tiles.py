@@ -135,29 +135,32 @@ WIDE = "zmm" in assembly()
 TILE_ROWS = (14, 8, 4, 2, 1) if WIDE else (6, 4, 2, 1)
 
 
-def tile_of(rows: int, columns: int, form: Format) -> Any:
-    """A numba function that multiplies x [rows, k] with w [k, columns * LANES].
+def tile_of(rows: int, columns: int, form: Format, panels: int = 1, *, asks: bool = True) -> Any:
+    """A numba function that multiplies x [rows, k] with columns * LANES columns of one panel, or of two at once.
 
-    tile(x, x_stride, w, w_stride, k, out, out_stride, accumulate): addresses and strides in bytes, k > 0; the product
-    is stored in out [rows, columns * LANES] float32, or added to what is there, a block of BLOCK k after the other.
-    Where two k lie side by side, k is even and w_stride goes from two to the next two.
+    tile(x, x_stride, w, w_next, w_stride, k, out, out_next, out_stride, accumulate): addresses and strides in bytes,
+    k > 0; w_next, out_next: from a panel, and from its product, to those of the other. The product is stored in out
+    [rows, columns * LANES] float32, or added to what is there, a block of BLOCK k after the other. Where two k lie side
+    by side, k is even and w_stride goes from two to the next two. asks: weights are asked for ahead.
     """
     together = form.together
     width = LANES * form.size * together
 
-    @operation(void, *[int64] * 8)
+    @operation(void, *[int64] * 10)
     def tile(
         b: Builder,
         x: Value,
         x_stride: Value,
         w: Value,
+        w_next: Value,
         w_stride: Value,
         k: Value,
         out: Value,
+        out_next: Value,
         stride: Value,
         add: Value,
     ) -> None:
-        """Rows of x times a panel"""
+        """Rows of x times one or two panels"""
         entry = b.block
         block, loop, done, over = (b.function.append_basic_block(name) for name in ("block", "k", "sums", "tile"))
         starts, places = [x], [out]
@@ -176,72 +179,27 @@ def tile_of(rows: int, columns: int, form: Format) -> Any:
         at, column = b.phi(I64), b.phi(I64)
         at.add_incoming(first, block)
         column.add_incoming(begin, block)
-        sums = [[b.phi(VECTOR) for _ in range(columns)] for _ in range(rows)]
-        weights = [form.weights(b, simd.offset(b, column, width * v)) for v in range(columns)]
+        sums = [[b.phi(VECTOR) for _ in range(panels * columns)] for _ in range(rows)]
+        lines = [column, b.add(column, w_next)][:panels]
+        weights = [form.weights(b, simd.offset(b, line, width * v)) for line in lines for v in range(columns)]
         two_lines = columns * width > LINE
         near = two_lines and rows <= NEAR_ROWS
-        prefetch(b, simd.offset(b, column, PREFETCH_NEAR if near else PREFETCH))
+        for line in lines if asks else []:
+            prefetch(b, simd.offset(b, line, PREFETCH_NEAR if near else PREFETCH))
         after = _accumulate(b, starts, at, weights, sums, block)
-        if two_lines and not near:
-            prefetch(b, simd.offset(b, column, PREFETCH + LINE))
+        for line in lines if asks and two_lines and not near else []:
+            prefetch(b, simd.offset(b, line, PREFETCH + LINE))
         following, next_column = b.add(at, I64(together)), b.add(column, w_stride)
         at.add_incoming(following, loop)
         column.add_incoming(next_column, loop)
         b.cbranch(b.icmp_signed("<", following, end), loop, done)
         b.position_at_end(done)
-        _finish(b, after, places, adding)
+        products = [row[i * columns : (i + 1) * columns] for i in range(panels) for row in after]
+        _finish(b, products, [*places, *(b.add(place, out_next) for place in places)][: len(products)], adding)
         for phi, value in ((first, end), (begin, next_column), (adding, I64(1))):
             phi.add_incoming(value, b.block)
         b.cbranch(b.icmp_signed("<", end, k), block, over)
         b.position_at_end(over)
-
-    return tile
-
-
-def pair_tile_of(rows: int, form: Format) -> Any:
-    """A numba function that multiplies x [rows, k] with two panels at once, for which it loads each x once.
-
-    tile(x, x_stride, w, w_next, w_stride, k, out, out_next, out_stride, accumulate): as `tile_of`; w_next, out_next:
-    bytes from a panel, and from its product, to the other. Nothing is asked for ahead.
-    """
-
-    @operation(void, *[int64] * 10)
-    def tile(
-        b: Builder,
-        x: Value,
-        x_stride: Value,
-        w: Value,
-        w_next: Value,
-        w_stride: Value,
-        k: Value,
-        out: Value,
-        out_next: Value,
-        stride: Value,
-        add: Value,
-    ) -> None:
-        """Rows of x times two panels"""
-        function, entry = b.function, b.block
-        loop, done = function.append_basic_block("k"), function.append_basic_block("tile")
-        starts, places = [x], [out]
-        for _ in range(rows - 1):
-            starts.append(b.add(starts[-1], x_stride))
-            places.append(b.add(places[-1], stride))
-        b.branch(loop)
-        b.position_at_end(loop)
-        at, column = b.phi(I64), b.phi(I64)
-        at.add_incoming(I64(0), entry)
-        column.add_incoming(w, entry)
-        sums = [[b.phi(VECTOR) for _ in range(2 * VECTORS)] for _ in starts]
-        panels = column, b.add(column, w_next)
-        weights = [[form.load(b, simd.offset(b, p, LANES * form.size * v))] for p in panels for v in range(VECTORS)]
-        after = _accumulate(b, starts, at, weights, sums, entry)
-        following = b.add(at, I64(1))
-        at.add_incoming(following, loop)
-        column.add_incoming(b.add(column, w_stride), loop)
-        b.cbranch(b.icmp_signed("<", following, k), loop, done)
-        b.position_at_end(done)
-        places += [b.add(place, out_next) for place in places]
-        _finish(b, [each[:VECTORS] for each in after] + [each[VECTORS:] for each in after], places, add)
 
     return tile
 
