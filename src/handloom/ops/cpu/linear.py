@@ -69,24 +69,30 @@ def _product(form):
 
     @kernel(void, *[int64] * 9)
     def product(x, x_stride, rows, w, w_stride, k, out, out_stride, accumulate):
-        """x [rows, k] times w [k, PANEL] into out [rows, PANEL]; strides in bytes, w's that of one step of a tile."""
-        while rows >= most_rows:
-            for v in range(0, VECTORS, most_wide):
-                most(x, x_stride, w + v * LANES * size, 0, w_stride, k, out + v * LANES * 4, 0, out_stride, accumulate)
-            x, out, rows = x + most_rows * x_stride, out + most_rows * out_stride, rows - most_rows
-        while rows >= many_rows:
-            for v in range(0, VECTORS, many_wide):
-                many(x, x_stride, w + v * LANES * size, 0, w_stride, k, out + v * LANES * 4, 0, out_stride, accumulate)
-            x, out, rows = x + many_rows * x_stride, out + many_rows * out_stride, rows - many_rows
-        while rows >= few_rows:
-            for v in range(0, VECTORS, few_wide):
-                few(x, x_stride, w + v * LANES * size, 0, w_stride, k, out + v * LANES * 4, 0, out_stride, accumulate)
-            x, out, rows = x + few_rows * x_stride, out + few_rows * out_stride, rows - few_rows
-        while rows >= 2:
-            two(x, x_stride, w, 0, w_stride, k, out, 0, out_stride, accumulate)
-            x, out, rows = x + 2 * x_stride, out + 2 * out_stride, rows - 2
-        if rows == 1:
-            one(x, x_stride, w, 0, w_stride, k, out, 0, out_stride, accumulate)
+        """x [rows, k] times w [k, PANEL] into out [rows, PANEL]; strides in bytes, w's that of one step of a tile.
+
+        The weights are read once for as many rows as the largest tile has, which may take some rows twice.
+        """
+        while rows > 0:
+            if rows > many_rows:
+                n, wide = min(rows, most_rows), most_wide
+            elif rows > few_rows:
+                n, wide = rows, many_wide
+            else:
+                n, wide = rows, few_wide if rows > 2 else VECTORS
+            for v in range(0, VECTORS, wide):
+                at, to = w + v * LANES * size, out + v * LANES * 4
+                if rows > many_rows:
+                    most(x, x_stride, n, at, 0, w_stride, k, to, 0, out_stride, accumulate)
+                elif rows > few_rows:
+                    many(x, x_stride, n, at, 0, w_stride, k, to, 0, out_stride, accumulate)
+                elif rows > 2:
+                    few(x, x_stride, n, at, 0, w_stride, k, to, 0, out_stride, accumulate)
+                elif rows == 2:
+                    two(x, x_stride, n, at, 0, w_stride, k, to, 0, out_stride, accumulate)
+                else:
+                    one(x, x_stride, n, at, 0, w_stride, k, to, 0, out_stride, accumulate)
+            x, out, rows = x + n * x_stride, out + n * out_stride, rows - n
 
     return product
 
@@ -107,7 +113,7 @@ def product_pair(x, x_stride, rows, w, w_next, w_stride, k, out, out_next, out_s
             ask_for(w + asked)
             ask_for(w + w_next + asked)
             asked += LINE
-        six_f32(x, x_stride, w, w_next, w_stride, k, out, out_next, out_stride, accumulate)
+        six_f32(x, x_stride, SIX, w, w_next, w_stride, k, out, out_next, out_stride, accumulate)
         x, out, rows = x + SIX * x_stride, out + SIX * out_stride, rows - SIX
     product_f32(x, x_stride, rows, w, w_stride, k, out, out_stride, accumulate)
     product_f32(x, x_stride, rows, w + w_next, w_stride, k, out + out_next, out_stride, accumulate)

@@ -41,9 +41,9 @@ from handloom.ops.panels import PANEL
 VECTORS = PANEL // LANES
 PREFETCH = 6144
 """Bytes ahead that are asked for. Of two neighbouring lines the second is asked for after the sums: at once they come
-more slowly. One or two rows have too few sums for that; asking for the first alone, a little ahead, is fastest."""
+more slowly. One row has too few sums for that; asking for the first alone, a little ahead, is fastest there."""
 PREFETCH_NEAR = 1024
-NEAR_ROWS = 2
+NEAR_ROWS = 1
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,21 @@ TILE_ROWS = (14, 8, 4, 2, 1) if WIDE else (6, 4, 2, 1)
 def tile_of(rows: int, columns: int, form: Format, panels: int = 1, *, asks: bool = True) -> Any:
     """A numba function that multiplies x [rows, k] with columns * LANES columns of one panel, or of two at once.
 
-    tile(x, x_stride, w, w_next, w_stride, k, out, out_next, out_stride, accumulate): addresses and strides in bytes,
-    k > 0; w_next, out_next: from a panel, and from its product, to those of the other. The product is stored in out
-    [rows, columns * LANES] float32, or added to what is there, a block of BLOCK k after the other. Where two k lie side
-    by side, k is even and w_stride goes from two to the next two. asks: weights are asked for ahead.
+    tile(x, x_stride, n, w, w_next, w_stride, k, out, out_next, out_stride, accumulate): addresses and strides in bytes,
+    k > 0; 0 < n <= rows: past n the last row is taken again; w_next, out_next: from a panel, and from its product, to
+    those of the other. The product is stored in out [n, columns * LANES] float32, or added to what is there, a block of
+    BLOCK k after the other. Where two k lie side by side, k is even and w_stride goes from two to the next two. asks:
+    weights are asked for ahead.
     """
     together = form.together
     width = LANES * form.size * together
 
-    @operation(void, *[int64] * 10)
+    @operation(void, *[int64] * 11)
     def tile(
         b: Builder,
         x: Value,
         x_stride: Value,
+        n: Value,
         w: Value,
         w_next: Value,
         w_stride: Value,
@@ -163,10 +165,7 @@ def tile_of(rows: int, columns: int, form: Format, panels: int = 1, *, asks: boo
         """Rows of x times one or two panels"""
         entry = b.block
         block, loop, done, over = (b.function.append_basic_block(name) for name in ("block", "k", "sums", "tile"))
-        starts, places = [x], [out]
-        for _ in range(rows - 1):
-            starts.append(b.add(starts[-1], x_stride))
-            places.append(b.add(places[-1], stride))
+        starts, places = _rows(b, rows, n, x, x_stride), _rows(b, rows, n, out, stride)
         b.branch(block)
         b.position_at_end(block)
         first, begin, adding = b.phi(I64), b.phi(I64), b.phi(I64)
@@ -228,11 +227,7 @@ def scattered_tile_of(rows: int, columns: int, form: Format) -> Any:
         """A few rows of x times what lies in pieces"""
         function, entry = b.function, b.block
         loop, done = function.append_basic_block("k"), function.append_basic_block("tile")
-        starts, places = [x], [out]
-        for row in range(1, rows):
-            inside = b.icmp_signed("<", I64(row), n)
-            starts.append(b.add(starts[-1], b.select(inside, x_stride, I64(0))))
-            places.append(b.add(places[-1], b.select(inside, stride, I64(0))))
+        starts, places = _rows(b, rows, n, x, x_stride), _rows(b, rows, n, out, stride)
         b.branch(loop)
         b.position_at_end(loop)
         at, before = b.phi(I64), b.phi(I64)
@@ -263,6 +258,14 @@ def prefetch(b: Builder, address: Value) -> None:
 def ask_for(b: Builder, address: Value) -> None:
     """Ask for a line of memory"""
     prefetch(b, address)
+
+
+def _rows(b: Builder, rows: int, n: Value, first: Value, stride: Value) -> list[Value]:
+    """Where rows begin; past n the last again."""
+    starts = [first]
+    for row in range(1, rows):
+        starts.append(b.add(starts[-1], b.select(b.icmp_signed("<", I64(row), n), stride, I64(0))))
+    return starts
 
 
 def _accumulate(
