@@ -1,6 +1,6 @@
 """The suites of a GPU, on random weights in the shapes of real models made on the spot (random_llama.py).
 
-    python benchmarks/gpu.py latency batch prefill throughput sampling load --shapes 1b 8b 0.6b
+    python benchmarks/gpu.py latency batch prefill throughput sampling load memory --shapes 1b 8b 0.6b
     python -m benchmarks.report benchmarks/results/gpu.jsonl --pictures benchmarks/results/gpu
 
 latency     one request: time to the first token, time per token
@@ -9,6 +9,7 @@ prefill     prompts of 128 to 8192 tokens, alone and four at once
 throughput  nano-vllm's 256 requests of 100 to 1024 tokens in and out, all at once
 sampling    the choice of tokens alone: vocabularies of 32k to 256k, 1 to 512 rows
 load        a checkpoint in a fresh process: seconds to load and to a first token; memory to there and in a batch
+memory      who holds it when a batch needs most, in a fresh process: weights, KV pool, graphs, workspace, other
 
 Everybody runs in turn on the same weights and prompts, greedily, without eos; every output's length is checked.
 Of handloom: steps that are captured, and launched kernel by kernel. Peers: plain (gpt-fast's recipe, plain_torch.py),
@@ -38,6 +39,7 @@ import transformers
 import common
 import gpu_choice
 import gpu_loading
+import gpu_memory
 import gpu_serving
 import handloom as hl
 import report_gpu
@@ -223,11 +225,13 @@ def run_suite(suite: str, session: Session) -> None:
         gpu_serving.measure(session)
     elif suite == "sampling":
         gpu_choice.measure(session)
-    else:
+    elif suite == "load":
         gpu_loading.measure(session)
+    else:
+        gpu_memory.measure(session)
 
 
-SUITES = ("latency", "batch", "prefill", "throughput", "sampling", "load")
+SUITES = ("latency", "batch", "prefill", "throughput", "sampling", "load", "memory")
 
 
 def main() -> None:

@@ -96,12 +96,12 @@ check() {
     } | uniq | head -n 8 >"$log.wrong"
     return $result
 }
-# suite SECONDS NAME SHAPES...: of gpu.py
+# suite SECONDS NAMES SHAPES...: of gpu.py
 suite() {
     local seconds=$1 name=$2 result
     shift 2
     # shellcheck disable=SC2086  # lists of words
-    logged limited $((seconds + 5)) "$PYTHON" benchmarks/gpu.py "$name" --device "$DEVICE" --dtype "$DTYPE" \
+    logged limited $((seconds + 5)) "$PYTHON" benchmarks/gpu.py $name --device "$DEVICE" --dtype "$DTYPE" \
         --backend "$BACKEND" --shapes ${SHAPES:-$@} --batch $BATCH --peers $PEERS --seconds "$seconds" \
         ${SMALL:+--small --rounds 2} ${RESUME:+--resume} --output "$RESULTS/gpu.jsonl"
     result=$?
@@ -177,7 +177,7 @@ for step in $STEPS; do
         ;;
     sampling) suite "$seconds" sampling 1b ;;
     pdl) script "$seconds" pdl ;;
-    load) suite "$seconds" load 1b ;;
+    load) suite "$seconds" "load memory" 1b ;;
     esac
     result=$?
     [ $result = 0 ] && echo "$step $revision" >>"$RESULTS/done" || status=1

@@ -41,15 +41,20 @@ def config_of(shape: str) -> dict[str, Any]:
 
 def make(shape: str, dtype: torch.dtype, device: torch.device, backend: str, tokens: int) -> hl.LM:
     """A llama of that shape with weights from a fixed seed, and a KV cache for so many tokens."""
+    transformer = make_transformer(shape, dtype, device, backend)
+    pool = PagePool(transformer.spec, -(-tokens // PAGE_SIZE), PAGE_SIZE, dtype=dtype, device=device)
+    return hl.LM(transformer, None, pool, name=shape)
+
+
+def make_transformer(shape: str, dtype: torch.dtype, device: torch.device, backend: str) -> Transformer:
+    """The same without a KV cache."""
     _, spec = read_config(config_of(shape), shape)
     generator = torch.Generator(device).manual_seed(0)
     weights = {}
     for name, parameter in model_parameters(spec).items():
         drawn = torch.randn(parameter.shape, generator=generator, device=device, dtype=dtype)
         weights[name] = drawn.mul_(drawn.shape[1] ** -0.5) if drawn.dim() == 2 else drawn.mul_(0.1).add_(1)
-    chosen = choose_backend(device, backend, {layer.mixer.head_dim for layer in spec.layers})
-    pool = PagePool(spec, -(-tokens // PAGE_SIZE), PAGE_SIZE, dtype=dtype, device=device)
-    return hl.LM(Transformer(spec, weights, chosen), None, pool, name=shape)
+    return Transformer(spec, weights, choose_backend(device, backend, {layer.mixer.head_dim for layer in spec.layers}))
 
 
 def on_backend(lm: hl.LM, backend: str) -> hl.LM:

@@ -6,7 +6,7 @@ case the newest row counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ __all__ = ["SUITE", "Row", "markdown", "pictures", "read"]
 SUITE = "gpu "
 """What the names of these suites begin with."""
 PART = "part: "
-MAIN = ("decode", "prefill", "new tokens", "chosen", "load to first token")
+PLACES = ("device", "host")
+"""Whose memory; a metric of the suite `memory` is "place: owner", the last owner IN_ALL."""
+IN_ALL = "in all"
+MAIN = ("decode", "prefill", "new tokens", "chosen", "load to first token", *(f"{place}: {IN_ALL}" for place in PLACES))
 MACHINE = "machine"
 COLOURS = ("#3b7a57", "#c96f2e", "#4668a8", "#8a5a9e", "#a8a03c", "#7d7d7d", "#b04a5a", "#4aa3a3")
 KINDS = {"gpu latency": "o", "gpu batch": "s", "gpu prefill": "^"}
@@ -122,7 +125,10 @@ def in_short(rows: Iterable[Row]) -> str:
 
 
 def pictures(rows: list[Row], folder: Path, suffix: str = "svg") -> list[Path]:
-    """Draw what there are rows for: the roofline, MBU by batch size, time of one step by part. Needs matplotlib."""
+    """Draw what there are rows for: the roofline, MBU by batch size, time of one step by part, memory by owner.
+
+    Needs matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -130,7 +136,8 @@ def pictures(rows: list[Row], folder: Path, suffix: str = "svg") -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, draw in (("roofline", _roofline), ("mbu_by_batch", _mbu), ("step_by_part", _steps)):
+    every = {"roofline": _roofline, "mbu_by_batch": _mbu, "step_by_part": _steps, "memory_by_owner": _memory}
+    for name, draw in every.items():
         figure = draw(plt, rows)
         if figure is not None:
             drawn.append(folder / f"{name}.{suffix}")
@@ -230,19 +237,43 @@ def _steps(plt: Any, rows: list[Row]) -> Any:
         return None
     models = list(dict.fromkeys(model for model, _ in bars))
     bars = dict(sorted(bars.items(), key=lambda bar: (models.index(bar[0][0]), int(bar[0][1].split(" x ")[0]))))
-    labels, totals = [f"{model}, {case}" for model, case in bars], [sum(parts.values()) for parts in bars.values()]
+    labelled = {f"{model}, {case}": parts for (model, case), parts in bars.items()}
+    figure = _shares(plt, labelled, lambda total: f"{number(total / 1e3)} ms", "% of one decode step")
+    figure.suptitle(f"Where a step's time goes, {_title(rows)}", fontsize=10)
+    return figure
+
+
+def _memory(plt: Any, rows: list[Row]) -> Any:
+    """A bar per model, case and place: the shares that its owners have of the most that was held, and its MiB."""
+    bars: dict[str, dict[str, float]] = {}
+    used = [row for row in rows if row["suite"] == "gpu memory" and row["peer"] == OURS]
+    for (_, model, _), own in by_setting(used).items():
+        for (case, metric), peers in own.items():
+            place, _, owner = metric.partition(": ")
+            if place in PLACES and owner != IN_ALL:
+                label = f"{model.removeprefix('llama ').removesuffix(', random')}, {case}, {place}"
+                bars.setdefault(label, {})[owner] = peers[OURS]["p50"]
+    if not bars:
+        return None
+    figure = _shares(plt, bars, lambda total: f"{number(total)} MiB", "% of the most that was held")
+    figure.suptitle(f"Who holds memory, {_title(used)}", fontsize=10)
+    return figure
+
+
+def _shares(plt: Any, bars: dict[str, dict[str, float]], text: Callable[[float], str], what: str) -> Any:
+    """A horizontal bar per label, its parts as shares of their sum, and what `text` says of that."""
+    totals = [sum(parts.values()) for parts in bars.values()]
     figure, axes = plt.subplots(figsize=(9, 0.35 * len(bars) + 2), layout="constrained")
     left = [0.0] * len(bars)
     for at, part in enumerate(dict.fromkeys(part for parts in bars.values() for part in parts)):
         shares = [100 * parts.get(part, 0.0) / total for parts, total in zip(bars.values(), totals, strict=True)]
         hatch = "//" if at >= len(COLOURS) else None
-        drawn = axes.barh(labels, shares, left=left, color=COLOURS[at % len(COLOURS)], hatch=hatch, label=part)
+        drawn = axes.barh([*bars], shares, left=left, color=COLOURS[at % len(COLOURS)], hatch=hatch, label=part)
         left = [start + share for start, share in zip(left, shares, strict=True)]
-    axes.bar_label(drawn, [f"{number(total / 1e3)} ms" for total in totals], padding=3, fontsize=8)
+    axes.bar_label(drawn, [text(total) for total in totals], padding=3, fontsize=8)
     axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)
-    axes.set_xlabel("% of one decode step")
-    axes.set_title(f"Where a step's time goes, {_title(rows)}", fontsize=10)
+    axes.set_xlabel(what)
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     return figure

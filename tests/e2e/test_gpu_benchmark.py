@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PEERS = ["plain", "dynamic", "static", "torch", "continuous"]
@@ -77,6 +78,49 @@ def test_the_serving_sampling_and_loading_suites_have_theirs(tmp_path: Path) -> 
     rates = {row["peer"] for row in found if row["metric"] == "new tokens"}
     assert {"handloom", "transformers, batches of 2", "transformers, continuous", "limit"} <= rates
     assert "throughput: llama tiny: 5 requests, 22 new tokens: new tokens" in table.partition("In short")[2]
+
+
+@pytest.mark.slow
+def test_the_memory_suite_says_who_holds_it(tmp_path: Path) -> None:
+    rows, pictures = tmp_path / "rows.jsonl", tmp_path / "pictures"
+    table = suites(rows, "memory")
+    held = {(row["peer"], row["metric"]): row["p50"] for row in read(rows)}
+    owners = ("libraries", "weights", "KV pool", "workspace", "other")
+    assert {metric for _, metric in held} == {f"host: {owner}" for owner in (*owners, "in all")}
+    assert held["handloom", "host: in all"] == pytest.approx(sum(held["handloom", f"host: {each}"] for each in owners))
+    assert held["limit", "host: weights"] == pytest.approx(4 * 125_248 / 2**20), "a llama of that shape in float32"
+    assert held["limit", "host: weights"] < held["handloom", "host: weights"] < held["handloom", "host: in all"]
+    assert 0 < held["limit", "host: KV pool"] <= held["handloom", "host: KV pool"]
+    assert "memory: llama tiny: 2 x pp32 + tg3: host: in all" in table.partition("In short")[2]
+    run("-m", "benchmarks.report", rows, "--pictures", pictures)
+    assert {path.name for path in pictures.iterdir()} == {"memory_by_owner.svg"}
+
+
+def test_a_gpu_s_memory_is_shared_out_by_torch_s_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 1000 bytes that numbers play: another process holds 100 of them, libraries take 30."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_memory
+
+    now = {"allocated": 0, "reserved": 0, "most": 0, "past torch": 100}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: now["allocated"])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: now["reserved"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: now["most"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000 - now["past torch"] - now["reserved"], 1000))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: now.update(reserved=now["kept"]))
+    now.update(allocated=2, reserved=8)
+    counters = gpu_memory.Counters(torch.device("cuda"))
+    now.update(allocated=302, reserved=320, kept=304)
+    assert counters.allocated() == 300, "weights"
+    now.update(allocated=502, reserved=520, kept=504)
+    assert counters.allocated() == 200, "KV pool"
+    before = counters.reserved()
+    assert before == 504
+    now.update(reserved=560, kept=544)
+    graphs = counters.reserved() - before
+    assert graphs == 40
+    now.update(most=644, reserved=600, **{"past torch": 130})
+    assert counters.after(before + graphs) == (100, 30), "workspace, other"
 
 
 def test_the_requests_are_nano_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
