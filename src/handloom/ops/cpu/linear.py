@@ -46,7 +46,7 @@ from handloom.ops.quantized_panels import QUANTIZED
 MANY = 64
 ASKED = 4  # cache lines of each of two panels that a tile of them asks for
 WHOLE = 24  # rows of which a chunk is a multiple: of SIX, and of two quads of digits
-AT_ONCE = 16  # rows that take a panel from its first k to its last; more take a block of k at a time
+AT_ONCE = 16 if WIDE else 2  # rows that take a panel from its first k to its last; more take a block of k at a time
 SIX = 6  # rows of the tile of two panels, which needs the fewest loads for its sums
 FEW = 16 if WIDE else 2  # rows for which codes are made floats in registers, again for each tile
 ITEM_BYTES = 1 << 18  # of weights that an item is to read: less is lost in handing out items

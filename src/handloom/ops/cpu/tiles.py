@@ -41,9 +41,8 @@ from handloom.ops.panels import PANEL
 VECTORS = PANEL // LANES
 PREFETCH = 6144
 """Bytes ahead that are asked for. Of two neighbouring lines the second is asked for after the sums: at once they come
-more slowly. One row has too few sums for that; asking for the first alone, a little ahead, is fastest there."""
+more slowly. One row of float32 has too few for that; asking for the first alone, a little ahead, is fastest."""
 PREFETCH_NEAR = 1024
-NEAR_ROWS = 1
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def tile_of(rows: int, columns: int, form: Format, panels: int = 1, *, asks: boo
         lines = [column, b.add(column, w_next)][:panels]
         weights = [form.weights(b, simd.offset(b, line, width * v)) for line in lines for v in range(columns)]
         two_lines = columns * width > LINE
-        near = two_lines and rows <= NEAR_ROWS
+        near = two_lines and rows * together == 1
         for line in lines if asks else []:
             prefetch(b, simd.offset(b, line, PREFETCH_NEAR if near else PREFETCH))
         after = _accumulate(b, starts, at, weights, sums, block)
