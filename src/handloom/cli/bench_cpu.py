@@ -34,6 +34,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama.cpp-plain": ("llama_cpp_engine", {"extra_buffers": False}),
     "ctranslate2": ("ctranslate2_engine", {}),
     "openvino": ("openvino_engine", {}),
+    "onnxruntime": ("onnxruntime_engine", {}),
 }
 """The file of each peer's adapter, and keywords; llama.cpp-plain: weights as the file has them."""
 NOTES = (
@@ -63,7 +64,7 @@ def cpu(
     tg: Annotated[int, typer.Option(help="Tokens to generate for each; 0: leave that test out.", min=0)] = 128,
     peers: Annotated[
         str, typer.Option(help=f"Of {','.join(PEERS)}, or .py files with an adapter; or none.")
-    ] = "transformers,llama.cpp,ctranslate2,openvino",
+    ] = "transformers,llama.cpp,ctranslate2,openvino,onnxruntime",
     peer_python: Annotated[
         list[str] | None,
         typer.Option(help="The Python that has a peer: NAME=PATH, or PATH for all others.", show_default=False),
