@@ -51,7 +51,7 @@ def test_long_contexts_are_as_exact_as_the_formula(seed: int) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (3, 64), (2, 20), (7, 80), (18, 32)])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (3, 64), (2, 20), (7, 80), (18, 32), (5, 96), (4, 128)])
 @pytest.mark.parametrize("window", [None, 7, 300])
 def test_a_query_has_the_same_bits_in_a_prompt_alone_and_in_company(
     dtype: torch.dtype, group: int, head_dim: int, window: int | None, threads: list[int]

@@ -22,18 +22,39 @@ from handloom.ops.cpu import simd
 from handloom.ops.cpu.attention_sums import begin, fold, padded, record_of, weigh, write_mean
 from handloom.ops.cpu.instructions import BLOCK, CHUNK, ITEM_ROWS, KEYS, QUERY_ROWS, SPLIT
 from handloom.ops.cpu.linear import product_f32, product_pair
-from handloom.ops.cpu.pages import ask_for_block, gather, places_of, turn_block
+from handloom.ops.cpu.pages import ask_for_keys, gather, places_of, turn_keys
 from handloom.ops.cpu.rows import size_of, widen_row
 from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
 from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, VECTORS, WIDE, scattered_tile_of
 from handloom.ops.panels import PANEL
 
 FEW = 16  # rows for which values are read where they lie
-AT_ONCE = 4 if WIDE else 2
+MOST, FEWER = (4, 3) if WIDE else (2, 1)  # rows of the tiles of a few
+TOGETHER = 4 if WIDE else 2  # vectors of keys, or of a value, that they take
+AHEAD = 2  # times LANES keys, or values, that are asked for before they are read
 SCORES = 4 * (SPLIT + LANES)  # bytes from a row of scores to the next: not a multiple of what falls on the same lines
 position = UniTuple(int64, 3)
 
-few_f32, few_bf16, few_f16 = (scattered_tile_of(AT_ONCE, VECTORS, form) for form in FORMATS)
+
+def _sums(rows, vectors):
+    """A function that adds values, weighed by up to so many rows."""
+    f32, bf16, f16 = (scattered_tile_of(rows, vectors, form, AHEAD) for form in FORMATS)
+
+    @kernel(void, *[int64] * 10)
+    def sums(form, x, x_stride, n, places, offset, stride, k, out, out_stride):
+        """out += x [n, k] times as many columns of k values of a format, which lie at places"""
+        if form == FORMAT_F32:
+            f32(x, x_stride, n, places, offset, stride, k, out, out_stride, 1)
+        elif form == FORMAT_BF16:
+            bf16(x, x_stride, n, places, offset, stride, k, out, out_stride, 1)
+        else:
+            f16(x, x_stride, n, places, offset, stride, k, out, out_stride, 1)
+
+    return sums
+
+
+score_most, score_fewer = (scattered_tile_of(rows, TOGETHER, FORMATS[FORMAT_F32]) for rows in (MOST, FEWER))
+sum_most, sum_fewer, sum_panel = _sums(MOST, TOGETHER), _sums(FEWER, TOGETHER), _sums(MOST, VECTORS)
 
 
 # Items ------------------------------------------------------------------------------------------
@@ -117,17 +138,31 @@ def locate(item, cu_seqlens, context_lens, num_sequences, group, window, most):
 # A split's keys -----------------------------------------------------------------------------------
 
 
-@kernel(void, *[int64] * 11)
-def multiply_few(form, x, x_stride, rows, pieces, offset, w_stride, k, out, out_stride, accumulate):
-    """x [rows, k] times PANEL columns of a format whose rows lie in pieces, into out [rows, PANEL]."""
+@kernel(void, *[int64] * 8)
+def score_few(x, x_stride, rows, places, offset, k, out, out_stride):
+    """x [rows, k] times TOGETHER * LANES keys, whose columns lie at places, into out"""
+    while rows > FEWER:
+        n = min(rows, MOST)
+        score_most(x, x_stride, n, places, offset, 4 * KEYS, k, out, out_stride, 0)
+        x, out, rows = x + n * x_stride, out + n * out_stride, rows - n
+    if rows > 0:
+        score_fewer(x, x_stride, rows, places, offset, 4 * KEYS, k, out, out_stride, 0)
+
+
+@kernel(void, *[int64] * 10)
+def sum_few(form, x, x_stride, rows, places, stride, width, k, out, out_stride):
+    """x [rows, k] times k values [width] of a format, which lie at places, added to out [rows, width]; width: panels"""
+    whole = width // (TOGETHER * LANES) * TOGETHER * LANES
     while rows > 0:
-        n = min(rows, AT_ONCE)
-        if form == FORMAT_F32:
-            few_f32(x, x_stride, n, pieces, offset, w_stride, k, out, out_stride, accumulate)
-        elif form == FORMAT_BF16:
-            few_bf16(x, x_stride, n, pieces, offset, w_stride, k, out, out_stride, accumulate)
-        else:
-            few_f16(x, x_stride, n, pieces, offset, w_stride, k, out, out_stride, accumulate)
+        n = min(rows, MOST)
+        for j in range(0, whole, TOGETHER * LANES):
+            own, at = size_of(form) * j, out + 4 * j
+            if n > FEWER:
+                sum_most(form, x, x_stride, n, places, own, stride, k, at, out_stride)
+            else:
+                sum_fewer(form, x, x_stride, n, places, own, stride, k, at, out_stride)
+        if whole < width:
+            sum_panel(form, x, x_stride, n, places, size_of(form) * whole, stride, k, out + 4 * whole, out_stride)
         x, out, rows = x + n * x_stride, out + n * out_stride, rows - n
 
 
@@ -140,16 +175,6 @@ def multiply_many(x, x_stride, rows, w, width, k, out, out_stride, accumulate):
         product_pair(x, x_stride, rows, w_at, 4 * PANEL, 4 * width, k, at, 4 * PANEL, out_stride, accumulate, 0)
     if paired < width:
         product_f32(x, x_stride, rows, w + 4 * paired, 4 * width, k, out + 4 * paired, out_stride, accumulate)
-
-
-@kernel(void, *[int64] * 8)
-def score_few(x, x_stride, rows, pieces, offset, k, out, out_stride):
-    """x [rows, k] times PANEL of the keys that lie as columns, in blocks of k."""
-    for at in range(0, k, BLOCK):
-        multiply_few(
-            FORMAT_F32, x + 4 * at, x_stride, rows, pieces + at // LANES * 8, offset, 4 * KEYS, min(BLOCK, k - at), out,
-            out_stride, at,
-        )  # fmt: skip
 
 
 @kernel(void, *[int64] * 7)
@@ -172,28 +197,36 @@ def attend_few(
     columns = scores + rows * SCORES
     values = columns + 4 * KEYS * d
     copied = values + 4 * KEYS * dv
-    pieces = copied + 4 * LANES * d
-    column_pieces = pieces + 8 * (KEYS // LANES)
+    places = copied + 4 * LANES * d
+    column_places = places + 8 * (2 * SPLIT // LANES + AHEAD)
     begins = first // KEYS * KEYS
     for j in range(0, head_dim, LANES):
-        simd.write_i64(column_pieces + j // LANES * 8, columns + 4 * j * KEYS)
+        simd.write_i64(column_places + j // LANES * 8, columns + 4 * j * KEYS)
+    keys = (end - begins + LANES - 1) // LANES
+    v_places = places + 8 * keys
+    places_of(k_pages, k_stride, page_size, table, begins, end, places)
+    as_they_lie = places_of(v_pages, v_stride, page_size, table, begins, end, v_places)
+    for i in range(AHEAD):
+        simd.write_i64(v_places + 8 * (keys + i), simd.read_i64(v_places))
+        ask_for_keys(simd.read_i64(places + 8 * i), k_stride, 0, LANES, head_dim * size_of(form))
     for at in range(begins, end, KEYS):
-        ask_for_block(v_pages, v_stride, page_size, table, at, end, v_head_dim * size_of(form))
-        ask_for_block(k_pages, k_stride, page_size, table, at + KEYS, end, head_dim * size_of(form))
-        turn_block(k_pages, form, k_stride, page_size, table, at, end, head_dim, d, copied, columns)
-        for j in range(0, min(KEYS, end - at), PANEL):
-            out = scores + 4 * (at - base + j)
-            score_few(queries, 4 * d, rows, column_pieces, 4 * j, head_dim, out, SCORES)
+        for i in range(0, min(KEYS, end - at), LANES):
+            number = (at - begins + i) // LANES + AHEAD
+            stride, width = (k_stride, head_dim) if number < keys else (v_stride, v_head_dim)
+            turn_keys(
+                k_pages, form, k_stride, page_size, table, at + i, end, head_dim, d, copied, columns + 4 * i,
+                simd.read_i64(places + 8 * number), stride, width * size_of(form),
+            )  # fmt: skip
+        for j in range(0, min(KEYS, end - at), TOGETHER * LANES):
+            score_few(queries, 4 * d, rows, column_places, 4 * j, head_dim, scores + 4 * (at - base + j), SCORES)
     weigh(begins, end, rows, group, scale, window, softcap, slopes, position, 0, scores, base, parts, size, SCORES)
-    for at in range(begins, end, KEYS):
-        weights, count = scores + 4 * (at - base), min(KEYS, end - at)
-        if places_of(v_pages, v_stride, page_size, table, at, end, v_head_dim, pieces) != 0:
-            for j in range(0, dv, PANEL):
-                own = size_of(form) * j
-                multiply_few(form, weights, SCORES, rows, pieces, own, v_stride, count, parts + 4 * j, size, 1)
-        else:
+    if as_they_lie != 0 and v_head_dim % PANEL == 0:
+        weights, count = scores + 4 * (begins - base), end - begins
+        sum_few(form, weights, SCORES, rows, v_places, v_stride, dv, count, parts, size)
+    else:
+        for at in range(begins, end, KEYS):
             gather(v_pages, form, v_stride, page_size, table, at, end, KEYS, v_head_dim, values, dv)
-            multiply_many(weights, SCORES, rows, values, dv, KEYS, parts, size, 1)
+            multiply_many(scores + 4 * (at - base), SCORES, rows, values, dv, KEYS, parts, size, 1)
     for row in range(rows):
         fold(records + row * size, parts + row * size, size)
 
@@ -212,7 +245,10 @@ def attend_many(
     copied = values + 4 * SPLIT * dv
     for at in range(first // KEYS * KEYS, end, KEYS):
         turned, own = columns + 4 * (at - base) * d, values + 4 * (at - base) * dv
-        turn_block(k_pages, form, k_stride, page_size, table, at, end, head_dim, d, copied, turned)
+        for i in range(0, min(KEYS, end - at), LANES):
+            turn_keys(
+                k_pages, form, k_stride, page_size, table, at + i, end, head_dim, d, copied, turned + 4 * i, 0, 0, 0
+            )  # fmt: skip
         gather(v_pages, form, v_stride, page_size, table, at, end, KEYS, v_head_dim, own, dv)
     for row in range(0, rows, CHUNK):
         count = min(CHUNK, rows - row)

@@ -192,7 +192,7 @@ def scratch_bytes(rows: Instructions) -> int:
             queries = max(1, ins.ITEM_ROWS // group) * group
             d, dv = (-(-width // PANEL) * PANEL for width in (row.head_dim, row.v_head_dim))
             floats = queries * (d + dv + 32) + ins.CHUNK * (dv + ins.SPLIT + 48) + ins.SPLIT * (d + dv) + 16 * d
-            most = max(most, 4 * floats + 8 * (ins.KEYS + d) // 16)
+            most = max(most, 4 * floats + 8 * (2 * ins.SPLIT + 32 + d) // 16)
         elif isinstance(row, ins.SplitRows) and row.split == Split.PIECES:
             most = max(most, 4 * (3 * 32 * PANEL + ins.PIECES * (row.depth + ins.TILE_DEPTH)))
         elif isinstance(row, ins.SplitRows) and row.split == Split.DIGITS:

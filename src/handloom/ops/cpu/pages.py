@@ -20,7 +20,6 @@ from handloom.ops.cpu.instructions import KEYS, LINE
 from handloom.ops.cpu.rows import widen_row
 from handloom.ops.cpu.simd import I64, LANES, Builder, Value, int64, kernel, operation, void
 from handloom.ops.cpu.tiles import FORMAT_BF16, FORMAT_F32, FORMATS, Format, ask_for
-from handloom.ops.panels import PANEL
 
 
 def _turner(form: Format) -> Any:
@@ -66,16 +65,23 @@ def place(pages, stride, page_size, table, first, last):
     return pages + (number * page_size + at) * stride
 
 
-@kernel(void, *[int64] * 7)
-def ask_for_block(pages, stride, page_size, table, first, last, width):
-    """Ask for the keys of a block that are below `last`, `width` bytes of each."""
-    for i in range(0, min(KEYS, last - first), LANES):
+@kernel(int64, *[int64] * 7)
+def places_of(pages, stride, page_size, table, first, last, out):
+    """The places of LANES keys at a time from `first` on, into `out`; 0 if one of them is, else 1."""
+    all_lie = 1
+    for i in range(0, last - first, LANES):
         at = place(pages, stride, page_size, table, first + i, last)
-        if at != 0:
-            for _ in range(LANES):
-                for j in range(0, width, LINE):
-                    ask_for(at + j)
-                at += stride
+        simd.write_i64(out + i // LANES * 8, at)
+        all_lie = all_lie if at != 0 else 0
+    return all_lie
+
+
+@kernel(void, *[int64] * 5)
+def ask_for_keys(at, stride, first, last, width):
+    """Ask for some of the LANES keys that lie at a place, if they do: `width` bytes of each."""
+    for i in range(first, last if at != 0 else first):
+        for j in range(0, width, LINE):
+            ask_for(at + i * stride + j)
 
 
 @kernel(void, *[int64] * 11)
@@ -91,33 +97,38 @@ def gather(pages, form, stride, page_size, table, first, last, count, width, out
                 simd.store(out + 4 * (i * out_width + j), simd.splat(ZERO))
 
 
-@kernel(void, *[int64] * 11)
-def turn_block(pages, form, stride, page_size, table, first, last, width, out_width, copied, columns):
-    """The keys of a block below `last` as columns float32 [width, KEYS]; copied: scratch [LANES, out_width]."""
-    for i in range(0, min(KEYS, last - first), LANES):
-        at = place(pages, stride, page_size, table, first + i, last) if width % LANES == 0 else 0
-        kind, step, count = form, stride, last - first - i
-        if at == 0:
-            gather(pages, form, stride, page_size, table, first + i, last, min(LANES, count), width, copied, out_width)
-            at, kind, step = copied, FORMAT_F32, 4 * out_width
-        for j in range(0, width, LANES):
-            target = columns + 4 * (j * KEYS + i)
-            if kind == FORMAT_F32:
-                turn_f32(at + 4 * j, step, count, target, 4 * KEYS)
-            elif kind == FORMAT_BF16:
-                turn_bf16(at + 2 * j, step, count, target, 4 * KEYS)
-            else:
-                turn_f16(at + 2 * j, step, count, target, 4 * KEYS)
+@kernel(void, *[int64] * 14)
+def turn_keys(
+    pages,
+    form,
+    stride,
+    page_size,
+    table,
+    first,
+    last,
+    width,
+    out_width,
+    copied,
+    columns,
+    asked,
+    asked_stride,
+    asked_width,
+):
+    """LANES keys from `first` on as columns float32 [width, KEYS], of which only those below `last` are read.
 
-
-@kernel(int64, *[int64] * 8)
-def places_of(pages, stride, page_size, table, first, last, width, out):
-    """Whether the values of a block can be read where they lie; if so, the places of LANES at a time in `out`."""
-    if width % PANEL != 0:
-        return 0
-    for i in range(0, min(KEYS, last - first), LANES):
-        at = place(pages, stride, page_size, table, first + i, last)
-        if at == 0:
-            return 0
-        simd.write_i64(out + i // LANES * 8, at)
-    return 1
+    copied: scratch [LANES, out_width]; asked: a place to ask for meanwhile, `asked_width` bytes of each key there.
+    """
+    at = place(pages, stride, page_size, table, first, last) if width % LANES == 0 else 0
+    count = min(LANES, last - first)
+    if at == 0:
+        gather(pages, form, stride, page_size, table, first, last, count, width, copied, out_width)
+        at, form, stride = copied, FORMAT_F32, 4 * out_width
+    for j in range(0, width, LANES):
+        ask_for_keys(asked, asked_stride, j * LANES // width, (j + LANES) * LANES // width, asked_width)
+        target = columns + 4 * j * KEYS
+        if form == FORMAT_F32:
+            turn_f32(at + 4 * j, stride, count, target, 4 * KEYS)
+        elif form == FORMAT_BF16:
+            turn_bf16(at + 2 * j, stride, count, target, 4 * KEYS)
+        else:
+            turn_f16(at + 2 * j, stride, count, target, 4 * KEYS)

@@ -202,12 +202,14 @@ def tile_of(rows: int, columns: int, form: Format, panels: int = 1, *, asks: boo
     return tile
 
 
-def scattered_tile_of(rows: int, columns: int, form: Format) -> Any:
+def scattered_tile_of(rows: int, columns: int, form: Format, ahead: int = 0) -> Any:
     """A numba function that multiplies n rows of x with w [k, columns * LANES], which lies in pieces of LANES rows.
 
     tile(x, x_stride, n, places, w_offset, w_stride, k, out, out_stride, accumulate): as `tile_of`; places: addresses
-    of the pieces, w_offset bytes are added to each; 0 < n <= rows: past n the last row is taken again.
+    of the pieces, w_offset bytes are added to each; 0 < n <= rows: past n the last row is taken again. ahead: how many
+    pieces ahead is asked for; `places` has so many more, which may be anywhere.
     """
+    width = LANES * form.size
 
     @operation(void, *[int64] * 10)
     def tile(
@@ -224,26 +226,39 @@ def scattered_tile_of(rows: int, columns: int, form: Format) -> Any:
         add: Value,
     ) -> None:
         """A few rows of x times what lies in pieces"""
-        function, entry = b.function, b.block
-        loop, done = function.append_basic_block("k"), function.append_basic_block("tile")
+        entry = b.block
+        block, loop, done, over = (b.function.append_basic_block(name) for name in ("block", "k", "sums", "tile"))
         starts, places = _rows(b, rows, n, x, x_stride), _rows(b, rows, n, out, stride)
+        b.branch(block)
+        b.position_at_end(block)
+        first, adding = b.phi(I64), b.phi(I64)
+        for phi, value in ((first, I64(0)), (adding, add)):
+            phi.add_incoming(value, entry)
+        end = b.add(first, I64(BLOCK))
+        end = b.select(b.icmp_signed("<", end, k), end, k)
         b.branch(loop)
         b.position_at_end(loop)
-        at, before = b.phi(I64), b.phi(I64)
-        at.add_incoming(I64(0), entry)
-        before.add_incoming(I64(0), entry)
+        at = b.phi(I64)
+        at.add_incoming(first, block)
         sums = [[b.phi(VECTOR) for _ in range(columns)] for _ in range(rows)]
-        piece = simd.load_at(b, b.add(pieces, b.shl(b.lshr(at, I64(4)), I64(3))), I64, 8)
-        begins = b.icmp_signed("==", b.and_(at, I64(LANES - 1)), I64(0))
-        column = b.select(begins, b.add(piece, w_offset), before)
-        weights = [[form.load(b, simd.offset(b, column, LANES * form.size * v))] for v in range(columns)]
-        after = _accumulate(b, starts, at, weights, sums, entry)
+        piece = b.add(pieces, b.shl(b.lshr(at, I64(4)), I64(3)))
+        within = b.add(b.mul(b.and_(at, I64(LANES - 1)), w_stride), w_offset)
+        column = b.add(simd.load_at(b, piece, I64, 8), within)
+        weights = [[form.load(b, simd.offset(b, column, width * v))] for v in range(columns)]
+        if ahead:
+            asked = b.add(simd.load_at(b, simd.offset(b, piece, 8 * ahead), I64, 8), within)
+            for line in range(0, columns * width, LINE):
+                prefetch(b, simd.offset(b, asked, line))
+        after = _accumulate(b, starts, at, weights, sums, block)
         following = b.add(at, I64(1))
         at.add_incoming(following, loop)
-        before.add_incoming(b.add(column, w_stride), loop)
-        b.cbranch(b.icmp_signed("<", following, k), loop, done)
+        b.cbranch(b.icmp_signed("<", following, end), loop, done)
         b.position_at_end(done)
-        _finish(b, after, places, add)
+        _finish(b, after, places, adding)
+        for phi, value in ((first, end), (adding, I64(1))):
+            phi.add_incoming(value, b.block)
+        b.cbranch(b.icmp_signed("<", end, k), block, over)
+        b.position_at_end(over)
 
     return tile
 
