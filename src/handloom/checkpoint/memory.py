@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,23 +54,31 @@ class Region:
     """
 
     def __init__(self) -> None:
-        self._block: mmap.mmap | None = None
-        self._end = self._used = 0
+        self._blocks: list[_Block] = []
         self._lock = threading.Lock()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU with any values. Raises OutOfMemory."""
+        """A tensor on the CPU with any values, in the first block with room for it. Raises OutOfMemory."""
         count = math.prod(shape)
         nbytes = count * dtype.itemsize
         if not LINE_BYTES <= nbytes < BLOCK_BYTES or sys.platform == "win32":
             return empty(shape, dtype)
         with self._lock:
-            if self._block is None or self._used + nbytes > self._end:
-                self._block, self._used = _pages(BLOCK_BYTES)
-                self._end = self._used + BLOCK_BYTES
-            block, start = self._block, self._used
-            self._used += -(-nbytes // LINE_BYTES) * LINE_BYTES
-        return torch.frombuffer(block, dtype=dtype, count=count, offset=start).view(*shape)
+            block = next((own for own in self._blocks if own.used + nbytes <= own.end), None)
+            if block is None:
+                pages, start = _pages(BLOCK_BYTES)
+                block = _Block(pages, start, start + BLOCK_BYTES)
+                self._blocks.append(block)
+            start = block.used
+            block.used += -(-nbytes // LINE_BYTES) * LINE_BYTES
+        return torch.frombuffer(block.pages, dtype=dtype, count=count, offset=start).view(*shape)
+
+
+@dataclass(slots=True)
+class _Block:
+    pages: mmap.mmap
+    used: int
+    end: int
 
 
 def _pages(nbytes: int) -> tuple[mmap.mmap, int]:
