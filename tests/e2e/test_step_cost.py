@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import handloom as hl
+from handloom.ops.cpu.instructions import WIDTH
 from handloom.ops.cpu.threads import Team
 from tiny_models import save, tiny_llama
 
@@ -42,10 +43,10 @@ def median_ms(lm: hl.LM, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any
     """Milliseconds of this thread in a step, without the model's own table."""
     run, compiled = Team.run, [0.0]
 
-    def timed(team: Team, table: np.ndarray, frame: np.ndarray) -> None:
+    def timed(team: Team, table: array[int], frame: array[int]) -> None:
         started = time.thread_time()
         run(team, table, frame)
-        compiled[0] += (time.thread_time() - started) * (len(table) > 1)
+        compiled[0] += (time.thread_time() - started) * (len(table) > WIDTH)
 
     monkeypatch.setattr(Team, "run", timed)
     engine, taken = hl.Engine(lm), list[float]()

@@ -8,13 +8,13 @@ import random
 import struct
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from handloom.model.batch import HostBatch
 from handloom.ops import cpu
 from handloom.ops.cpu.instructions import SPLIT
 from handloom_kernels import reference
@@ -164,13 +164,13 @@ def test_a_recorded_step_computes_sinks_and_alibi_as_the_op_does(tokens: int) ->
     head, sinks, slopes = cpu.hold(table), draw(4), 2.0 ** -torch.arange(1.0, 5.0)
     length = SPLIT + 100
     old = [draw(30, 16, 2, 16) for _ in "kv"]
-    numbers = torch.arange(length - tokens, length)
-    batch = SimpleNamespace(
-        input_ids=torch.arange(tokens) % 50, positions=numbers, cu_seqlens=torch.tensor([0, tokens]),
-        context_lens=torch.tensor([length]), page_table=torch.randperm(30)[None], logits_rows=torch.arange(tokens),
-        slot_mapping=torch.empty(0),
+    positions, pages = list(range(length - tokens, length)), torch.randperm(30).tolist()
+    host = HostBatch(
+        input_ids=[at % 50 for at in range(tokens)], positions=positions, cu_seqlens=[0, tokens], context_lens=[length],
+        page_tables=[pages], logits_rows=list(range(tokens)), query_lens=[tokens],
+        slot_mapping=[pages[at // 16] * 16 + at % 16 for at in positions],
     )  # fmt: skip
-    batch.slot_mapping = batch.page_table[0, numbers // 16] * 16 + numbers % 16
+    batch = host.on(torch.device("cpu"))
 
     def compute(ops: Any, _: Any, kv: Any) -> Tensor:
         (pages,) = kv
@@ -182,5 +182,5 @@ def test_a_recorded_step_computes_sinks_and_alibi_as_the_op_does(tokens: int) ->
         return result
 
     one_by_one = compute(cpu, None, [tuple(x.clone() for x in old)])
-    together = cpu.Program().run(compute, batch, lambda _: [], [tuple(x.clone() for x in old)])
+    together = cpu.Program().run(compute, host, lambda _: [], [tuple(x.clone() for x in old)])
     assert torch.equal(together, one_by_one)

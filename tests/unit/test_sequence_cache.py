@@ -210,7 +210,9 @@ def test_a_batch_lays_works_end_to_end() -> None:
     fresh, chunked, decoding = Sequence(pool, [5, 6, 7]), Sequence(pool, range(20, 30)), Sequence(pool, range(9))
     compute(chunked, 2)
     compute(decoding, 8)
-    batch = build_batch([Work(fresh, 3, "all"), Work(chunked, 7, "none"), Work(decoding, 1, "last")], pool)
+    batch = build_batch([Work(fresh, 3, "all"), Work(chunked, 7, "none"), Work(decoding, 1, "last")], pool).on(
+        pool.device
+    )
     assert batch.input_ids.tolist() == [5, 6, 7, *range(22, 29), 8]
     assert batch.positions.tolist() == [0, 1, 2, *range(2, 9), 8]
     assert batch.cu_seqlens.tolist() == [0, 3, 10, 11]
@@ -233,7 +235,7 @@ def test_embedded_rows_are_named_and_their_ids_are_harmless() -> None:
     values = torch.arange(24.0).view(3, 8)
     embedded, plain = Sequence(pool, [9], values), Sequence(pool, [4, 5])
     compute(embedded, 1)
-    batch = build_batch([Work(plain, 2, "last"), Work(embedded, 3, "last")], pool)
+    batch = build_batch([Work(plain, 2, "last"), Work(embedded, 3, "last")], pool).on(pool.device)
     assert batch.input_ids.tolist() == [4, 5, 0, 0, 9]
     assert batch.embeddings is not None
     assert batch.embeddings.rows.tolist() == [2, 3]

@@ -73,11 +73,12 @@ class PagePool:
             for shape, count in counts.items()
         }
         seen = dict.fromkeys(counts, 0)
-        self.layers: list[tuple[Tensor, Tensor]] = []
+        layers: list[tuple[Tensor, Tensor]] = []
         for shape in shapes:
             k_pages, v_pages = self.storages[shape][seen[shape]]
-            self.layers.append((k_pages, v_pages))
+            layers.append((k_pages, v_pages))
             seen[shape] += 1
+        self.layers = tuple(layers)
         self._references: list[int] = []  # of the pages handed out so far, which are the lowest ones
         self._free: list[int] = []  # a heap of those that came back
         self.prefixes = PrefixIndex(page_size)

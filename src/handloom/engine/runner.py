@@ -40,11 +40,12 @@ class Runner:
         works = list(works)
         batch = build_batch(works, self.pool)
         own = [work.hook for work in works]
-        hooks = None
-        if self.hooks or any(own):
-            hooks = self.hooks.step(owners or [work.sequence for work in works], batch, own)
+        if not self.hooks and not any(own):
+            return self.transformer.forward(batch, self.pool.layers), {}
+        tensors = batch.on(self.pool.device)
+        hooks = self.hooks.step(owners or [work.sequence for work in works], tensors, own)
         if hooks is None:
             return self.transformer.forward(batch, self.pool.layers), {}
         for which in hooks.patched:
             works[which].sequence.private = True
-        return self.transformer.forward(batch, self.pool.layers, hooks), hooks.errors
+        return self.transformer.forward(tensors, self.pool.layers, hooks), hooks.errors

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from handloom.checkpoint.quantization import QuantizedMatrix
-from handloom.model.batch import ForwardBatch
+from handloom.model.batch import ForwardBatch, HostBatch
 from handloom.model.hooked import HookedBlock, hooked_embedding, hooked_head
 from handloom.model.hooks import StepHooks
 from handloom.model.rope import inverse_frequencies, rotary_at
@@ -122,18 +122,20 @@ class Transformer:
         self.inv_freqs = [inverse_frequencies(rope, self.device) for rope in ropes]
         self.program = None if backend.program is None else backend.program()
 
-    @torch.no_grad()
-    def forward(self, batch: ForwardBatch, kv: KVPages, hooks: StepHooks | None = None) -> Tensor:
+    def forward(self, batch: HostBatch | ForwardBatch, kv: KVPages, hooks: StepHooks | None = None) -> Tensor:
         """Run one step.
 
         Args: batch, see ForwardBatch; kv: (k_pages, v_pages) of each layer, written in place; hooks: whom to call on
         the way. Returns logits [R, vocab_size] float32 for batch.logits_rows.
         """
-        if self.program is None or hooks is not None or batch.embeddings is not None:
+        if isinstance(batch, ForwardBatch):
             return self._compute(self.ops, batch, self._rotaries(batch.positions), kv, hooks)
+        if self.program is None or hooks is not None or batch.embedded:
+            return self.forward(batch.on(self.device), kv, hooks)
+        numbers = batch
 
         def compute(ops: Ops, rotaries: Sequence[Rotary], kv: KVPages) -> Tensor:
-            return self._compute(ops, batch, rotaries, kv, None)
+            return self._compute(ops, numbers.on(self.device), rotaries, kv, None)
 
         return self.program.run(compute, batch, self._rotaries, kv)
 
@@ -141,6 +143,7 @@ class Transformer:
         """cos and sin of positions [N], of each kind of rope."""
         return [rotary_at(inv_freq, positions) for inv_freq in self.inv_freqs]
 
+    @torch.no_grad()
     def _compute(
         self, ops: Ops, batch: ForwardBatch, rotaries: Sequence[Rotary], kv: KVPages, hooks: StepHooks | None
     ) -> Tensor:

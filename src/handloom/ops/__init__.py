@@ -135,10 +135,11 @@ class Program(Protocol):
     """A model's whole step in one call, with the very results of its ops one by one."""
 
     def run(self, compute: Compute, batch: Any, rotaries: Callable[[Tensor], list[Rotary]], kv: KVPages) -> Tensor:
-        """One step of a `ForwardBatch` of token ids: K and V into their pages, logits [R, vocab_size] float32.
+        """One step of a `HostBatch` of token ids: K and V into their pages, logits [R, vocab_size] float32.
 
         compute: the model's code, always the same, which is called where a program is yet to be recorded; rotaries: of
-        positions int64 [N], asked of more of them than the step has, and seldom.
+        positions int64 [N], asked of more of them than the step has, and seldom; kv: kept for the steps that follow,
+        and never to be changed.
         """
         ...
 

@@ -159,7 +159,7 @@ def paged_attention(
         Frame.CONTEXT_LENS: address(lengths),
         Frame.PAGE_SIZE: k_pages.shape[1],
     }
-    kept_splits = blocks.kept_splits(starts.numpy(), lengths.numpy())
+    kept_splits = blocks.kept_splits(starts.diff().tolist(), lengths.tolist())
     features = scale, window, softcap, _vector(sinks), _vector(alibi_slopes)
     run_once(blocks.attend(queries, k_pages, v_pages, *features, out), frame, kept_splits)
     return out.to(q.dtype)

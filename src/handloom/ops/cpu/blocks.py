@@ -9,6 +9,7 @@ This module does not know who runs instructions, nor models.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -218,7 +219,10 @@ def split_bytes(rows: Instructions) -> int:
     return most
 
 
-def kept_splits(cu_seqlens: np.ndarray, context_lens: np.ndarray) -> int:
+def kept_splits(query_lens: Iterable[int], context_lens: Iterable[int]) -> int:
     """Of how many queries and splits, at most, attention keeps sums between its two instructions."""
-    new, splits = cu_seqlens[1:] - cu_seqlens[:-1], -(-context_lens // ins.SPLIT)
-    return int((new * splits)[(new <= ins.QUERY_ROWS) & (splits > 1)].sum())
+    return sum(
+        new * -(-length // ins.SPLIT)
+        for new, length in zip(query_lens, context_lens, strict=True)
+        if new <= ins.QUERY_ROWS and length > ins.SPLIT
+    )

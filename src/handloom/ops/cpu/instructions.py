@@ -37,25 +37,26 @@ CHUNK = 48  # of them whose scores over a split are held at once
 
 
 class Frame(IntEnum):
-    """Entries of a frame: numbers of tokens, sequences and rows of logits, addresses of the batch's tensors."""
+    """Entries of a frame: numbers of tokens, sequences and rows of logits, addresses of the batch's numbers (int64) and
+    of the logits; then the memory and the threads of the run."""
 
     TOKENS = 0
     SEQUENCES = 1
     ROWS = 2
     INPUT_IDS = 3
     POSITIONS = 4
-    CU_SEQLENS = 5
-    CONTEXT_LENS = 6
-    PAGE_TABLE = 7
-    MAX_PAGES = 8
-    SLOT_MAPPING = 9
-    LOGITS_ROWS = 10
-    SCRATCH = 11
-    SCRATCH_BYTES = 12  # of each thread
-    THREADS = 13
-    LOGITS = 14
-    PAGE_SIZE = 15
-    KEPT = 16  # where something is kept between two instructions: attention's sums, or rows that are split
+    SLOT_MAPPING = 5
+    CU_SEQLENS = 6
+    CONTEXT_LENS = 7
+    LOGITS_ROWS = 8
+    MAX_PAGES = 9
+    PAGE_TABLE = 10
+    PAGE_SIZE = 11
+    LOGITS = 12
+    SCRATCH = 13
+    SCRATCH_BYTES = 14  # of each thread
+    KEPT = 15  # where something is kept between two instructions: attention's sums, or rows that are split
+    THREADS = 16
 
 
 class Operation(IntEnum):

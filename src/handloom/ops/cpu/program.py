@@ -9,10 +9,10 @@ This module does not know models' specs or requests, nor how threads share the w
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from handloom.ops.cpu import instructions as ins
 from handloom.ops.cpu.blocks import Instructions, Scale, Weight
 from handloom.ops.cpu.compiled import compiled_step
 from handloom.ops.cpu.instructions import Frame
-from handloom.ops.cpu.machine import Machine
+from handloom.ops.cpu.machine import Machine, table_of
 from handloom.ops.panels import Panels
 from handloom.ops.quantized_panels import QuantizedPanels
 from handloom_kernels.reference import Norm, Rotary
@@ -181,22 +181,23 @@ class Recorder:
 
 
 class Batch(Protocol):
-    """What a step needs of a `ForwardBatch`; all int64, contiguous."""
+    """What a step needs of a `HostBatch`."""
 
     @property
-    def input_ids(self) -> Tensor: ...
+    def input_ids(self) -> Sequence[int]: ...
     @property
-    def positions(self) -> Tensor: ...
+    def positions(self) -> Sequence[int]: ...
     @property
-    def cu_seqlens(self) -> Tensor: ...
+    def cu_seqlens(self) -> Sequence[int]: ...
     @property
-    def context_lens(self) -> Tensor: ...
+    def context_lens(self) -> Sequence[int]: ...
     @property
-    def page_table(self) -> Tensor: ...
+    def slot_mapping(self) -> Sequence[int]: ...
     @property
-    def slot_mapping(self) -> Tensor: ...
+    def logits_rows(self) -> Sequence[int]: ...
     @property
-    def logits_rows(self) -> Tensor: ...
+    def query_lens(self) -> Sequence[int]: ...
+    def page_table(self) -> tuple[Sequence[int], int]: ...
 
 
 Compute = Callable[[Recorder, list[Rotary], KVPages], Tensor]
@@ -209,55 +210,60 @@ class Program:
     def __init__(self) -> None:
         compiled_step()  # now, rather than in the first step
         self._machine, self._lock = Machine(), threading.Lock()
-        self._recorded: Recorder | None = None
-        self._pages: tuple[torch.dtype, list[int]] | None = None
-        self._positions, self._rotaries = 0, list[Rotary]()
+        self._recorder: Recorder | None = None  # owns what the table points to
+        self._kv: KVPages | None = None  # which the table writes to; None while nothing is recorded
+        self._capacity = self._positions = 0
+        self._rotaries = list[Rotary]()
 
     def run(self, compute: Compute, batch: Batch, rotaries: RotariesAt, kv: KVPages) -> Tensor:
         """One step: K and V into their pages, and logits [R, vocab_size] float32, a new tensor."""
-        tokens, count = len(batch.input_ids), len(batch.logits_rows)
+        count = len(batch.logits_rows)
+        rows, positions = max(len(batch.input_ids), count), max(batch.positions) + 1
         with self._lock:
-            self._record(compute, max(tokens, count), int(batch.positions.numpy().max()) + 1, rotaries, kv)
+            if kv is not self._kv or rows > self._capacity or positions > self._positions:
+                self._record(compute, rows, positions, rotaries, kv)
             logits = torch.empty(count, self._width, dtype=torch.float32, device="cpu")
-            kept = self._kept * blocks.kept_splits(batch.cu_seqlens.numpy(), batch.context_lens.numpy())
-            kept = max(kept, self._split * -(-max(tokens, count) // ins.QUAD))
-            self._machine.run(self._table, self._scratch, kept, entries(batch, logits, kv[0][0].shape[1]))
+            kept = self._kept * blocks.kept_splits(batch.query_lens, batch.context_lens)
+            kept = max(kept, self._split * -(-rows // ins.QUAD))
+            numbers, entries = lay_out(batch)
+            self._machine.run(self._table, self._scratch, kept, [*entries, self._page_size, logits.data_ptr()])
+            del numbers  # which the entries point into
         return logits
 
     def _record(self, compute: Compute, rows: int, positions: int, rotaries: RotariesAt, kv: KVPages) -> None:
-        """Record the step, unless what was recorded serves: it has room, and these are the pages."""
-        pages = kv[0][0].dtype, [tensor.data_ptr() for pair in kv for tensor in pair]
-        recorded = self._recorded
-        enough = recorded is not None and recorded.capacity >= rows and positions <= self._positions
-        if enough and pages == self._pages:
-            return
-        self._recorded = None  # what fails below leaves nothing half made
+        """Record the step on these pages, with room for so many rows and positions."""
+        self._kv = self._recorder = None  # what fails below leaves nothing half made
         if positions > self._positions:
             most = max(MIN_POSITIONS, 1 << (positions - 1).bit_length())
             self._rotaries, self._positions = rotaries(torch.arange(most, device="cpu")), most
-        capacity = max(MIN_CAPACITY, 1 << (rows - 1).bit_length(), recorded.capacity if recorded else 0)
-        recorder = Recorder(capacity)
+        self._capacity = max(MIN_CAPACITY, 1 << (rows - 1).bit_length(), self._capacity)
+        recorder = Recorder(self._capacity)
         self._width = compute(recorder, self._rotaries, kv).shape[1]
-        self._table = np.array([ins.row_of(row) for row in recorder.rows], dtype=np.int64)
+        self._table = table_of(recorder.rows)
         self._scratch, self._kept = blocks.scratch_bytes(recorder.rows), blocks.kept_bytes(recorder.rows)
-        self._split = blocks.split_bytes(recorder.rows)
-        self._recorded, self._pages = recorder, pages
+        self._split, self._page_size = blocks.split_bytes(recorder.rows), kv[0][0].shape[1]
+        self._recorder, self._kv = recorder, kv
 
 
-def entries(batch: Batch, logits: Tensor, page_size: int) -> dict[Frame, int]:
-    """The frame of a step."""
-    return {
-        Frame.TOKENS: len(batch.input_ids),
-        Frame.SEQUENCES: len(batch.context_lens),
-        Frame.ROWS: len(batch.logits_rows),
-        Frame.INPUT_IDS: batch.input_ids.data_ptr(),
-        Frame.POSITIONS: batch.positions.data_ptr(),
-        Frame.CU_SEQLENS: batch.cu_seqlens.data_ptr(),
-        Frame.CONTEXT_LENS: batch.context_lens.data_ptr(),
-        Frame.PAGE_TABLE: batch.page_table.data_ptr(),
-        Frame.MAX_PAGES: batch.page_table.shape[1],
-        Frame.SLOT_MAPPING: batch.slot_mapping.data_ptr(),
-        Frame.LOGITS_ROWS: batch.logits_rows.data_ptr(),
-        Frame.LOGITS: logits.data_ptr(),
-        Frame.PAGE_SIZE: page_size,
-    }
+def lay_out(batch: Batch) -> tuple[array[int], list[int]]:
+    """A step's numbers in memory, which has to be kept while it runs, and the entries of its frame up to PAGE_TABLE."""
+    tokens, sequences, rows = len(batch.input_ids), len(batch.context_lens), len(batch.logits_rows)
+    table, max_pages = batch.page_table()
+    numbers = array(
+        "q",
+        [
+            *batch.input_ids, *batch.positions, *batch.slot_mapping, *batch.cu_seqlens, *batch.context_lens,
+            *batch.logits_rows, *table,
+        ],
+    )  # fmt: skip
+    input_ids, _ = numbers.buffer_info()
+    positions = input_ids + 8 * tokens
+    slot_mapping = positions + 8 * tokens
+    cu_seqlens = slot_mapping + 8 * tokens
+    context_lens = cu_seqlens + 8 * (sequences + 1)
+    logits_rows = context_lens + 8 * sequences
+    page_table = logits_rows + 8 * rows
+    return numbers, [
+        tokens, sequences, rows, input_ids, positions, slot_mapping, cu_seqlens, context_lens, logits_rows, max_pages,
+        page_table,
+    ]  # fmt: skip

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from handloom.ops.cpu import blocks
-from handloom.ops.cpu import instructions as ins
 from handloom.ops.cpu.instructions import Frame
-from handloom.ops.cpu.machine import Machine
+from handloom.ops.cpu.machine import Machine, in_order, table_of
 from handloom.ops.panels import PANEL, Panels, format_of
 
 DEPTH = 1024
@@ -29,11 +27,11 @@ def reader(data: Tensor) -> Callable[[], Tensor]:
     weight = Panels(whole, torch.Size((len(whole) * PANEL, DEPTH)), format_of(data.dtype))
     row, out = torch.ones(1, DEPTH, device="cpu"), torch.empty(1, len(whole) * PANEL, device="cpu")
     steps = blocks.linear(row, weight, None, out)
-    table = np.array([ins.row_of(step) for step in steps], dtype=np.int64)
+    table, entries = table_of(steps), in_order({Frame.TOKENS: 1})
     machine, scratch, kept = Machine(), blocks.scratch_bytes(steps), blocks.split_bytes(steps)
 
     def read(*_held: Tensor) -> Tensor:
-        machine.run(table, scratch, kept, {Frame.TOKENS: 1})
+        machine.run(table, scratch, kept, entries)
         return out
 
     return partial(read, row, whole)  # the table has no more than their addresses

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+from array import array
 from collections.abc import Callable
 from queue import SimpleQueue
 
@@ -54,16 +55,17 @@ class Team:
             calls.get()
             self._run(self._control, number)
 
-    def run(self, table: np.ndarray, frame: np.ndarray) -> None:
-        """Carry out a table int64 [n, WIDTH] with a frame, and return when all of it is done."""
+    def run(self, table: array[int], frame: array[int]) -> None:
+        """Carry out a table of int64, WIDTH for each instruction, with a frame, and return when all of it is done."""
         with self._busy:
-            needed = len(table) * ins.counter_bytes(self.threads)
+            entries, (table_at, size) = self._entries, table.buffer_info()
+            length = size // ins.WIDTH
+            needed = length * ins.counter_bytes(self.threads)
             if self._counters.nbytes < needed + ALIGNMENT:
                 self._counters, self._counters_at = aligned(needed)
             self._counters.fill(0)
-            entries = self._entries
-            entries[ins.TABLE // 8], entries[ins.LENGTH // 8] = table.ctypes.data, len(table)
-            entries[ins.FRAME // 8], entries[ins.COUNTERS // 8] = frame.ctypes.data, self._counters_at
+            entries[ins.TABLE // 8], entries[ins.LENGTH // 8] = table_at, length
+            entries[ins.FRAME // 8], entries[ins.COUNTERS // 8] = frame.buffer_info()[0], self._counters_at
             try:
                 self._run(self._control, ins.OPENING)
                 for calls in self._calls:
@@ -73,9 +75,9 @@ class Team:
                 self._run(self._control, 0)
 
 
-def _int64_at(memory: np.ndarray, address: int, nbytes: int) -> np.ndarray:
+def _int64_at(memory: np.ndarray, address: int, nbytes: int) -> memoryview:
     first = address - memory.ctypes.data
-    return memory[first : first + nbytes].view(np.int64)
+    return memory.data[first : first + nbytes].cast("q")
 
 
 class Teams:
@@ -85,9 +87,11 @@ class Teams:
         self._teams: dict[tuple[int, int], Team] = {}
         self._lock = threading.Lock()
 
-    def of(self, run: Callable[[int, int], None], threads: int) -> Team:
-        with self._lock:
-            key = (os.getpid(), threads)
-            if key not in self._teams:
-                self._teams[key] = Team(run, threads)
-            return self._teams[key]
+    def of(self, compiled: Callable[[], Callable[[int, int], None]], threads: int) -> Team:
+        """compiled: gives what a new team runs."""
+        key = (os.getpid(), threads)
+        team = self._teams.get(key)
+        if team is None:
+            with self._lock:
+                team = self._teams.get(key) or self._teams.setdefault(key, Team(compiled(), threads))
+        return team
