@@ -183,10 +183,13 @@ class _Request:
     def is_over(self) -> bool:
         return len(self.over) == len(self.outputs)
 
-    def take(self, event: Event | None, abort: Callable[[], object]) -> Iterator[Piece]:
-        """Show an event, or the prompt (None), to the streamer, and record it. Calls `abort` where that one raises."""
+    def take(self, event: Event | None, abort: Callable[[], object]) -> Sequence[Piece]:
+        """Show an event, or the prompt (None), to the streamer, and record it: what is to be seen of it.
+
+        Calls `abort` where the streamer raises.
+        """
         if self.is_over:  # the streamer raised at an event before
-            return
+            return ()
         try:
             if self.streamer is not None:
                 self._show(self.streamer, event)
@@ -196,8 +199,7 @@ class _Request:
             assert event.error is not None
             event.error.__cause__ = cause
             self.streamer = None
-        if event is not None:
-            yield from self.record(event)
+        return () if event is None else self.record(event)
 
     def leave(self) -> None:
         """Nobody goes on: the streamer hears of the end, if it has not yet."""
@@ -219,13 +221,15 @@ class _Request:
             streamer.end()
             self.streamer = None
 
-    def record(self, event: Event) -> Iterator[Piece]:
-        """Take an event into the outputs; yield what is to be seen of it."""
+    def record(self, event: Event) -> Sequence[Piece]:
+        """Take an event into the outputs; what is to be seen of it."""
         if isinstance(event, TokenEvent):
             self.first = self.first or time.perf_counter()
             _add_token(self.outputs[event.sample], event)
-            yield Piece(self.index, event.text, event.token_id, event.logprob, event.top_logprobs, sample=event.sample)
-        elif isinstance(event, PromptLogprobsEvent):
+            index, sample = self.index, event.sample
+            return (Piece(index, event.text, event.token_id, event.logprob, event.top_logprobs, sample=sample),)
+        pieces: list[Piece] = []
+        if isinstance(event, PromptLogprobsEvent):
             output = self.outputs[0]
             output.prompt_logprobs = [*(output.prompt_logprobs or []), *event.logprobs]
             output.prompt_top_logprobs = [*(output.prompt_top_logprobs or []), *event.top_logprobs]
@@ -233,16 +237,16 @@ class _Request:
             for sample, output in enumerate(self.outputs):
                 output.prompt_token_ids, output.text = list(event.token_ids), event.text
                 if event.text:
-                    yield Piece(self.index, event.text, None, sample=sample)
+                    pieces.append(Piece(self.index, event.text, None, sample=sample))
         elif isinstance(event, SampleFinishedEvent):
             self.outputs[event.sample].beams = event.search
             self.outputs[event.sample].past_key_values = event.past_key_values
-            yield self._finish(event.sample, event)
+            pieces.append(self._finish(event.sample, event))
         else:
             self.outputs[0].past_key_values = self.outputs[0].past_key_values or event.past_key_values
-            for sample in range(len(self.outputs)):
-                if sample not in self.over:
-                    yield self._finish(sample, event)
+            left = [sample for sample in range(len(self.outputs)) if sample not in self.over]
+            pieces += [self._finish(sample, event) for sample in left]
+        return pieces
 
     def _finish(self, sample: int, event: FinishedEvent | SampleFinishedEvent) -> Piece:
         self.over.add(sample)

@@ -29,7 +29,7 @@ class Work(NamedTuple):
     @property
     def num_rows(self) -> int:
         """Rows of logits this work yields."""
-        return {"none": 0, "last": 1, "all": self.num_tokens}[self.logits]
+        return self.num_tokens if self.logits == "all" else int(self.logits == "last")
 
     @property
     def needs_every_token(self) -> bool:

@@ -109,6 +109,10 @@ class PagePool:
         """How many page tables hold this page."""
         return self._references[page] if page < len(self._references) else 0
 
+    def is_own(self, page: int) -> bool:
+        """Whether a page in use has one holder, and nobody else can find it. Its holder needs no lock to ask."""
+        return self._references[page] == 1 and page not in self.prefixes
+
     @locked
     def allocate(self) -> int:
         """A page with one reference; gives up a cached page if no other is left. Raises OutOfPages."""

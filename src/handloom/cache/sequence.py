@@ -47,7 +47,7 @@ class Sequence:
         self.embeddings = embeddings
         self.token_ids: list[int] = [PLACEHOLDER] * self.num_embeddings + list(token_ids)
         self.num_computed = 0
-        self.evicted: tuple[tuple[int, int], ...] = ()
+        self.evicted = ()
         self.page_table: list[int] = []
         self.ahead: list[int] = []
         self.spilled: HostPages | None = None
@@ -67,8 +67,12 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
-    def num_evicted(self) -> int:
-        return sum(stop - start for start, stop in self.evicted) if self.evicted else 0
+    def evicted(self) -> tuple[tuple[int, int], ...]:
+        return self._evicted
+
+    @evicted.setter
+    def evicted(self, ranges: tuple[tuple[int, int], ...]) -> None:
+        self._evicted, self.num_evicted = ranges, sum(stop - start for start, stop in ranges)
 
     @property
     def num_cached(self) -> int:
@@ -104,12 +108,10 @@ class Sequence:
 
     def _is_grown(self, num_tokens: int) -> bool:
         """Whether `grow` has nothing to do. No lock is needed: a page that nobody else holds or can find stays so."""
-        pool, num_evicted = self.pool, self.num_evicted
+        pool, table, num_evicted = self.pool, self.page_table, self.num_evicted
         first = (self.num_computed - num_evicted) // pool.page_size
         end = -(-(num_tokens - num_evicted) // pool.page_size)
-        if end > len(self.page_table):
-            return False
-        return all(pool.references(page) == 1 and page not in pool.prefixes for page in self.page_table[first:end])
+        return end <= len(table) and all(map(pool.is_own, table[first:end]))
 
     @locked
     def _grow(self, num_tokens: int) -> None:
@@ -142,11 +144,9 @@ class Sequence:
 
     def slots(self, num_tokens: int) -> list[int]:
         """Flat cache slots (page * page_size + offset) of the next num_tokens pending tokens; grows as needed."""
-        page_size, first = self.pool.page_size, self.num_cached
         self.grow(self.num_computed + num_tokens)
-        return [
-            self.page_table[at // page_size] * page_size + at % page_size for at in range(first, first + num_tokens)
-        ]
+        page_size, table, first = self.pool.page_size, self.page_table, self.num_computed - self.num_evicted
+        return [table[at // page_size] * page_size + at % page_size for at in range(first, first + num_tokens)]
 
     def cached_slots(self, start: int, stop: int) -> Tensor:
         """Flat cache slots [stop - start] int64 of the cached tokens start..stop, counted among these."""
@@ -173,7 +173,8 @@ class Sequence:
 
     def recompute_last(self) -> None:
         """Make the last token pending again, if there is one and it is not: its logits are wanted. Keeps the pages."""
-        self._set_computed(min(self.num_computed, max(0, len(self) - 1)))
+        if self.num_computed >= len(self.token_ids) > 0:
+            self._set_computed(len(self.token_ids) - 1)
 
     def _set_computed(self, num_computed: int) -> None:
         self.num_computed = num_computed
@@ -325,7 +326,7 @@ class Sequence:
     def publish(self) -> None:
         """Let others find its full computed pages. Where equal ones are known already, it goes on with those."""
         full = self.num_computed // self.pool.page_size
-        if full and self._shares and self.page_table[full - 1] not in self.pool.prefixes:
+        if full and self.page_table[full - 1] not in self.pool.prefixes and self._shares:
             self._publish()
 
     @locked

@@ -76,14 +76,15 @@ class SampleDecoder:
 
     def plan(self) -> Seq[Work]:
         """Its next tokens. Raises InvalidPrompt if the caller has emptied the sequence."""
-        if not len(self.sequence):
+        sequence, length = self.sequence, len(self.sequence.token_ids)
+        if not length:
             raise InvalidPrompt("the sequence was emptied while a request was running on it")
-        wants_prompt = self.params.prompt_logprobs is not None and len(self.sequence) == self.prompt_length
-        if wants_prompt:
-            self.sequence.forget(min(self.sequence.num_computed, self._next_prompt_logprob - 1))
-        self.sequence.recompute_last()  # computed before, or by the caller meanwhile: its last logits are wanted
-        logits: Literal["all", "last"] = "all" if wants_prompt else "last"
-        return [Work(self.sequence, self.sequence.num_pending, logits, self.internals.hook(self.sequence))]
+        logits: Literal["all", "last"] = "last"
+        if self.params.prompt_logprobs is not None and length == self.prompt_length:
+            logits = "all"
+            sequence.forget(min(sequence.num_computed, self._next_prompt_logprob - 1))
+        sequence.recompute_last()  # computed before, or by the caller meanwhile: its last logits are wanted
+        return [Work(sequence, length - sequence.num_computed, logits, self.internals.hook(sequence))]
 
     def advance(self, logits: Tensor) -> list[Event]:
         return [event for _, told in advance_together([Ready(self, 0, len(logits))], logits) for event in told]
@@ -154,7 +155,7 @@ class SampleDecoder:
         return FinishedEvent(reason, rest, stop_string, error, past)
 
     def _stop_reason(self, token_id: int) -> FinishReason | None:
-        params, generated = self.params, len(self.sequence) - self.prompt_length
+        params, generated = self.params, len(self.sequence.token_ids) - self.prompt_length
         if token_id in params.eos_token_id:
             return "eos"
         if self._text is not None and self._text.stopped_by is not None:
@@ -163,11 +164,9 @@ class SampleDecoder:
             return "length"
         if params.max_time is not None and time.monotonic() - self.started > params.max_time:
             return "time"
-        return "criteria" if self._criteria_met() else None
+        return "criteria" if params.stopping_criteria and self._criteria_met() else None
 
     def _criteria_met(self) -> bool:
-        if not self.params.stopping_criteria:
-            return False
         ids = torch.tensor([self.sequence.token_ids[self.sequence.num_embeddings :]], device="cpu")
         scores = tuple(s.unsqueeze(0) for s in self._scores) if self._scores else None
         return criteria_met(self.params, ids, scores)[0]
@@ -231,8 +230,8 @@ def advance_together(ready: Seq[Ready], logits: Logits, choose: Choosing = choos
         choosing = going_on
 
 
-@one_thread()
 def _rows(logits: Tensor, picked: list[int]) -> Tensor:
-    if picked == list(range(len(logits))):
+    if picked == list(range(logits.shape[0])):
         return logits
-    return logits.index_select(0, torch.tensor(picked, device=logits.device))
+    with one_thread():
+        return logits.index_select(0, torch.tensor(picked, device=logits.device))

@@ -24,7 +24,6 @@ This module does not know models, how tokens are chosen, or how a request's opti
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from bisect import insort
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -73,10 +72,7 @@ class Plan:
     works: list[Work] = field(default_factory=list)
     owners: list[Request] = field(default_factory=list)
     sequences: set[Sequence] = field(default_factory=set)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(work.num_tokens for work in self.works)
+    num_tokens: int = 0
 
 
 class Scheduler:
@@ -106,7 +102,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether there are requests to go on with, or events to hand out."""
-        return bool(self._events) or any(not request.paused for request in self)
+        return bool(self._events) or not all(request.paused for request in self)
 
     def add(self, request: Request) -> None:
         insort(self.waiting, request, key=_rank)
@@ -124,11 +120,13 @@ class Scheduler:
 
     def plan(self) -> tuple[Plan, list[Event]]:
         """The next step's work; and the failures of requests that cannot run."""
-        plan, budget = Plan(), self.max_tokens
+        plan = Plan()
         may_start, stuck = True, False
         may_run = [request for request in self.running if not request.paused]
-        for request in heapq.merge(may_run, self._next_to_start(len(may_run)), key=_rank):
-            if budget == 0:
+        if starting := self._next_to_start(len(may_run)):
+            may_run = sorted([*may_run, *starting], key=_rank)
+        for request in may_run:
+            if plan.num_tokens == self.max_tokens:
                 break
             if not request.running and not may_start:
                 continue
@@ -136,7 +134,7 @@ class Scheduler:
                 if not request.running and self._waits_for_another(request):
                     may_start = False
                     continue
-                budget = self._run(request, plan, budget)
+                self._run(request, plan)
             except HandloomError as error:
                 others_run = len(self.running) > request.running
                 if isinstance(error, OutOfPages) and others_run and self._fits(request):
@@ -152,18 +150,20 @@ class Scheduler:
         """Waiting requests for which there are places, in order. Those that are paused give theirs up for them."""
         can_start = (request for request in self.waiting if not request.paused)
         first = list(itertools.islice(can_start, self.max_running - num_running))
+        if not first:
+            return first
         for request in self.running[::-1]:
             if request.paused and len(self.running) + len(first) > self.max_running and self._can_yield(request):
                 self._preempt(request)
         return first[: self.max_running - len(self.running)]
 
-    def _run(self, request: Request, plan: Plan, budget: int) -> int:
-        """Start the request if it waits, and place its work; returns what is left of the budget. Raises OutOfPages."""
+    def _run(self, request: Request, plan: Plan) -> None:
+        """Start the request if it waits, and place its work. Raises OutOfPages."""
         while True:
             try:
                 if not request.running:
                     self._start(request)
-                return self._place(request, plan, budget)
+                return self._place(request, plan)
             except OutOfPages:
                 if not self._fits(request) or not self._take_back(request):
                     raise
@@ -232,28 +232,31 @@ class Scheduler:
         for sequence in sequences:
             sequence.grow(length if wanted + spare <= self.pool.num_empty else len(sequence))
 
-    def _place(self, request: Request, plan: Plan, budget: int) -> int:
-        """Put as much of a request's work into the plan as the budget allows; returns what is left of it.
+    def _place(self, request: Request, plan: Plan) -> None:
+        """Put as much of a request's work into the plan as may be in a step.
 
         Raises OutOfPages, or RequestFailed for a decoder without work, with nothing of the request in the plan.
         """
-        works: list[Work] = []
-        for sequence, pending, logits, hook in works_of(request.decoder):
+        works, budget = list[Work](), self.max_tokens - plan.num_tokens
+        for work in works_of(request.decoder):
+            sequence, pending, logits, hook = work
             num_tokens = min(pending, budget, self.max_rows if logits == "all" else pending)
             if num_tokens <= 0:
                 break
             if sequence in plan.sequences:
                 raise RequestFailed("another request runs the same sequence in this step; fork it")
             sequence.grow(sequence.num_computed + num_tokens)
-            wanted = "none" if num_tokens < pending and logits == "last" else logits
-            works.append(Work(sequence, num_tokens, wanted, hook))
+            if num_tokens < pending:
+                work = Work(sequence, num_tokens, "none" if logits == "last" else logits, hook)
+            works.append(work)
             budget -= num_tokens
         if budget > 0 and not works:
             raise RequestFailed("the decoder has not finished and plans no work, so it would never finish")
-        plan.works += works
-        plan.sequences.update(work.sequence for work in works)
-        plan.owners += [request] * len(works)
-        return budget
+        for work in works:
+            plan.works.append(work)
+            plan.owners.append(request)
+            plan.sequences.add(work.sequence)
+        plan.num_tokens = self.max_tokens - budget
 
     def _take_back(self, request: Request) -> bool:
         """Free pages for `request`; False if there are none to take. Requests with work in this step's plan lose none.
@@ -378,15 +381,16 @@ class Scheduler:
         rows: dict[Request, tuple[int, int]] = {}
         end = 0
         for work, request in zip(plan.works, plan.owners, strict=True):
-            start, end = end, end + work.num_rows
+            num_rows, sequence = work.num_rows, work.sequence
+            start, end = end, end + num_rows
             if request in failed:
                 continue
             if request.prefilling:
-                self.journal.prefilled(request.id, work.sequence.num_computed, work.num_tokens)
-            work.sequence.num_computed = min(work.sequence.num_computed + work.num_tokens, len(work.sequence))
+                self.journal.prefilled(request.id, sequence.num_computed, work.num_tokens)
+            sequence.num_computed = min(sequence.num_computed + work.num_tokens, len(sequence.token_ids))
             if self.sharing:
-                work.sequence.publish()
-            if work.num_rows:
+                sequence.publish()
+            if num_rows:
                 rows[request] = rows.get(request, (start, end))[0], end
         return rows
 

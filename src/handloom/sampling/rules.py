@@ -49,11 +49,6 @@ class Row:
         return len(self.token_ids) - self.prompt_length
 
     @property
-    def is_shaped(self) -> bool:
-        """Whether its token is something else than the one of the highest logit."""
-        return self.params.do_sample or bool(self.rules.active) or bool(self.rules.own)
-
-    @property
     def memory(self) -> Memory:
         return self.rules.memory
 
@@ -206,7 +201,8 @@ class RequestRules:
     """The rules of one request: which are on, whose processor stands in for one, and what they remember.
 
     active: option -> the caller's processor that stands in for it, or None for ours; own: the caller's other
-    processors, each once, in order.
+    processors, each once, in order; shapes: whether the token may be another than that of the highest logit; reports:
+    whether more than the token is wanted.
     """
 
     def __init__(self, params: GenerationParams, prompt_length: int) -> None:
@@ -225,6 +221,8 @@ class RequestRules:
         allowed = params.prefix_allowed_tokens_fn
         if allowed is not None and self.runs("prefix_allowed_tokens_fn"):
             self.active["prefix_allowed_tokens_fn"] = constraints.OnlyAllowed(allowed)
+        self.shapes = params.do_sample or bool(self.active) or bool(self.own)
+        self.reports = params.logprobs is not None or params.output_scores or params.output_logits
 
     def fork(self) -> RequestRules:
         """The rules of a sequence that goes on from one of these: the same, and a memory of its own."""

@@ -50,7 +50,6 @@ class Draws:
     count: int
 
 
-@one_thread()
 def choose(logits: Tensor, rows: Sequence[Row], draws: Draws | None = None) -> Choice:
     """Choose one token per row of `logits` [R, V] (any float dtype; left as it is).
 
@@ -65,12 +64,15 @@ def choose(logits: Tensor, rows: Sequence[Row], draws: Draws | None = None) -> C
     for row, value in enumerate(best):
         if not math.isfinite(value) and not rows[row].params.remove_invalid_values:
             _fail(choice, row, _not_finite("the model's logits", value, rows[row]))
-    shaped = [row for row, error in enumerate(choice.errors) if error is None and rows[row].is_shaped]
-    together = draws is not None or logits.device.type != "cpu"
-    size = len(rows) if together else max(1, CPU_BLOCK // logits.shape[1])
-    for start in range(0, len(shaped), size):
-        _choose_shaped(logits, rows, shaped[start : start + size], choice, draws)
-    _report(logits, rows, choice)
+    well = [row for row, error in enumerate(choice.errors) if error is None]
+    shaped = [row for row in well if rows[row].rules.shapes]
+    if shaped:
+        together = draws is not None or not logits.is_cpu
+        size = len(rows) if together else max(1, CPU_BLOCK // logits.shape[1])
+        for start in range(0, len(shaped), size):
+            _choose_shaped(logits, rows, shaped[start : start + size], choice, draws)
+    if any(rows[row].rules.reports for row in well):
+        _report(logits, rows, choice)
     return choice
 
 
@@ -94,6 +96,7 @@ def token_logprobs(
     return chosen, top
 
 
+@one_thread()
 def _choose_shaped(logits: Tensor, rows: Sequence[Row], shaped: list[int], choice: Choice, draws: Draws | None) -> None:
     """Apply the rules to the rows named in `shaped` and choose their tokens, into `choice`."""
     scores = _float32_copy(logits, shaped)
@@ -143,6 +146,7 @@ def _draw(
     return drawn
 
 
+@one_thread()
 def _report(logits: Tensor, rows: Sequence[Row], choice: Choice) -> None:
     """Log-probabilities, raw logits, and the scores that no rule touched, where asked for, into `choice`."""
     well = [row for row, error in enumerate(choice.errors) if error is None]
@@ -163,8 +167,9 @@ def _report(logits: Tensor, rows: Sequence[Row], choice: Choice) -> None:
 
 def _highest(scores: Tensor) -> tuple[list[float], list[int]]:
     """Of each row of [R, V] the highest value, and the lowest id that has it; a NaN, and its id, where there is one."""
-    if scores.device.type != "cpu" or scores.dtype == torch.bfloat16:
-        values, ids = scores.max(dim=-1)
+    if not scores.is_cpu or scores.dtype == torch.bfloat16:
+        with one_thread():
+            values, ids = scores.max(dim=-1)
         return values.tolist(), ids.tolist()
     rows = scores.detach().numpy()  # torch would wake its threads, which takes ten times as long as the search
     places: list[int] = rows.argmax(axis=1).tolist()

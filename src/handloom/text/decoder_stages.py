@@ -258,7 +258,7 @@ BYTE_OF = _byte_alphabet()
 def byte_level(token: str) -> bytes:
     """The bytes that a token spells in that alphabet; an added token that is not written in it stands for itself."""
     try:
-        return bytes([BYTE_OF[character] for character in token])
+        return bytes(map(BYTE_OF.__getitem__, token))
     except KeyError:
         return token.encode()
 
