@@ -326,7 +326,7 @@ class Sequence:
     def publish(self) -> None:
         """Let others find its full computed pages. Where equal ones are known already, it goes on with those."""
         full = self.num_computed // self.pool.page_size
-        if full and self.page_table[full - 1] not in self.pool.prefixes and self._shares:
+        if full and self._shares and self.page_table[full - 1] not in self.pool.prefixes:
             self._publish()
 
     @locked
