@@ -132,7 +132,7 @@ def test_generation_continues_in_place_and_reads_no_token_twice() -> None:
     forward = lm.transformer.forward
 
     def counting(batch: Any, kv: Any) -> torch.Tensor:
-        seen.extend(batch.positions.tolist())
+        seen.extend(batch.positions)
         return forward(batch, kv)
 
     lm.transformer.forward = counting  # type: ignore[method-assign]

@@ -28,7 +28,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     forward = transformer.forward
 
     def watching(batch: Any, *rest: Any) -> torch.Tensor:
-        seen.append(batch.positions.tolist())
+        seen.append(list(batch.positions))
         return forward(batch, *rest)
 
     monkeypatch.setattr(transformer, "forward", watching)

@@ -129,15 +129,17 @@ class Transformer:
         the way. Returns logits [R, vocab_size] float32 for batch.logits_rows.
         """
         if isinstance(batch, ForwardBatch):
-            return self._compute(self.ops, batch, self._rotaries(batch.positions), kv, hooks)
-        if self.program is None or hooks is not None or batch.embedded:
-            return self.forward(batch.on(self.device), kv, hooks)
-        numbers = batch
+            tensors = batch
+        elif self.program is None or hooks is not None or batch.embedded:
+            tensors = batch.on(self.device)
+        else:
+            numbers = batch
 
-        def compute(ops: Ops, rotaries: Sequence[Rotary], kv: KVPages) -> Tensor:
-            return self._compute(ops, numbers.on(self.device), rotaries, kv, None)
+            def compute(ops: Ops, rotaries: Sequence[Rotary], kv: KVPages) -> Tensor:
+                return self._compute(ops, numbers.on(self.device), rotaries, kv, None)
 
-        return self.program.run(compute, batch, self._rotaries, kv)
+            return self.program.run(compute, numbers, self._rotaries, kv)
+        return self._compute(self.ops, tensors, self._rotaries(tensors.positions), kv, hooks)
 
     def _rotaries(self, positions: Tensor) -> list[Rotary]:
         """cos and sin of positions [N], of each kind of rope."""
