@@ -32,9 +32,9 @@ def main() -> None:
     import torch
 
     import handloom as hl
-    from common import RESULTS, open_results
+    from common import RESULTS, Rates, open_results
     from cpu_vs_transformers import prepare
-    from handloom.machine import kv_bytes_read
+    from handloom.machine import kv_bytes_read, weight_bytes_per_token
     from handloom.measure import speed
     from handloom.measure.peer import Transformers
     from handloom.measure.stats import interleave
@@ -61,6 +61,24 @@ def main() -> None:
     )
     copies = args.beams * kv_bytes_read(lm.spec, lm.dtype, args.prompt + args.new - 1)
     results.add("transformers", case, "K and V", "MiB", [copies / 2**20])
+    rates = Rates.measure(lm.dtype, lm.device, weight_bytes_per_token(lm, lm.dtype))
+    rates.tell(results)
+    results.add("limit", case, "least time", "s", [least_time(lm, args.prompt, args.beams, args.new, rates)])
+
+
+def least_time(lm: Any, prompt: int, beams: int, new: int, rates: Any) -> float:
+    """Seconds that the machine needs: the prompt's operations, and of each step the slower of its operations and of its
+    bytes, the weights and each K and V once, the prompt's shared by all beams."""
+    from handloom.machine import kv_bytes_read, weight_bytes_per_token
+    from handloom.measure import limits
+
+    seconds = limits.prefill_flops(lm.spec, prompt) / rates.matmul
+    weights, shared = weight_bytes_per_token(lm, lm.dtype), kv_bytes_read(lm.spec, lm.dtype, prompt)
+    for step in range(1, new):
+        moved = weights + shared + beams * kv_bytes_read(lm.spec, lm.dtype, step)
+        operations = beams * limits.decode_flops(lm.spec, prompt + step)
+        seconds += max(moved / rates.read, operations / rates.matmul)
+    return float(seconds)
 
 
 def ours(lm: Any, ids: list[int], options: dict[str, Any]) -> tuple[float, int]:

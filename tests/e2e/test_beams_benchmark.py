@@ -25,3 +25,5 @@ def test_the_benchmark_of_beams_has_time_and_memory_of_both(tmp_path: Path) -> N
     memory = {row["peer"]: row["p50"] for row in found if row["metric"] == "K and V"}
     assert memory["handloom"] < 0.6 * memory["transformers"]
     assert {row["peer"] for row in found if row["metric"] == "time"} == {"handloom", "transformers"}
+    (least,) = (row["p50"] for row in found if (row["peer"], row["metric"]) == ("limit", "least time"))
+    assert 0 < least < min(row["p50"] for row in found if row["metric"] == "time")
