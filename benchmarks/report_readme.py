@@ -220,8 +220,8 @@ def _requests(rows: Iterable[Row]) -> str:
     return (
         f"**Many requests** (float32). {many.replace('-', '–')}, all at once: {three(ours)} new tokens per second, "
         f"{100 * ours / limit:.0f}% of the limit of {three(limit)} and {ours / best:.2f} times the best of "
-        f"transformers' padded batches and continuous batching ({three(best)}). A {batch}: {three(rates[OURS])} per second, "
-        f"{100 * rates[OURS] / rates[LIMIT]:.0f}% of the limit of {three(rates[LIMIT])} and "
+        f"transformers' padded batches and continuous batching ({three(best)}). A {batch}: {three(rates[OURS])} per "
+        f"second, {100 * rates[OURS] / rates[LIMIT]:.0f}% of the limit of {three(rates[LIMIT])} and "
         f"{rates[OURS] / rates['transformers']:.2f} times transformers ({three(rates['transformers'])}, padded). Where "
         f"{hits:.0f}% of a prompt is cached, its first token comes after {on:.0f} ms instead of {off:.0f}; where "
         f"nothing is, the prefix cache costs {cost:.1f}%."
