@@ -7,15 +7,16 @@ of the row and of the output are multiplied with: so a row's result depends on n
 infinity or a NaN gives NaN.
 
 Four rows of x lie together, a quad: of each 64 columns of k a tile, whose row 4 * i + j has digit j of row i (the
-largest first), and after the tiles a line with four scales. Codes are made tiles block by block, [16, 16, 4] of
-64 columns of k and 16 outputs: a row of a tile has 4 columns side by side.
+largest first), and after the tiles a line with four scales, and one with -128 times the sums of each row's digits.
+Codes are made tiles block by block, [16, 16, 4] of 64 columns of k and 16 outputs: a row of a tile has 4 columns side by
+side.
 
 This module does not know threads, or where operands come from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from llvmlite import ir
 
@@ -25,6 +26,7 @@ from handloom.ops.cpu.codes import LOW, SCALE, ZERO
 from handloom.ops.cpu.instructions import BLOCK, DIGITS, LINE, QUAD, ROWS
 from handloom.ops.cpu.simd import (
     F32,
+    FLAGS,
     I8,
     I16,
     I32,
@@ -82,32 +84,55 @@ def power(b: Builder, bits: Value) -> Value:
     return b.bitcast(b.shl(b.trunc(bits, I32), I32(23)), F32)
 
 
-@operation(void, int64, vector)
-def write_digits(b: Builder, out: Value, x: Value) -> None:
-    """16 numbers |x| <= 2**30 to the nearest whole ones, as digits in DIGITS rows of a tile"""
+def add_fours(b: Builder, total: Value, unsigned: Value, signed: Value) -> Value:
+    """total int32 [16] + the products of unsigned and signed bytes, four for each"""
+    values = (b.bitcast(x, INTS) for x in (unsigned, signed))
+    return simd.call(b, "llvm.x86.avx512.vpdpbusd.512", INTS, total, *values)
+
+
+@operation(vector, int64, vector, vector)
+def write_digits(b: Builder, out: Value, x: Value, sums: Value) -> Value:
+    """16 numbers |x| <= 2**30 to the nearest whole ones, as digits in DIGITS rows of a tile; sums and those of digits,
+    each four times."""
     whole = b.fptosi(simd.call(b, "llvm.rint.v16f32", VECTOR, x), INTS)
     middle = ir.Constant(INTS, [0x00808080] * LANES)
     digits = b.bitcast(b.xor(b.add(whole, middle), middle), BYTES)
     for digit in range(DIGITS):
         own = _shuffle(b, digits, digits, [4 * (8 * i + k) + DIGITS - 1 - digit for i in range(2) for k in ORDER])
         simd.store_at(b, own, simd.offset(b, out, BLOCK * digit), 1)
+    order = [
+        LANES * lane + 4 * n + DIGITS - 1 - digit for lane in range(4) for digit in range(DIGITS) for n in range(4)
+    ]
+    ones = ir.Constant(BYTES, [1] * 4 * LANES)
+    return b.bitcast(add_fours(b, b.bitcast(sums, INTS), ones, _shuffle(b, digits, digits, order)), VECTOR)
+
+
+@operation(void, int64, vector)
+def write_sums(b: Builder, out: Value, sums: Value) -> None:
+    """-128 times the sums of a row's digits, int32 [DIGITS]"""
+    own = b.bitcast(sums, INTS)
+    parts = [_shuffle(b, own, own, [DIGITS * i + digit for digit in range(DIGITS)]) for i in range(4)]
+    total = b.add(b.add(parts[0], parts[1]), b.add(parts[2], parts[3]))
+    four = total.type
+    simd.store_at(b, b.mul(total, ir.Constant(four, [-128] * DIGITS)), out)
 
 
 @kernel(void, *[int64] * 4)
 def split_row(x, row, depth, quads):
-    """Row `row` [depth] float32 to its digits and scale; depth is a multiple of BLOCK."""
+    """Row `row` [depth] float32 to its digits, their sums and its scale; depth is a multiple of BLOCK."""
     quad, row = quads + row // QUAD * quad_bytes(depth), row % QUAD
-    most, bad = simd.splat(ZERO), simd.splat(ZERO)
+    most, bad, sums = simd.splat(ZERO), simd.splat(ZERO), simd.splat(ZERO)
     for k in range(0, depth, LANES):
         value = simd.load(x + 4 * k)
         most = simd.larger(most, absolute(value))
         bad = simd.fma(value, simd.splat(ZERO), bad)
     bits = max(exponent(simd.max_lanes(most)), LEAST)
     factor = simd.splat(power(127 + 127 + LARGEST - bits))
-    simd.write_f32(quad + depth // BLOCK * TILE_BYTES + 4 * row, power(bits - LARGEST) + simd.sum_lanes(bad))
-    tiles = quad + row * DIGITS * BLOCK
+    tiles, scales = quad + row * DIGITS * BLOCK, quad + depth // BLOCK * TILE_BYTES
+    simd.write_f32(scales + 4 * row, power(bits - LARGEST) + simd.sum_lanes(bad))
     for k in range(0, depth, LANES):
-        write_digits(tiles + k // BLOCK * TILE_BYTES + k % BLOCK, simd.mul(simd.load(x + 4 * k), factor))
+        sums = write_digits(tiles + k // BLOCK * TILE_BYTES + k % BLOCK, simd.mul(simd.load(x + 4 * k), factor), sums)
+    write_sums(scales + LINE + 4 * DIGITS * row, sums)
 
 
 # Products ----------------------------------------------------------------------------------------
@@ -169,66 +194,112 @@ def end(b: Builder, both: Value, out: Value) -> None:
         amx.zero(b, tile)
 
 
-@operation(vector, int64)
-def number(b: Builder, sums: Value) -> Value:
-    """The number whose digits' sums these are"""
-    rows = [simd.load_at(b, simd.offset(b, sums, WIDTH * digit), INTS, 4) for digit in range(DIGITS)]
-    total, *rest = (b.sitofp(row, VECTOR) for row in rows)
+def _number(b: Builder, sums: list[Value]) -> Value:
+    total, *rest = (b.sitofp(row, VECTOR) for row in sums)
     for digit in rest:
         total = simd.fused(b, total, simd.constant(256.0), digit)
     return total
+
+
+@operation(vector, int64)
+def number(b: Builder, sums: Value) -> Value:
+    """The number whose digits' sums these are"""
+    return _number(b, [simd.load_at(b, simd.offset(b, sums, WIDTH * digit), INTS, 4) for digit in range(DIGITS)])
 
 
 @kernel(void, *[int64] * 6)
 def scale_sums(sums, count, scales, quads, size, out):
     """out [count, PANEL] = the numbers of sums, times the scales of rows and columns; size: bytes of a quad."""
     for row in range(count):
-        own = simd.splat(read_f32(quads + (row // QUAD + 1) * size - LINE + 4 * (row % QUAD)))
+        own = simd.splat(read_f32(quads + (row // QUAD + 1) * size - 2 * LINE + 4 * (row % QUAD)))
         for v in range(0, WIDTH, 4 * LANES):
             value = simd.mul(number(sums + v), simd.load(scales + v))
             simd.store(out + v, simd.mul(value, own))
         sums, out = sums + ROW_OF_SUMS, out + WIDTH
 
 
-@operation(void, *[int64] * 4)
-def sum_one(b: Builder, codes: Value, tile: Value, depth: Value, out: Value) -> None:
-    """The sums of one row and a panel, [DIGITS, PANEL] int32, in vectors: they read memory more steadily than tiles.
+def _unpack(b: Builder, x: Value, y: Value) -> list[Value]:
+    """Elements of x and y in turn, of the lower half of each 16 bytes and of the upper: one instruction each."""
+    count = x.type.count
+    lane = count // 4
+    found = []
+    for half in range(2):
+        firsts = [lane * i + lane // 2 * half + n for i in range(4) for n in range(lane // 2)]
+        found.append(_shuffle(b, x, y, [at for first in firsts for at in (first, count + first)]))
+    return found
 
-    One factor of such a product has no sign: codes are 128 more here, and 128 times the sum of a digit is taken away.
+
+def _fours(b: Builder, codes: Value, fetch: Callable[[int], None]) -> list[Value]:
+    """8 columns of a panel in four vectors, four side by side for an output: the even ones of outputs 4 * j and after
+    and of 16 + 4 * j and after, then the odd ones of the same.
     """
+    columns = []
+    for i in range(4):
+        columns.append(simd.load_at(b, simd.offset(b, codes, 2 * PANEL * i), BYTES, 1))
+        fetch(i)
+    pairs = [_unpack(b, columns[i], columns[i + 1]) for i in (0, 2)]
+    found = []
+    for first, second in zip(*pairs, strict=True):
+        found += _unpack(b, b.bitcast(first, HALVES), b.bitcast(second, HALVES))
+    return [b.bitcast(four, BYTES) for four in found]
 
-    def add(total: Value, unsigned: Value, signed: Value) -> Value:
-        values = (b.bitcast(x, INTS) for x in (unsigned, signed))
-        return simd.call(b, "llvm.x86.avx512.vpdpbusd.512", INTS, total, *values)
 
+def _gathered(b: Builder, fours: list[Value], v: int) -> Value:
+    """The sums of 16 outputs, from those of even and of odd columns as `_fours` has them."""
+
+    def lanes(x: Value, y: Value, first: int, second: int) -> Value:
+        own = [4 * lane + n for lane in (first, second) for n in range(4)]
+        return _shuffle(b, x, y, own + [LANES + n for n in own])
+
+    twos = [lanes(fours[i], fours[i + 1], v, 2 + v) for i in (0, 2)]
+    return b.add(lanes(*twos, 0, 2), lanes(*twos, 1, 3))
+
+
+@operation(void, *[int64] * 6)
+def multiply_one(b: Builder, codes: Value, x: Value, own: Value, depth: Value, scales: Value, out: Value) -> None:
+    """out [PANEL] = a quad's first row times a panel, in vectors: they read memory more steadily than tiles.
+
+    own: the row's scale, and a line after it -128 times its digits' sums. One factor of such a product has
+    no sign: codes are 128 more here, and 128 times the sum of a digit is taken away.
+    """
     entry, loop, done = b.block, b.append_basic_block("block"), b.append_basic_block("summed")
     b.branch(loop)
     b.position_at_end(loop)
-    left, at, x = (b.phi(I64) for _ in range(3))
-    ones, flip = (ir.Constant(BYTES, [n] * 4 * LANES) for n in (1, 0x80))
-    begun = [[b.phi(INTS) for _ in range(VECTORS + 1)] for _ in range(DIGITS)]
+    left, at, tile = (b.phi(I64) for _ in range(3))
+    flip = ir.Constant(BYTES, [0x80] * 4 * LANES)
+    even = ir.Constant(FLAGS, [1] * (LANES // 2) + [0] * (LANES // 2))
+    begun = [[b.phi(INTS) for _ in range(4)] for _ in range(DIGITS)]
     sums = [list(own) for own in begun]
-    for k, v, odd, row in _rows_of_tiles(b, at):
-        for digit, own in enumerate(sums):
-            place = simd.offset(b, x, BLOCK * digit + k + 4 * odd)
-            four = simd.splat_of(b, simd.load_at(b, place, I32, 1), INTS)
-            own[v] = add(own[v], b.xor(b.bitcast(row, BYTES), flip), four)
-            if v == 0:
-                own[VECTORS] = add(own[VECTORS], ones, four)
-    after = b.sub(left, I64(BLOCK)), simd.offset(b, at, BLOCK * PANEL), simd.offset(b, x, TILE_BYTES)
-    for phi, first, following in zip((left, at, x), (depth, codes, tile), after, strict=True):
+    for k in range(0, BLOCK, 8):
+
+        def fetch(line: int, k: int = k) -> None:
+            prefetch(b, simd.offset(b, at, PREFETCH + PANEL * k + LINE * line))
+
+        codes_of = [b.xor(four, flip) for four in _fours(b, simd.offset(b, at, PANEL * k), fetch)]
+        for digit, totals in enumerate(sums):
+            place = simd.offset(b, tile, BLOCK * digit + k)
+            both = (simd.splat_of(b, simd.load_at(b, simd.offset(b, place, 4 * odd), I32, 1), INTS) for odd in range(2))
+            value = b.select(even, *both)
+            totals[:] = [add_fours(b, *each, value) for each in zip(totals, codes_of, strict=True)]
+    after = b.sub(left, I64(BLOCK)), simd.offset(b, at, BLOCK * PANEL), simd.offset(b, tile, TILE_BYTES)
+    for phi, first, following in zip((left, at, tile), (depth, codes, x), after, strict=True):
         phi.add_incoming(first, entry)
         phi.add_incoming(following, loop)
-    for phis, own in zip(begun, sums, strict=True):
-        for phi, total in zip(phis, own, strict=True):
+    for phis, totals in zip(begun, sums, strict=True):
+        for phi, total in zip(phis, totals, strict=True):
             phi.add_incoming(ir.Constant(INTS, [0] * LANES), entry)
             phi.add_incoming(total, loop)
     b.cbranch(b.icmp_signed(">", after[0], I64(0)), loop, done)
     b.position_at_end(done)
-    for digit, own in enumerate(sums):
-        more = b.shl(own[VECTORS], ir.Constant(INTS, [7] * LANES))
-        for v in range(VECTORS):
-            simd.store_at(b, b.sub(own[v], more), simd.offset(b, out, WIDTH * digit + 4 * LANES * v))
+    wholes = [simd.load_at(b, simd.offset(b, own, LINE + 4 * digit), I32, 4) for digit in range(DIGITS)]
+    scale = simd.splat_of(b, simd.load_at(b, own, F32, 4), VECTOR)
+    for v in range(VECTORS):
+        rows = [
+            b.add(_gathered(b, fours, v), simd.splat_of(b, whole, INTS))
+            for fours, whole in zip(sums, wholes, strict=True)
+        ]
+        value = b.fmul(_number(b, rows), simd.load_at(b, simd.offset(b, scales, 4 * LANES * v), VECTOR, 4))
+        simd.store_at(b, b.fmul(value, scale), simd.offset(b, out, 4 * LANES * v))
 
 
 @kernel(void, *[int64] * 9)
@@ -243,8 +314,8 @@ def multiply_digits(segment, first, last, depth, x, row, count, scratch, out):
     slot, waiting, of, quads, into = 0, 0, scales, x, out
     if row == 0 and count == 1:
         for panel in range(first, last):
-            sum_one(data + panel * depth * PANEL, x, depth, scratch)
-            scale_sums(scratch, 1, scales + panel * WIDTH, x, size, out + (panel - first) * ROWS * WIDTH)
+            at, into = data + panel * depth * PANEL, out + (panel - first) * ROWS * WIDTH
+            multiply_one(at, x, x + depth * QUAD * DIGITS, depth, scales + panel * WIDTH, into)
         return
     configure(DIGITS * min(count, QUAD))
     for panel in range(first, last):
