@@ -36,12 +36,24 @@ AMX = _compiled_for()
 """Whether code with these instructions can be compiled, for the processor that numba compiles for."""
 
 
-def configure(b: Builder, rows: dict[int, Value]) -> None:
-    """Take all tiles, of ROWS rows, or as many as said (int64, 1 to ROWS) of some; they are zero then."""
+def configure(b: Builder, rows: dict[int, Value], row_bytes: int = ROW_BYTES) -> None:
+    """Take all tiles, of ROWS rows, or as many as said (int64, 1 to ROWS) of some; they are zero then.
+
+    row_bytes: of tiles 6 and 7.
+    """
     with b.goto_entry_block():
         place = b.alloca(ir.ArrayType(I8, 64))
         place.align = 64
-    whole = [1, 0, *[0] * 14, *[ROW_BYTES, 0] * REGISTERS, *[0] * 16, *[ROWS] * REGISTERS, *[0] * 8]
+    whole = [
+        1,
+        0,
+        *[0] * 14,
+        *[ROW_BYTES, 0] * (REGISTERS - 2),
+        *[row_bytes, 0] * 2,
+        *[0] * 16,
+        *[ROWS] * REGISTERS,
+        *[0] * 8,
+    ]
     b.store(ir.Constant(ir.ArrayType(I8, 64), whole), place)
     for tile, count in rows.items():
         b.store(b.trunc(count, I8), b.gep(place, [I64(0), I64(48 + tile)]))

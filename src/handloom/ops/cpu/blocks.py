@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from handloom.checkpoint.quantization import QuantizedRows
+from handloom.checkpoint.quantization import Format, QuantizedRows
 from handloom.ops.cpu import instructions as ins
 from handloom.ops.cpu import matrix_units
 from handloom.ops.cpu.instructions import Frame, Split
@@ -115,14 +115,22 @@ def linear(
 
 
 def split_for(weight: Panels | QuantizedPanels) -> Split:
-    """How the matrix units take rows for this weight: bfloat16, or codes of 8 bits with one scale for a row of them."""
+    """How the matrix units take rows for this weight: bfloat16, codes of 8 bits with one scale for a row of them, or of 4
+    bits with zeros."""
     if isinstance(weight, Panels):
         split = Split.PIECES if weight.dtype == torch.bfloat16 else Split.NONE
     else:
         formats, depth = [segment.like.format for segment in weight.segments], weight.shape[1]
-        octets = all(form.bits == 8 and not form.group for form in formats)
-        split = Split.DIGITS if octets and depth % ins.BLOCK == 0 and depth <= MOST_SUMMED else Split.NONE
+        whole = all(takes_digits(form) for form in formats)
+        split = Split.DIGITS if whole and depth % ins.BLOCK == 0 and depth <= MOST_SUMMED else Split.NONE
     return split if split and matrix_units.usable() else Split.NONE
+
+
+def takes_digits(form: Format) -> bool:
+    """Whether `digits` or `group_digits` has a product with such codes."""
+    if form.bits == 8:
+        return not form.group
+    return form.bits == 4 and form.scale == "float16" and form.minimum in ("none", "zero_point")
 
 
 def activate(x: Tensor, activation: str, gated: bool, out: Tensor) -> ins.Activate:
@@ -197,7 +205,7 @@ def scratch_bytes(rows: Instructions) -> int:
         elif isinstance(row, ins.SplitRows) and row.split == Split.PIECES:
             most = max(most, 4 * (3 * 32 * PANEL + ins.PIECES * (row.depth + ins.TILE_DEPTH)))
         elif isinstance(row, ins.SplitRows) and row.split == Split.DIGITS:
-            most = max(most, 4 * PANEL * (ins.ROWS * ins.GROUP + 4 * ins.QUAD * ins.DIGITS) + row.depth * PANEL)
+            most = max(most, 4 * PANEL * (ins.ROWS * ins.GROUP + 4 * ins.QUAD * ins.DIGITS) + (row.depth + 1) * PANEL)
     return -(-most // 64) * 64
 
 

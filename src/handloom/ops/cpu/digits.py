@@ -7,9 +7,9 @@ of the row and of the output are multiplied with: so a row's result depends on n
 infinity or a NaN gives NaN.
 
 Four rows of x lie together, a quad: of each 64 columns of k a tile, whose row 4 * i + j has digit j of row i (the
-largest first), and after the tiles a line with four scales, and one with -128 times the sums of each row's digits.
-Codes are made tiles block by block, [16, 16, 4] of 64 columns of k and 16 outputs: a row of a tile has 4 columns side by
-side.
+largest first), and after the tiles a line with four scales, one with the sums of each row's digits, their signs turned, and one
+with such sums of each 32 columns. Codes are made tiles block by block, [16, 16, 4] of 64 columns of k and 16 outputs: a
+row of a tile has 4 columns side by side.
 
 This module does not know threads, or where operands come from.
 """
@@ -17,6 +17,7 @@ This module does not know threads, or where operands come from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from llvmlite import ir
 
@@ -52,6 +53,7 @@ BLOCK_BYTES = VECTORS * TILE_BYTES
 WIDTH = PANEL * 4
 ROW_OF_SUMS = DIGITS * WIDTH
 SUMS_BYTES = 2 * QUAD * ROW_OF_SUMS
+PART = 32  # columns of which sums of digits are kept, a line for a quad
 LARGEST, LEAST = 29, 30  # the power of 2 below which numbers become, and the least exponent that is looked at
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # columns of k of each 8, as tiles have them: as shuffles bring codes there
 BYTES, HALVES = ir.VectorType(I8, 4 * LANES), ir.VectorType(I16, 2 * LANES)
@@ -109,12 +111,17 @@ def write_digits(b: Builder, out: Value, x: Value, sums: Value) -> Value:
 
 @operation(void, int64, vector)
 def write_sums(b: Builder, out: Value, sums: Value) -> None:
-    """-128 times the sums of a row's digits, int32 [DIGITS]"""
+    """The sums of a row's digits with their signs turned, int32 [DIGITS]"""
     own = b.bitcast(sums, INTS)
     parts = [_shuffle(b, own, own, [DIGITS * i + digit for digit in range(DIGITS)]) for i in range(4)]
     total = b.add(b.add(parts[0], parts[1]), b.add(parts[2], parts[3]))
-    four = total.type
-    simd.store_at(b, b.mul(total, ir.Constant(four, [-128] * DIGITS)), out)
+    simd.store_at(b, b.neg(total), out)
+
+
+@operation(vector, vector, vector)
+def add_whole(b: Builder, x: Value, y: Value) -> Value:
+    """x + y, int32"""
+    return b.bitcast(b.add(b.bitcast(x, INTS), b.bitcast(y, INTS)), VECTOR)
 
 
 @kernel(void, *[int64] * 4)
@@ -130,8 +137,12 @@ def split_row(x, row, depth, quads):
     factor = simd.splat(power(127 + 127 + LARGEST - bits))
     tiles, scales = quad + row * DIGITS * BLOCK, quad + depth // BLOCK * TILE_BYTES
     simd.write_f32(scales + 4 * row, power(bits - LARGEST) + simd.sum_lanes(bad))
-    for k in range(0, depth, LANES):
-        sums = write_digits(tiles + k // BLOCK * TILE_BYTES + k % BLOCK, simd.mul(simd.load(x + 4 * k), factor), sums)
+    for k in range(0, depth, PART):
+        at, own = tiles + k // BLOCK * TILE_BYTES + k % BLOCK, simd.splat(ZERO)
+        for part in range(0, PART, LANES):
+            own = write_digits(at + part, simd.mul(simd.load(x + 4 * (k + part)), factor), own)
+        write_sums(scales + 2 * LINE + k // PART * LINE + 4 * DIGITS * row, own)
+        sums = add_whole(sums, own)
     write_sums(scales + LINE + 4 * DIGITS * row, sums)
 
 
@@ -166,19 +177,27 @@ def configure(b: Builder, rows: Value) -> None:
     amx.configure(b, dict.fromkeys((0, 1, 2, 3, 6, 7), rows))
 
 
-@operation(void, int64, int64, int64, int64)
-def multiply(b: Builder, x: Value, other: Value, both: Value, codes: Value) -> None:
-    """Add the products of a quad, or of two, and a block of a panel's codes"""
-    stride = I64(BLOCK)
-    amx.load(b, 4, codes, stride)
-    amx.load(b, 5, simd.offset(b, codes, TILE_BYTES), stride)
-    amx.load(b, 6, x, stride)
-    amx.multiply_int8(b, 0, 6, 4)
-    amx.multiply_int8(b, 1, 6, 5)
-    with b.if_then(b.icmp_signed("!=", both, I64(0))):
-        amx.load(b, 7, other, stride)
-        amx.multiply_int8(b, 2, 7, 4)
-        amx.multiply_int8(b, 3, 7, 5)
+def multiplier(width: int) -> Any:
+    """A numba function: (x, other, both, codes) adds the products of a quad, or of two, and so many columns' codes."""
+
+    @operation(void, int64, int64, int64, int64)
+    def multiply(b: Builder, x: Value, other: Value, both: Value, codes: Value) -> None:
+        """Digits times codes"""
+        stride = I64(BLOCK)
+        amx.load(b, 4, codes, stride)
+        amx.load(b, 5, simd.offset(b, codes, LANES * width), stride)
+        amx.load(b, 6, x, stride)
+        amx.multiply_int8(b, 0, 6, 4)
+        amx.multiply_int8(b, 1, 6, 5)
+        with b.if_then(b.icmp_signed("!=", both, I64(0))):
+            amx.load(b, 7, other, stride)
+            amx.multiply_int8(b, 2, 7, 4)
+            amx.multiply_int8(b, 3, 7, 5)
+
+    return multiply
+
+
+multiply = multiplier(BLOCK)
 
 
 @operation(void, int64, int64)
@@ -194,7 +213,7 @@ def end(b: Builder, both: Value, out: Value) -> None:
         amx.zero(b, tile)
 
 
-def _number(b: Builder, sums: list[Value]) -> Value:
+def number_of(b: Builder, sums: list[Value]) -> Value:
     total, *rest = (b.sitofp(row, VECTOR) for row in sums)
     for digit in rest:
         total = simd.fused(b, total, simd.constant(256.0), digit)
@@ -204,14 +223,20 @@ def _number(b: Builder, sums: list[Value]) -> Value:
 @operation(vector, int64)
 def number(b: Builder, sums: Value) -> Value:
     """The number whose digits' sums these are"""
-    return _number(b, [simd.load_at(b, simd.offset(b, sums, WIDTH * digit), INTS, 4) for digit in range(DIGITS)])
+    return number_of(b, [simd.load_at(b, simd.offset(b, sums, WIDTH * digit), INTS, 4) for digit in range(DIGITS)])
+
+
+@kernel(int64, int64, int64, int64)
+def scale_of(quads, depth, row):
+    """Where a row's scale is."""
+    return quads + row // QUAD * quad_bytes(depth) + depth * QUAD * DIGITS + 4 * (row % QUAD)
 
 
 @kernel(void, *[int64] * 6)
-def scale_sums(sums, count, scales, quads, size, out):
-    """out [count, PANEL] = the numbers of sums, times the scales of rows and columns; size: bytes of a quad."""
+def scale_sums(sums, count, scales, quads, depth, out):
+    """out [count, PANEL] = the numbers of sums, times the scales of rows and columns."""
     for row in range(count):
-        own = simd.splat(read_f32(quads + (row // QUAD + 1) * size - 2 * LINE + 4 * (row % QUAD)))
+        own = simd.splat(read_f32(scale_of(quads, depth, row)))
         for v in range(0, WIDTH, 4 * LANES):
             value = simd.mul(number(sums + v), simd.load(scales + v))
             simd.store(out + v, simd.mul(value, own))
@@ -259,7 +284,7 @@ def _gathered(b: Builder, fours: list[Value], v: int) -> Value:
 def multiply_one(b: Builder, codes: Value, x: Value, own: Value, depth: Value, scales: Value, out: Value) -> None:
     """out [PANEL] = a quad's first row times a panel, in vectors: they read memory more steadily than tiles.
 
-    own: the row's scale, and a line after it -128 times its digits' sums. One factor of such a product has
+    own: the row's scale, and a line after it its digits' sums, negative. One factor of such a product has
     no sign: codes are 128 more here, and 128 times the sum of a digit is taken away.
     """
     entry, loop, done = b.block, b.append_basic_block("block"), b.append_basic_block("summed")
@@ -295,10 +320,10 @@ def multiply_one(b: Builder, codes: Value, x: Value, own: Value, depth: Value, s
     scale = simd.splat_of(b, simd.load_at(b, own, F32, 4), VECTOR)
     for v in range(VECTORS):
         rows = [
-            b.add(_gathered(b, fours, v), simd.splat_of(b, whole, INTS))
+            b.add(_gathered(b, fours, v), simd.splat_of(b, b.shl(whole, I32(7)), INTS))
             for fours, whole in zip(sums, wholes, strict=True)
         ]
-        value = b.fmul(_number(b, rows), simd.load_at(b, simd.offset(b, scales, 4 * LANES * v), VECTOR, 4))
+        value = b.fmul(number_of(b, rows), simd.load_at(b, simd.offset(b, scales, 4 * LANES * v), VECTOR, 4))
         simd.store_at(b, b.fmul(value, scale), simd.offset(b, out, 4 * LANES * v))
 
 
@@ -328,8 +353,8 @@ def multiply_digits(segment, first, last, depth, x, row, count, scratch, out):
                 multiply(tile, tile + size, both, here)
             slot = SUMS_BYTES - slot
             end(both, scratch + slot)
-            scale_sums(scratch + SUMS_BYTES - slot, waiting, of, quads, size, into)
+            scale_sums(scratch + SUMS_BYTES - slot, waiting, of, quads, depth, into)
             waiting, of, quads = min(2 * QUAD, count - at), scales + panel * WIDTH, rows
             into = out + ((panel - first) * ROWS + at) * WIDTH
-    scale_sums(scratch + slot, waiting, of, quads, size, into)
+    scale_sums(scratch + slot, waiting, of, quads, depth, into)
     amx.release()

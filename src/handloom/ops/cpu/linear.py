@@ -23,8 +23,8 @@ from handloom.ops.cpu.codes import (
     multiply_one,
     unpack_block,
 )  # fmt: skip
-from handloom.ops.cpu.digits import multiply_digits
 from handloom.ops.cpu.elementary import tanh
+from handloom.ops.cpu.group_digits import multiply_codes
 from handloom.ops.cpu.instructions import BLOCK, GROUP, LINE, ROWS
 from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
 from handloom.ops.cpu.tiles import (
@@ -265,7 +265,7 @@ def linear_item(
     x, scales, width = x + first_row * x_stride, scratch + SCRATCH, ROWS * PANEL * 4
     if digits != 0:
         if AMX:
-            multiply_digits(data, first, last, depth, digits, first_row, count, scales, scratch)
+            multiply_codes(data, first, last, depth, digits, first_row, count, scales, scratch)
     elif count > MANY:
         paired = first + (last - first) // 2 * 2 if form == FORMAT_F32 else first
         for k in range(0, depth, BLOCK):
