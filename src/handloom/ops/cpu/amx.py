@@ -44,17 +44,9 @@ def configure(b: Builder, rows: dict[int, Value], row_bytes: int = ROW_BYTES) ->
     with b.goto_entry_block():
         place = b.alloca(ir.ArrayType(I8, 64))
         place.align = 64
-    whole = [
-        1,
-        0,
-        *[0] * 14,
-        *[ROW_BYTES, 0] * (REGISTERS - 2),
-        *[row_bytes, 0] * 2,
-        *[0] * 16,
-        *[ROWS] * REGISTERS,
-        *[0] * 8,
-    ]
-    b.store(ir.Constant(ir.ArrayType(I8, 64), whole), place)
+    widths = [ROW_BYTES] * (REGISTERS - 2) + [row_bytes] * 2
+    whole = [1, *[0] * 15, *(byte for width in widths for byte in (width, 0)), *[0] * 16, *[ROWS] * REGISTERS]
+    b.store(ir.Constant(ir.ArrayType(I8, 64), whole + [0] * 8), place)
     for tile, count in rows.items():
         b.store(b.trunc(count, I8), b.gep(place, [I64(0), I64(48 + tile)]))
     _emit(b, "llvm.x86.ldtilecfg", b.bitcast(place, ir.PointerType(I8)))

@@ -115,8 +115,7 @@ def linear(
 
 
 def split_for(weight: Panels | QuantizedPanels) -> Split:
-    """How the matrix units take rows for this weight: bfloat16, codes of 8 bits with one scale for a row of them, or of 4
-    bits with zeros."""
+    """How the matrix units take rows for this weight."""
     if isinstance(weight, Panels):
         split = Split.PIECES if weight.dtype == torch.bfloat16 else Split.NONE
     else:
@@ -127,7 +126,8 @@ def split_for(weight: Panels | QuantizedPanels) -> Split:
 
 
 def takes_digits(form: Format) -> bool:
-    """Whether `digits` or `group_digits` has a product with such codes."""
+    """Whether `digits` or `group_digits` has products with such codes: of 8 bits with a scale for a row of them, or of
+    4 bits that are counted from a zero."""
     if form.bits == 8:
         return not form.group
     return form.bits == 4 and form.scale == "float16" and form.minimum in ("none", "zero_point")
@@ -205,7 +205,7 @@ def scratch_bytes(rows: Instructions) -> int:
         elif isinstance(row, ins.SplitRows) and row.split == Split.PIECES:
             most = max(most, 4 * (3 * 32 * PANEL + ins.PIECES * (row.depth + ins.TILE_DEPTH)))
         elif isinstance(row, ins.SplitRows) and row.split == Split.DIGITS:
-            most = max(most, 4 * PANEL * (ins.ROWS * ins.GROUP + 4 * ins.QUAD * ins.DIGITS) + (row.depth + 1) * PANEL)
+            most = max(most, 4 * PANEL * (ins.ROWS * ins.GROUP + 8 * ins.QUAD * ins.DIGITS) + (row.depth + 1) * PANEL)
     return -(-most // 64) * 64
 
 

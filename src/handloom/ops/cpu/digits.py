@@ -7,9 +7,9 @@ of the row and of the output are multiplied with: so a row's result depends on n
 infinity or a NaN gives NaN.
 
 Four rows of x lie together, a quad: of each 64 columns of k a tile, whose row 4 * i + j has digit j of row i (the
-largest first), and after the tiles a line with four scales, one with the sums of each row's digits, their signs turned, and one
-with such sums of each 32 columns. Codes are made tiles block by block, [16, 16, 4] of 64 columns of k and 16 outputs: a
-row of a tile has 4 columns side by side.
+largest first), and after the tiles a line with four scales, one with minus the sums of each row's digits, and one with
+such sums for each 32 columns. Codes are made tiles block by block, [16, 16, 4] of 64 columns of k and 16 outputs: a row
+of a tile has 4 columns side by side.
 
 This module does not know threads, or where operands come from.
 """
@@ -276,8 +276,8 @@ def _gathered(b: Builder, fours: list[Value], v: int) -> Value:
         own = [4 * lane + n for lane in (first, second) for n in range(4)]
         return _shuffle(b, x, y, own + [LANES + n for n in own])
 
-    twos = [lanes(fours[i], fours[i + 1], v, 2 + v) for i in (0, 2)]
-    return b.add(lanes(*twos, 0, 2), lanes(*twos, 1, 3))
+    low, high = (lanes(fours[i], fours[i + 1], v, 2 + v) for i in (0, 2))
+    return b.add(lanes(low, high, 0, 2), lanes(low, high, 1, 3))
 
 
 @operation(void, *[int64] * 6)

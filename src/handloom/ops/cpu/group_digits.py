@@ -1,7 +1,7 @@
 """Products with codes of 4 bits in groups, from rows as digits: `digits` says what these are.
 
 The whole numbers of 32 columns are summed exactly, as (code - zero) times digits, made one float32, and added with the
-scale of their group; those of the next 32 columns after them. So one row, in vectors (VNNI), gives the bits that it
+scale of their group to those of the next 32 columns; blocks of 64 are added in order. So one row, in vectors (VNNI), gives the bits that it
 gives among many, in matrix units (AMX). Of a word of 8 codes the four low halves of its bytes are the even columns, as
 these products want four side by side, and the four high halves the odd ones.
 
@@ -63,7 +63,8 @@ from handloom.ops.cpu.simd import (
 from handloom.ops.cpu.tiles import PREFETCH, VECTORS, prefetch
 from handloom.ops.panels import PANEL
 
-FEW = 3  # rows that are taken one after the other in vectors
+SLOTS = 4  # sums of two parts, and of the two before them
+FEW = 2  # rows that are taken one after the other in vectors
 BYTES, FEW_BYTES = ir.VectorType(I8, 4 * LANES), ir.VectorType(I8, LANES)
 HALF = ir.VectorType(ir.HalfType(), LANES)
 
@@ -82,8 +83,8 @@ def _zeros(b: Builder, address: Value) -> Value:
 
 @operation(void, *[int64] * 10)
 def multiply_one(
-    b: Builder, codes: Value, x: Value, parts: Value, own: Value, depth: Value, shift: Value, scales: Value, zeros: Value,
-    zero_step: Value, out: Value,
+    b: Builder, codes: Value, x: Value, parts: Value, own: Value, depth: Value, shift: Value, scales: Value,
+    zeros: Value, zero_step: Value, out: Value,
 ) -> None:  # fmt: skip
     """out [PANEL] = one row times a panel; x, parts, own: its digits, the sums of them, its scale.
 
@@ -94,19 +95,17 @@ def multiply_one(
     b.position_at_end(loop)
     k = b.phi(I64)
     begun = [b.phi(VECTOR) for _ in range(VECTORS)]
-    totals = list(begun)
+    blocks: list[Value] = [None] * VECTORS
     at, tile = b.add(codes, b.shl(k, I64(4))), b.add(x, b.shl(k, I64(4)))
     for half in range(0, BLOCK, PART):
         group = b.lshr(simd.offset(b, k, half), shift)
         line = b.add(parts, simd.offset(b, b.shl(k, I64(1)), LINE * half // PART))
         place, zero = b.add(scales, b.shl(group, I64(6))), b.add(zeros, b.mul(group, zero_step))
+        counts = [simd.load_at(b, simd.offset(b, line, 4 * digit), I32, 4) for digit in range(DIGITS)]
+        less, nothing = [simd.splat_of(b, count, INTS) for count in counts], ir.Constant(INTS, [0] * LANES)
         sums = []
-        less = [
-            simd.splat_of(b, simd.load_at(b, simd.offset(b, line, 4 * digit), I32, 4), INTS) for digit in range(DIGITS)
-        ]
         for v in range(VECTORS):
             z = _zeros(b, simd.offset(b, zero, LANES * v))
-            nothing = ir.Constant(INTS, [0] * LANES)
             sums.append([simd.call(b, "llvm.x86.avx512.vpdpwssd.512", INTS, nothing, z, n) for n in less])
         for i in range(half // 8, (half + PART) // 8):
             fours = [_nibbles(b, simd.offset(b, at, WIDTH * i + 4 * LANES * v)) for v in range(VECTORS)]
@@ -119,7 +118,9 @@ def multiply_one(
                 prefetch(b, simd.offset(b, at, PREFETCH + WIDTH * i + LINE * odd))
         for v in range(VECTORS):
             scale = b.fpext(simd.load_at(b, simd.offset(b, place, 2 * LANES * v), HALF, 2), VECTOR)
-            totals[v] = simd.fused(b, scale, number_of(b, sums[v]), totals[v])
+            value = number_of(b, sums[v])
+            blocks[v] = simd.fused(b, scale, value, blocks[v]) if half else b.fmul(scale, value)
+    totals = [b.fadd(total, block) for total, block in zip(begun, blocks, strict=True)]
     following = simd.offset(b, k, BLOCK)
     k.add_incoming(I64(0), entry)
     k.add_incoming(following, loop)
@@ -153,34 +154,36 @@ def configure(b: Builder, rows: Value) -> None:
     amx.configure(b, dict.fromkeys((0, 1, 2, 3, 6, 7), rows) | dict.fromkeys((4, 5), I64(PART // 4)), PART)
 
 
-@kernel(void, *[int64] * 5)
-def add_sums(sums, count, scales, first, out):
-    """out [count, PANEL] += the numbers of sums times the scales of a group; first: out is taken to be zero."""
-    for row in range(count):
+@kernel(void, *[int64] * 6)
+def add_sums(sums, count, scales, other, first, out):
+    """out [count, PANEL] += the numbers of two parts of a block, times the scales of their groups; first: out is zero."""
+    for _ in range(count):
         for v in range(0, PANEL, LANES):
-            total = simd.splat(ZERO) if first else simd.load(out + 4 * v)
-            simd.store(out + 4 * v, simd.fma(load_f16(scales + 2 * v), number(sums + 4 * v), total))
+            block = simd.mul(load_f16(scales + 2 * v), number(sums + 4 * v))
+            block = simd.fma(load_f16(other + 2 * v), number(sums + SUMS_BYTES + 4 * v), block)
+            simd.store(out + 4 * v, simd.add(simd.splat(ZERO) if first else simd.load(out + 4 * v), block))
         sums, out = sums + ROW_OF_SUMS, out + WIDTH
 
 
 @kernel(void, *[int64] * 10)
 def multiply_many(low, scales, zeros, step, shift, depth, x, count, scratch, out):
     """out [count, PANEL] = rows times a panel, in the matrix units; those of x begin with a quad."""
-    size, codes, width = quad_bytes(depth), scratch + 2 * SUMS_BYTES, PANEL if count > 2 * QUAD else 0
-    slot, waiting, of, begin, into = 0, 0, scales, 0, out
+    size, codes, width = quad_bytes(depth), scratch + SLOTS * SUMS_BYTES, PANEL if count > 2 * QUAD else 0
+    slot, waiting, of, other, begin, into = 0, 0, scales, scales, 0, out
     for at in range(0, count, 2 * QUAD):
         rows, both = x + at // QUAD * size, int(count - at > QUAD)
-        for k in range(0, depth, PART):
-            here, tile = codes + k * width, rows + k // BLOCK * TILE_BYTES + k % BLOCK
-            if at == 0:
-                codes_to_tiles(low + 16 * k, zeros + (k >> shift) * step, here)
-            multiply(tile, tile + size, both, here)
-            slot = SUMS_BYTES - slot
-            end(both, scratch + slot)
-            add_sums(scratch + SUMS_BYTES - slot, waiting, of, begin, into)
-            waiting, of, begin = min(2 * QUAD, count - at), scales + (k >> shift) * 2 * PANEL, int(k == 0)
-            into = out + at * WIDTH
-    add_sums(scratch + slot, waiting, of, begin, into)
+        for k in range(0, depth, BLOCK):
+            slot = 2 * SUMS_BYTES - slot
+            for part in range(0, BLOCK, PART):
+                here, tile = codes + (k + part) * width, rows + k // BLOCK * TILE_BYTES + part
+                if at == 0:
+                    codes_to_tiles(low + (k + part) * PANEL // 2, zeros + ((k + part) >> shift) * step, here)
+                multiply(tile, tile + size, both, here)
+                end(both, scratch + slot + part // PART * SUMS_BYTES)
+            add_sums(scratch + 2 * SUMS_BYTES - slot, waiting, of, other, begin, into)
+            waiting, begin, into = min(2 * QUAD, count - at), int(k == 0), out + at * WIDTH
+            of, other = scales + (k >> shift) * 2 * PANEL, scales + ((k + PART) >> shift) * 2 * PANEL
+    add_sums(scratch + slot, waiting, of, other, begin, into)
     for row in range(count):
         own = simd.splat(read_f32(scale_of(x, depth, row)))
         for v in range(0, WIDTH, 4 * LANES):
@@ -193,7 +196,7 @@ def multiply_groups(segment, first, last, depth, x, row, count, scratch, out):
     groups, shift = read_i64(segment + GROUPS), read_i64(segment + GROUP_SHIFT)
     low, scales, zeros, step = read_i64(segment + LOW), read_i64(segment + SCALE), read_i64(segment + MINIMUM), PANEL
     if read_i64(segment + MINIMUM_KIND) == NO_MINIMUM:
-        zeros, step = scratch + 2 * SUMS_BYTES + depth * PANEL, 0
+        zeros, step = scratch + SLOTS * SUMS_BYTES + depth * PANEL, 0
         for i in range(0, PANEL, 8):
             write_i64(zeros + i, read_i64(segment + ZERO_CODE) * 0x0101010101010101)
     x += row // QUAD * quad_bytes(depth)
