@@ -16,7 +16,7 @@ This module does not know threads, or where operands come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -254,14 +254,11 @@ def _unpack(b: Builder, x: Value, y: Value) -> list[Value]:
     return found
 
 
-def _fours(b: Builder, codes: Value, fetch: Callable[[int], None]) -> list[Value]:
+def _fours(b: Builder, codes: Value) -> list[Value]:
     """8 columns of a panel in four vectors, four side by side for an output: the even ones of outputs 4 * j and after
     and of 16 + 4 * j and after, then the odd ones of the same.
     """
-    columns = []
-    for i in range(4):
-        columns.append(simd.load_at(b, simd.offset(b, codes, 2 * PANEL * i), BYTES, 1))
-        fetch(i)
+    columns = [simd.load_at(b, simd.offset(b, codes, 2 * PANEL * i), BYTES, 1) for i in range(4)]
     pairs = [_unpack(b, columns[i], columns[i + 1]) for i in (0, 2)]
     found = []
     for first, second in zip(*pairs, strict=True):
@@ -284,8 +281,8 @@ def _gathered(b: Builder, fours: list[Value], v: int) -> Value:
 def multiply_one(b: Builder, codes: Value, x: Value, own: Value, depth: Value, scales: Value, out: Value) -> None:
     """out [PANEL] = a quad's first row times a panel, in vectors: they read memory more steadily than tiles.
 
-    own: the row's scale, and a line after it its digits' sums, negative. One factor of such a product has
-    no sign: codes are 128 more here, and 128 times the sum of a digit is taken away.
+    own: the row's scale, and a line after it minus its digits' sums. One factor of such a product has no sign: codes are
+    128 more here, and 128 times the sum of a digit is taken away.
     """
     entry, loop, done = b.block, b.append_basic_block("block"), b.append_basic_block("summed")
     b.branch(loop)
@@ -296,16 +293,13 @@ def multiply_one(b: Builder, codes: Value, x: Value, own: Value, depth: Value, s
     begun = [[b.phi(INTS) for _ in range(4)] for _ in range(DIGITS)]
     sums = [list(own) for own in begun]
     for k in range(0, BLOCK, 8):
-
-        def fetch(line: int, k: int = k) -> None:
-            prefetch(b, simd.offset(b, at, PREFETCH + PANEL * k + LINE * line))
-
-        codes_of = [b.xor(four, flip) for four in _fours(b, simd.offset(b, at, PANEL * k), fetch)]
+        codes_of = [b.xor(four, flip) for four in _fours(b, simd.offset(b, at, PANEL * k))]
         for digit, totals in enumerate(sums):
             place = simd.offset(b, tile, BLOCK * digit + k)
             both = (simd.splat_of(b, simd.load_at(b, simd.offset(b, place, 4 * odd), I32, 1), INTS) for odd in range(2))
             value = b.select(even, *both)
             totals[:] = [add_fours(b, *each, value) for each in zip(totals, codes_of, strict=True)]
+            prefetch(b, simd.offset(b, at, PREFETCH + PANEL * k + LINE * digit))
     after = b.sub(left, I64(BLOCK)), simd.offset(b, at, BLOCK * PANEL), simd.offset(b, tile, TILE_BYTES)
     for phi, first, following in zip((left, at, tile), (depth, codes, x), after, strict=True):
         phi.add_incoming(first, entry)

@@ -1,9 +1,9 @@
 """Products with codes of 4 bits in groups, from rows as digits: `digits` says what these are.
 
-The whole numbers of 32 columns are summed exactly, as (code - zero) times digits, made one float32, and added with the
-scale of their group to those of the next 32 columns; blocks of 64 are added in order. So one row, in vectors (VNNI), gives the bits that it
-gives among many, in matrix units (AMX). Of a word of 8 codes the four low halves of its bytes are the even columns, as
-these products want four side by side, and the four high halves the odd ones.
+The whole numbers of 32 columns are summed exactly, as (code - zero) times digits, made one float32, and times the scale
+of their group added to those of the next 32: these blocks of 64 columns are added in order. So one row, in vectors
+(VNNI), gives the bits that it gives among many, in matrix units (AMX). Of a word of 8 codes the four low halves of its
+bytes are the even columns, as these products want four side by side, and the four high halves the odd ones.
 
 This module does not know threads, or where operands come from.
 """
@@ -156,7 +156,7 @@ def configure(b: Builder, rows: Value) -> None:
 
 @kernel(void, *[int64] * 6)
 def add_sums(sums, count, scales, other, first, out):
-    """out [count, PANEL] += the numbers of two parts of a block, times the scales of their groups; first: out is zero."""
+    """out [count, PANEL] += the numbers of a block's two parts times the scales of their groups; first: out is zero."""
     for _ in range(count):
         for v in range(0, PANEL, LANES):
             block = simd.mul(load_f16(scales + 2 * v), number(sums + 4 * v))
