@@ -281,8 +281,8 @@ def _gathered(b: Builder, fours: list[Value], v: int) -> Value:
 def multiply_one(b: Builder, codes: Value, x: Value, own: Value, depth: Value, scales: Value, out: Value) -> None:
     """out [PANEL] = a quad's first row times a panel, in vectors: they read memory more steadily than tiles.
 
-    own: the row's scale, and a line after it minus its digits' sums. One factor of such a product has no sign: codes are
-    128 more here, and 128 times the sum of a digit is taken away.
+    own: the row's scale, and a line after it minus its digits' sums. One factor of such a product has no sign: codes
+    are 128 more here, and 128 times the sum of a digit is taken away.
     """
     entry, loop, done = b.block, b.append_basic_block("block"), b.append_basic_block("summed")
     b.branch(loop)
