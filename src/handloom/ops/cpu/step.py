@@ -144,7 +144,7 @@ def do_split(i, frame, at, count):
     x, depth, kept = operand(i, 1) + at * operand(i, 2), operand(i, 3), read_i64(frame + KEPT)
     if operand(i, 4) == PIECES:
         pieces.split_row(x, at, count, depth, kept)
-    else:
+    elif AMX:
         digits.split_row(x, at, depth, kept)
 
 
