@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from array import array
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import handloom as hl
 from handloom.ops.cpu.instructions import WIDTH
@@ -16,6 +19,7 @@ from handloom.ops.cpu.threads import Team
 from tiny_models import save, tiny_llama
 
 LAYERS, NEW_TOKENS, MOST_MS = 30, 60, 0.5
+MOST_FUNCTIONS, MOST_OPERATORS = 102, 2
 VOCAB_SIZE, MOST_SAMPLED_MS = 49152, 1.5
 
 
@@ -24,6 +28,47 @@ def test_a_step_of_thirty_layers_takes_python_less_than_half_a_millisecond(
 ) -> None:
     lm = hl.LM.from_pretrained(save(tiny_llama(num_hidden_layers=LAYERS), tmp_path), device="cpu", backend="cpu")
     assert median_ms(lm, monkeypatch, {"do_sample": False}) < MOST_MS
+
+
+def test_a_step_does_as_little_of_python_and_torch_in_a_long_sequence_as_in_a_short_one(tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=LAYERS, max_position_embeddings=2048)
+    lm = hl.LM.from_pretrained(save(model, tmp_path), device="cpu", backend="cpu")
+    short, long = (counts(lm, length) for length in (300, 1500))
+    assert short == long
+    assert short["functions"] <= MOST_FUNCTIONS
+    assert short["operators"] <= MOST_OPERATORS
+
+
+def counts(lm: hl.LM, prompt_length: int) -> dict[str, int]:
+    """Python's functions and instructions, and torch's operators, in a decode step of one sequence of such a length."""
+    found = {"functions": 0, "instructions": 0, "operators": 0}
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        frame.f_trace_opcodes = True
+        found["functions"] += event == "call"
+        found["instructions"] += event == "opcode"
+        return trace
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found["operators"] += 1
+            return function(*args, **(kwargs or {}))
+
+    engine = hl.Engine(lm)
+    engine.add_request([1, 2, 3] * (prompt_length // 3), max_new_tokens=8, eos_token_id=None, do_sample=False)
+    while not engine.step():
+        pass
+    engine.step()
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        engine.step()
+    finally:
+        sys.settrace(before)
+    with Operators():
+        engine.step()
+    engine.close()
+    return found
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,9 @@ def _highest(scores: Tensor) -> tuple[list[float], list[int]]:
         with one_thread():
             values, ids = scores.max(dim=-1)
         return values.tolist(), ids.tolist()
-    rows = scores.detach().numpy()  # torch would wake its threads, which takes ten times as long as the search
+    rows = (scores.detach() if scores.requires_grad else scores).numpy()  # torch's own search would wake its threads
     places: list[int] = rows.argmax(axis=1).tolist()
-    return [float(row[place]) for row, place in zip(rows, places, strict=True)], places
+    return [rows.item(row, place) for row, place in enumerate(places)], places
 
 
 def _float32_copy(logits: Tensor, rows: list[int]) -> Tensor:
