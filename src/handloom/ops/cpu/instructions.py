@@ -4,7 +4,7 @@ A table is int64 [n, WIDTH]: an operation and its operands, which are addresses,
 changes from step to step (the batch) stands in a frame of int64; an instruction says which entry counts its rows.
 
 Threads that run a table meet in a control block of int64, entries a cache line apart: whether a run is open, how many
-helpers are inside, and the addresses of the run's table, frame and counters.
+helpers are inside, the addresses of the run's table, frame and counters, and how many runs there have been.
 
 This module does not know how anything is computed, or what a model is.
 """
@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 WIDTH = 24
 LINE = 64
-OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS = (i * LINE for i in range(6))
-CONTROL_BYTES = 6 * LINE
+OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS, RUNS = (i * LINE for i in range(7))
+CONTROL_BYTES = 7 * LINE
 OPENING = -1  # in place of a thread's number: open a run
 ASKING = -2  # in place of a thread's number: write 1 where the control block is said to be, if there is code for AMX
 

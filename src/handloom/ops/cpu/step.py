@@ -27,6 +27,7 @@ from handloom.ops.cpu.instructions import (
     LINE,
     OPEN,
     OPENING,
+    RUNS,
     TABLE,
     WIDTH,
     Frame,
@@ -42,6 +43,7 @@ from handloom.ops.cpu.tiles import ask_for
 from handloom.ops.panels import PANEL
 from handloom.ops.quantized_panels import QUANTIZED
 
+LINGER = 3000  # turns of waiting for another run: one or two milliseconds
 AHEAD_BYTES = 1 << 18  # of weights that a waiting thread asks for: half of a small second cache
 PIECE = 16  # cache lines of them at a time
 ROWS_PER_ITEM = 4
@@ -353,13 +355,16 @@ def walk(control, thread):
 
 
 def run(control: int, thread: int) -> None:
-    """Thread 0: do the open run, close it, and return when no helper is left inside. Others: help while it is open.
+    """Thread 0: do the open run, close it, and return when no helper is left inside. Others: help while it is open, and
+    with the next run if that comes soon: who goes back to Python in between would want the interpreter's lock just when
+    the caller needs it.
 
     OPENING opens the run, before anybody is called: a helper that is called may have the caller's core, and the caller
     not get on before it is done.
     """
     if thread == OPENING:
         store_atomic(control + OPEN, 1)
+        fetch_add(control + RUNS, 1)
         return
     if thread == ASKING:
         write_i64(control, int(AMX))
@@ -371,7 +376,13 @@ def run(control: int, thread: int) -> None:
         while load_atomic(control + INSIDE) > 0:
             spins = wait_a_little(spins)
         return
-    fetch_add(control + INSIDE, 1)
-    if load_atomic(control + OPEN) != 0:
-        walk(control, thread)
-    fetch_add(control + INSIDE, -1)
+    spins = 0
+    while spins < LINGER:
+        runs = load_atomic(control + RUNS)
+        fetch_add(control + INSIDE, 1)
+        if load_atomic(control + OPEN) != 0:
+            walk(control, thread)
+        fetch_add(control + INSIDE, -1)
+        spins = 0
+        while spins < LINGER and load_atomic(control + RUNS) == runs:
+            spins = wait_a_little(spins)

@@ -1,9 +1,9 @@
 """The threads that help with a step, and how they are called to it.
 
-Helpers are Python threads that sleep on a queue of their own between steps, and are inside compiled code, without the
-interpreter's lock, during one. A call is only an offer: a helper that comes too late finds the run closed and goes back
-to sleep, so that nothing waits for a thread that is not there (after a fork, there is none). A run is open before
-helpers are called: one that comes before its caller, on the caller's own core, begins the work.
+Helpers are Python threads that are inside compiled code, without the interpreter's lock, during a step and for a moment
+after it, and then sleep on a queue of their own. A call is only an offer: a helper that comes too late finds the run
+closed and goes back to sleep, so that nothing waits for a thread that is not there (after a fork, there is none). A run
+is open before helpers are called: one that comes before its caller, on the caller's own core, begins the work.
 
 This module does not know what a step computes.
 """
