@@ -40,13 +40,15 @@ def test_a_step_does_as_little_of_python_and_torch_in_a_long_sequence_as_in_a_sh
 
 
 def counts(lm: hl.LM, prompt_length: int) -> dict[str, int]:
-    """Python's functions and instructions, and torch's operators, in a decode step of one sequence of such a length."""
-    found = {"functions": 0, "instructions": 0, "operators": 0}
+    """What a decode step of one sequence of such a length does: functions and lines of Python, operators of torch.
 
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        frame.f_trace_opcodes = True
+    Each turn of a loop is another line.
+    """
+    found = {"functions": 0, "lines": 0, "operators": 0}
+
+    def trace(_: FrameType, event: str, argument: object) -> Any:
         found["functions"] += event == "call"
-        found["instructions"] += event == "opcode"
+        found["lines"] += event == "line"
         return trace
 
     class Operators(TorchDispatchMode):
