@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any, TypeVar
@@ -96,15 +97,25 @@ def test_one_engine_serves_several_streams_in_the_same_steps() -> None:
 def test_leaving_ends_every_request_and_frees_the_pages(how: str) -> None:
     lm = lm_with()
 
+    def slowly(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.005)
+        return scores
+
     async def main() -> None:
-        pieces = lm.astream(PROMPTS, max_new_tokens=100, eos_token_id=[])
+        pieces = lm.astream(PROMPTS, max_new_tokens=100, eos_token_id=[], logits_processor=[slowly])
         if how == "break":
             async for _ in pieces:
                 break
             await pieces.aclose()
         else:
-            task = asyncio.create_task(listed(pieces))
-            await asyncio.sleep(0.02)
+            started = asyncio.Event()
+
+            async def read() -> None:
+                async for _ in pieces:
+                    started.set()
+
+            task = asyncio.create_task(read())
+            await started.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

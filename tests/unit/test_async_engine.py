@@ -161,7 +161,7 @@ def test_a_request_that_is_left_while_it_waits_outside_never_runs() -> None:
 
     async def main() -> None:
         async with hl.AsyncEngine(lm, max_waiting=1, max_running=1) as engine:
-            running = engine.generate(PROMPTS[0], **options(0, 60))
+            running = engine.generate(PROMPTS[0], max_new_tokens=200, eos_token_id=[])
             await anext(running)
             tasks = [asyncio.create_task(tokens_of(engine.generate(PROMPTS[i], **options(i)))) for i in (1, 2, 3)]
             await asyncio.sleep(0.01)
