@@ -56,7 +56,7 @@ SCRATCH = ROWS * GROUP * PANEL * 4
 def _tiles(form, rows):
     """The tile for so many rows, and how many vectors it takes at once."""
     columns = VECTORS if WIDE or rows <= 2 else 1
-    return tile_of(rows, columns, form), columns
+    return tile_of(rows, columns, form, fills=rows < TILE_ROWS[0]), columns
 
 
 def _product(form):
@@ -71,18 +71,18 @@ def _product(form):
     def product(x, x_stride, rows, w, w_stride, k, out, out_stride, accumulate):
         """x [rows, k] times w [k, PANEL] into out [rows, PANEL]; strides in bytes, w's that of one step of a tile.
 
-        The weights are read once for as many rows as the largest tile has, which may take some rows twice.
+        Rows that fill no tile take the last of them again, so that the weights are read once for up to 8.
         """
         while rows > 0:
-            if rows > many_rows:
-                n, wide = min(rows, most_rows), most_wide
+            if rows >= most_rows:
+                n, wide = most_rows, most_wide
             elif rows > few_rows:
-                n, wide = rows, many_wide
+                n, wide = min(rows, many_rows), many_wide
             else:
                 n, wide = rows, few_wide if rows > 2 else VECTORS
             for v in range(0, VECTORS, wide):
                 at, to = w + v * LANES * size, out + v * LANES * 4
-                if rows > many_rows:
+                if rows >= most_rows:
                     most(x, x_stride, n, at, 0, w_stride, k, to, 0, out_stride, accumulate)
                 elif rows > few_rows:
                     many(x, x_stride, n, at, 0, w_stride, k, to, 0, out_stride, accumulate)
@@ -98,7 +98,7 @@ def _product(form):
 
 
 product_f32, product_bf16, product_f16 = (_product(form) for form in IN_PANELS)
-six_f32 = tile_of(SIX, VECTORS, IN_PANELS[FORMAT_F32], 2, asks=False)
+six_f32 = tile_of(SIX, VECTORS, IN_PANELS[FORMAT_F32], 2, asks=False, fills=False)
 
 
 @kernel(void, *[int64] * 12)

@@ -134,14 +134,14 @@ WIDE = "zmm" in assembly()
 TILE_ROWS = (14, 8, 4, 2, 1) if WIDE else (6, 4, 2, 1)
 
 
-def tile_of(rows: int, columns: int, form: Format, panels: int = 1, *, asks: bool = True) -> Any:
+def tile_of(rows: int, columns: int, form: Format, panels: int = 1, *, asks: bool = True, fills: bool = True) -> Any:
     """A numba function that multiplies x [rows, k] with columns * LANES columns of one panel, or of two at once.
 
     tile(x, x_stride, n, w, w_next, w_stride, k, out, out_next, out_stride, accumulate): addresses and strides in bytes,
-    k > 0; 0 < n <= rows: past n the last row is taken again; w_next, out_next: from a panel, and from its product, to
-    those of the other. The product is stored in out [n, columns * LANES] float32, or added to what is there, a block of
-    BLOCK k after the other. Where two k lie side by side, k is even and w_stride goes from two to the next two. asks:
-    weights are asked for ahead.
+    k > 0; 0 < n <= rows: past n the last row is taken again, if it `fills`, and else n = rows, whose places need fewer
+    registers; w_next, out_next: from a panel, and from its product, to those of the other. The product is stored in out
+    [n, columns * LANES] float32, or added to what is there, a block of BLOCK k after the other. Where two k lie side by
+    side, k is even and w_stride goes from two to the next two. asks: weights are asked for ahead.
     """
     together = form.together
     width = LANES * form.size * together
@@ -164,7 +164,8 @@ def tile_of(rows: int, columns: int, form: Format, panels: int = 1, *, asks: boo
         """Rows of x times one or two panels"""
         entry = b.block
         block, loop, done, over = (b.function.append_basic_block(name) for name in ("block", "k", "sums", "tile"))
-        starts, places = _rows(b, rows, n, x, x_stride), _rows(b, rows, n, out, stride)
+        there = n if fills else I64(rows)
+        starts, places = _rows(b, rows, there, x, x_stride), _rows(b, rows, there, out, stride)
         b.branch(block)
         b.position_at_end(block)
         first, begin, adding = b.phi(I64), b.phi(I64), b.phi(I64)
