@@ -64,7 +64,7 @@ class GappedSequences(RuleBasedStateMachine):
 
     @rule(sequence=sequences, share=st.floats(0, 1))
     def rewind(self, sequence: Sequence, share: float) -> None:
-        sequence.rewind(round(share * (len(sequence) - 1)))
+        sequence.rewind(round(share * max(len(sequence) - 1, 0)))
 
     @rule(target=sequences, sequence=sequences)
     def fork(self, sequence: Sequence) -> Sequence:
