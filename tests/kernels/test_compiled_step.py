@@ -6,6 +6,7 @@ import ast
 import logging
 import os
 import platform
+import re
 import struct
 import subprocess
 import sys
@@ -50,6 +51,15 @@ def code(kept: Path) -> bytes:
     data = read(kept, "")
     assert data is not None
     return data
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="a register of x86-64")
+def test_nothing_is_asked_for_ahead_through_rbp(code: bytes) -> None:
+    """Which costs rows times weights up to half their speed: see docs/decisions/cpu-backend.md."""
+    asked = re.findall(rb"(.)\x0f\x18([\x90-\x97])..\x00\x00", code, re.DOTALL)  # prefetcht1 [register + 32 bits]
+    registers = {modrm[0] - 0x90 + 8 * (prefix == b"\x41") for prefix, modrm in asked}
+    assert len(registers) > 1
+    assert 5 not in registers
 
 
 def test_a_process_that_need_not_compile_imports_no_compiler(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def errors(got: Tensor, exact: Tensor) -> Tensor:
     return (got.double() - exact).norm(dim=1) / exact.norm(dim=1).clamp(min=1e-300)
 
 
-IN_UNITS = ["int8", "int4", "int4:128", "int4-sym:64", "Q4_0"]
+IN_UNITS = ["int8", "int8:32", "int8:128", "int4", "int4:128", "int4-sym:64", *FORMATS]
 
 
 @needs_units
@@ -151,7 +151,7 @@ IN_UNITS = ["int8", "int4", "int4:128", "int4-sym:64", "Q4_0"]
 def test_matrix_units_are_as_near_to_float64_as_vectors(
     name: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    columns = max(columns, 128) if name.endswith("128") else columns
+    columns = max(columns, 256)
     held = stacked(name, rows=rows, columns=columns)
     x = unlike_rows(40, columns)
     exact = x.double() @ held.matrix().double().T
@@ -179,6 +179,26 @@ def test_whole_numbers_are_multiplied_without_any_error() -> None:
     assert torch.equal(product(x, cpu.hold(held)).double(), x.double() @ weights.double().T)
 
 
+@needs_units
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_no_sum_of_the_largest_codes_scales_and_digits_overflows(name: str, ones: bool) -> None:
+    rows = QuantizedRows.empty(FORMATS[name], 40, 2048)
+    for plane, held in rows.planes():
+        if held.dtype == torch.float16:
+            held.fill_(1.0)
+        else:
+            largest = 63 if rows.format.minimum == "super" else -128
+            held.fill_(largest if plane in ("scale", "minimum") else -128 if held.dtype == torch.int8 else 255 * ones)
+    held = QuantizedMatrix([rows])
+    x = torch.full((9, 2048), 127 * 0x010101 / 2**23)
+    x[1::2] = -128 * 0x010101 / 2**23
+    exact = x.double() @ held.matrix().double().T
+    bound = x.double().abs() @ held.matrix().double().abs().T * (2048 / 64 + 4) * 2**-24  # all blocks round alike
+    for count in (1, 9):
+        assert ((product(x[:count], cpu.hold(held)).double() - exact[:count]).abs() <= bound[:count]).all()
+
+
 @pytest.mark.parametrize("name", ["int8", "int4", "Q8_0", "Q6_K"])
 def test_a_row_that_is_not_finite_gives_nothing_finite_and_leaves_others_alone(name: str) -> None:
     packed, x = cpu.hold(stacked(name, rows=40, columns=256)), unlike_rows(9, 256)
@@ -204,12 +224,13 @@ def test_a_row_alone_gives_the_bits_that_it_gives_among_others(name: str) -> Non
 
 
 @needs_units
-@pytest.mark.parametrize("name", ["int8", "int4", "int4-sym:64", "Q4_0"])
+@pytest.mark.parametrize("name", ["int8", "int8:64", "int4", "int4-sym:64", "Q4_0", "Q4_1", "Q5_K", "Q6_K"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_row_of_digits_gets_the_same_bits_in_any_company(
     name: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed, x = cpu.hold(stacked(name, rows=300, columns=192)), torch.randn(700, 192)
+    columns = 256 if name.endswith("K") else 192
+    packed, x = cpu.hold(stacked(name, rows=300, columns=columns)), torch.randn(700, columns)
     monkeypatch.setattr("handloom.ops.cpu.machine.usable_threads", lambda: 1)
     whole = product(x, packed)
     monkeypatch.setattr("handloom.ops.cpu.machine.usable_threads", lambda: threads)
@@ -267,10 +288,12 @@ def test_a_kept_gguf_file_computes_as_its_floats_do(tmp_path: Path, storage: str
 
 
 @needs_units
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_logits_of_matrix_units_depend_on_their_sequence_alone(tmp_path: Path, scheme: str) -> None:
-    path = save(tiny_llama(**WIDE), tmp_path / "model")
-    lm = hl.LM.from_pretrained(path, quantize=scheme)
+@pytest.mark.parametrize("held", ["int8", "int4", "gguf"])
+def test_logits_of_matrix_units_depend_on_their_sequence_alone(tmp_path: Path, held: str) -> None:
+    if held == "gguf":
+        lm = hl.LM.from_pretrained(export(tiny_llama(**WIDE), tmp_path / "x.gguf", storages=MIXED))
+    else:
+        lm = hl.LM.from_pretrained(save(tiny_llama(**WIDE), tmp_path / "model"), quantize=held)
     prompts = ragged_prompts(3, (11, 40, 1))
     together = logits(lm, prompts)
     assert torch.equal(torch.cat([logits(lm, [prompt]) for prompt in prompts]), together)

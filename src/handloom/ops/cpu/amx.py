@@ -24,7 +24,7 @@ ROWS, ROW_BYTES = 16, 64
 TILE_BYTES = ROWS * ROW_BYTES
 REGISTERS = 8
 
-FEATURES = ("amx-tile", "amx-bf16", "amx-int8", "avx512vnni")
+FEATURES = ("amx-tile", "amx-bf16", "amx-int8", "avx512vnni", "avx512vbmi")
 
 
 def _compiled_for() -> bool:

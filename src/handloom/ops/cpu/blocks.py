@@ -126,11 +126,10 @@ def split_for(weight: Panels | QuantizedPanels) -> Split:
 
 
 def takes_digits(form: Format) -> bool:
-    """Whether `digits` or `group_digits` has products with such codes: of 8 bits with a scale for a row of them, or of
-    4 bits that are counted from a zero."""
-    if form.bits == 8:
-        return not form.group
-    return form.bits == 4 and form.scale == "float16" and form.minimum in ("none", "zero_point")
+    """Whether `digits` or `group_digits` has products with such codes."""
+    if form.bits == 8 and not form.group:
+        return True
+    return form.scale != "float32" and form.group % (16 if form.bits == 6 else 32) == 0 < form.group
 
 
 def activate(x: Tensor, activation: str, gated: bool, out: Tensor) -> ins.Activate:
@@ -205,7 +204,8 @@ def scratch_bytes(rows: Instructions) -> int:
         elif isinstance(row, ins.SplitRows) and row.split == Split.PIECES:
             most = max(most, 4 * (3 * 32 * PANEL + ins.PIECES * (row.depth + ins.TILE_DEPTH)))
         elif isinstance(row, ins.SplitRows) and row.split == Split.DIGITS:
-            most = max(most, 4 * PANEL * (ins.ROWS * ins.GROUP + 8 * ins.QUAD * ins.DIGITS) + (row.depth + 1) * PANEL)
+            sums, codes = ins.ROWS * ins.GROUP + 8 * ins.QUAD * ins.DIGITS, 2 * PANEL + PANEL // 8
+            most = max(most, 4 * PANEL * sums + row.depth * codes + PANEL)
     return -(-most // 64) * 64
 
 

@@ -8,8 +8,8 @@ infinity or a NaN gives NaN.
 
 Four rows of x lie together, a quad: of each 64 columns of k a tile, whose row 4 * i + j has digit j of row i (the
 largest first), and after the tiles a line with four scales, one with minus the sums of each row's digits, and one with
-such sums for each 32 columns. Codes are made tiles block by block, [16, 16, 4] of 64 columns of k and 16 outputs: a row
-of a tile has 4 columns side by side.
+such sums for each 16 columns; then for each 32 columns the four rows' sums themselves, float32. Codes are made tiles
+block by block, [16, 16, 4] of 64 columns of k and 16 outputs: a row of a tile has 4 columns side by side.
 
 This module does not know threads, or where operands come from.
 """
@@ -53,7 +53,7 @@ BLOCK_BYTES = VECTORS * TILE_BYTES
 WIDTH = PANEL * 4
 ROW_OF_SUMS = DIGITS * WIDTH
 SUMS_BYTES = 2 * QUAD * ROW_OF_SUMS
-PART = 32  # columns of which sums of digits are kept, a line for a quad
+PART = 32  # columns of which sums are kept, and of LANES columns minus the sums of digits, a line for a quad
 LARGEST, LEAST = 29, 30  # the power of 2 below which numbers become, and the least exponent that is looked at
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # columns of k of each 8, as tiles have them: as shuffles bring codes there
 BYTES, HALVES = ir.VectorType(I8, 4 * LANES), ir.VectorType(I16, 2 * LANES)
@@ -92,10 +92,10 @@ def add_fours(b: Builder, total: Value, unsigned: Value, signed: Value) -> Value
     return simd.call(b, "llvm.x86.avx512.vpdpbusd.512", INTS, total, *values)
 
 
-@operation(vector, int64, vector, vector)
-def write_digits(b: Builder, out: Value, x: Value, sums: Value) -> Value:
-    """16 numbers |x| <= 2**30 to the nearest whole ones, as digits in DIGITS rows of a tile; sums and those of digits,
-    each four times."""
+@operation(vector, int64, vector)
+def write_digits(b: Builder, out: Value, x: Value) -> Value:
+    """16 numbers |x| <= 2**30 to the nearest whole ones, as digits in DIGITS rows of a tile; the digits' sums, of four
+    columns each."""
     whole = b.fptosi(simd.call(b, "llvm.rint.v16f32", VECTOR, x), INTS)
     middle = ir.Constant(INTS, [0x00808080] * LANES)
     digits = b.bitcast(b.xor(b.add(whole, middle), middle), BYTES)
@@ -106,7 +106,8 @@ def write_digits(b: Builder, out: Value, x: Value, sums: Value) -> Value:
         LANES * lane + 4 * n + DIGITS - 1 - digit for lane in range(4) for digit in range(DIGITS) for n in range(4)
     ]
     ones = ir.Constant(BYTES, [1] * 4 * LANES)
-    return b.bitcast(add_fours(b, b.bitcast(sums, INTS), ones, _shuffle(b, digits, digits, order)), VECTOR)
+    nothing = ir.Constant(INTS, [0] * LANES)
+    return b.bitcast(add_fours(b, nothing, ones, _shuffle(b, digits, digits, order)), VECTOR)
 
 
 @operation(void, int64, vector)
@@ -118,10 +119,27 @@ def write_sums(b: Builder, out: Value, sums: Value) -> None:
     simd.store_at(b, b.neg(total), out)
 
 
+@operation(void, int64, int64)
+def write_number(b: Builder, sums: Value, out: Value) -> None:
+    """The float32 number whose digits' sums, with their signs turned, are in the first and the second of two lines"""
+    total = None
+    for digit in range(DIGITS):
+        both = (simd.load_at(b, simd.offset(b, sums, LINE * i + 4 * digit), I32, 4) for i in range(2))
+        own = b.sitofp(b.neg(b.add(*both)), F32)
+        total = simd.call(b, "llvm.fma.f32", F32, total, ir.Constant(F32, 256.0), own) if total else own
+    simd.store_at(b, total, out)
+
+
 @operation(vector, vector, vector)
 def add_whole(b: Builder, x: Value, y: Value) -> Value:
     """x + y, int32"""
     return b.bitcast(b.add(b.bitcast(x, INTS), b.bitcast(y, INTS)), VECTOR)
+
+
+@kernel(int64, int64, int64)
+def numbers_of(quad, depth):
+    """Where the sums of a quad's rows are, of the first PART columns: QUAD float32 for every PART bytes."""
+    return quad + depth * QUAD * DIGITS + 2 * LINE + depth // LANES * LINE
 
 
 @kernel(void, *[int64] * 4)
@@ -137,11 +155,13 @@ def split_row(x, row, depth, quads):
     factor = simd.splat(power(127 + 127 + LARGEST - bits))
     tiles, scales = quad + row * DIGITS * BLOCK, quad + depth // BLOCK * TILE_BYTES
     simd.write_f32(scales + 4 * row, power(bits - LARGEST) + simd.sum_lanes(bad))
-    for k in range(0, depth, PART):
-        at, own = tiles + k // BLOCK * TILE_BYTES + k % BLOCK, simd.splat(ZERO)
-        for part in range(0, PART, LANES):
-            own = write_digits(at + part, simd.mul(simd.load(x + 4 * (k + part)), factor), own)
-        write_sums(scales + 2 * LINE + k // PART * LINE + 4 * DIGITS * row, own)
+    for k in range(0, depth, LANES):
+        at = tiles + k // BLOCK * TILE_BYTES + k % BLOCK
+        own = write_digits(at, simd.mul(simd.load(x + 4 * k), factor))
+        part = scales + 2 * LINE + k // LANES * LINE + 4 * DIGITS * row
+        write_sums(part, own)
+        if k % PART != 0:
+            write_number(part - LINE, numbers_of(quad, depth) + k // PART * PART + 4 * row)
         sums = add_whole(sums, own)
     write_sums(scales + LINE + 4 * DIGITS * row, sums)
 
@@ -149,12 +169,10 @@ def split_row(x, row, depth, quads):
 # Products ----------------------------------------------------------------------------------------
 
 
-def _rows_of_tiles(b: Builder, codes: Value) -> Iterator[tuple[int, int, int, Value]]:
+def rows_of_tiles(b: Builder, codes: Value, count: int) -> Iterator[tuple[int, int, int, Value]]:
     """Of each 8 columns from k on: of 16 outputs, of which v says which, the even or the odd columns side by side."""
-    for k in range(0, BLOCK, 8):
+    for k in range(0, count, 8):
         at = simd.offset(b, codes, PANEL * k)
-        for line in range(0, 8 * PANEL, 64):
-            prefetch(b, simd.offset(b, at, PREFETCH + line))
         columns = [simd.load_at(b, simd.offset(b, at, 2 * PANEL * i), BYTES, 1) for i in range(4)]
         for v in range(VECTORS):
             twos = [PANEL * (2 * j + odd) + LANES * v + n for odd in range(2) for n in range(LANES) for j in range(2)]
@@ -162,12 +180,13 @@ def _rows_of_tiles(b: Builder, codes: Value) -> Iterator[tuple[int, int, int, Va
             for odd in range(2):
                 fours = [LANES * odd + 2 * LANES * j + n for n in range(LANES) for j in range(2)]
                 yield k, v, odd, _shuffle(b, first, second, fours)
+                prefetch(b, simd.offset(b, at, PREFETCH + LINE * (2 * v + odd)))
 
 
 @operation(void, int64, int64)
 def codes_to_tiles(b: Builder, codes: Value, out: Value) -> None:
     """Codes [BLOCK, PANEL] as VECTORS tiles, by two shuffles of 64 bytes for each row of them"""
-    for k, v, odd, row in _rows_of_tiles(b, codes):
+    for k, v, odd, row in rows_of_tiles(b, codes, BLOCK):
         simd.store_at(b, row, simd.offset(b, out, TILE_BYTES * v + LANES * (k + 4 * odd)), 64)
 
 
@@ -230,6 +249,16 @@ def number(b: Builder, sums: Value) -> Value:
 def scale_of(quads, depth, row):
     """Where a row's scale is."""
     return quads + row // QUAD * quad_bytes(depth) + depth * QUAD * DIGITS + 4 * (row % QUAD)
+
+
+@kernel(void, *[int64] * 4)
+def scale_rows(quads, depth, count, out):
+    """out [count, PANEL] times the scales of rows."""
+    for row in range(count):
+        own = simd.splat(read_f32(scale_of(quads, depth, row)))
+        for v in range(0, WIDTH, 4 * LANES):
+            simd.store(out + v, simd.mul(simd.load(out + v), own))
+        out += WIDTH
 
 
 @kernel(void, *[int64] * 6)

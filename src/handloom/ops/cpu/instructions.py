@@ -285,8 +285,8 @@ def row_of(instruction: tuple[int | float, ...]) -> list[int]:
 
 
 def quad_bytes(depth: int) -> int:
-    """Of QUAD rows as digits, lines of scales and of sums after them; depth is a multiple of BLOCK."""
-    return depth * QUAD * DIGITS + 2 * LINE + depth // 32 * LINE
+    """Of QUAD rows as digits, and what lies after them (see `digits`); depth is a multiple of BLOCK."""
+    return depth * QUAD * DIGITS + 2 * LINE + depth // 16 * LINE + depth
 
 
 def float_bits(value: float) -> int:

@@ -15,18 +15,23 @@ from handloom.ops.cpu import simd
 from handloom.ops.cpu.amx import AMX
 from handloom.ops.cpu.codes import (
     FEWER_AT_ONCE,
+    FLOAT32,
     MOST_AT_ONCE,
     SCALE_BYTES,
+    SCALE_KIND,
+    SUPER_INTEGER,
     ZERO,
     multiply_fewer,
     multiply_most,
     multiply_one,
     unpack_block,
 )  # fmt: skip
+from handloom.ops.cpu.digits import multiply_digits
 from handloom.ops.cpu.elementary import tanh
-from handloom.ops.cpu.group_digits import multiply_codes
+from handloom.ops.cpu.group_digits import multiply_groups
 from handloom.ops.cpu.instructions import BLOCK, GROUP, LINE, ROWS
-from handloom.ops.cpu.simd import LANES, float64, int64, kernel, void
+from handloom.ops.cpu.simd import LANES, float64, int64, kernel, read_i64, void
+from handloom.ops.cpu.super_digits import multiply_supers
 from handloom.ops.cpu.tiles import (
     FORMAT_BF16,
     FORMAT_F32,
@@ -208,6 +213,18 @@ def add_block(form, size, data, panel, depth, k, x, x_stride, rows, scales, out)
     else:
         unpack_block(data, panel, depth, k, count, scales, 0, 0, 0, block)
         product(FORMAT_F32, x, x_stride, rows, block, count, out, k)
+
+
+@kernel(void, *[int64] * 9)
+def multiply_codes(segment, first, last, depth, digits, row, count, scratch, out):
+    """out [last - first, ROWS, PANEL] = rows `row`, ... as digits times these panels of codes."""
+    kind = read_i64(segment + SCALE_KIND)
+    if kind == FLOAT32:
+        multiply_digits(segment, first, last, depth, digits, row, count, scratch, out)
+    elif kind == SUPER_INTEGER:
+        multiply_supers(segment, first, last, depth, digits, row, count, scratch, out)
+    else:
+        multiply_groups(segment, first, last, depth, digits, row, count, scratch, out)
 
 
 @kernel(void, *[int64] * 6)

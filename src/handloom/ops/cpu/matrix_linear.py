@@ -92,7 +92,7 @@ def _multiplier(groups: int, fetch: bool) -> Any:
 
         def ask() -> None:
             for line in itertools.islice(lines, at_once):
-                prefetch(b, simd.offset(b, weights, PREFETCH + line))
+                prefetch(b, simd.offset(b, weights, PREFETCH + line), frame=False)
 
         for half in range(2):
             amx.load(b, 4 + half, simd.offset(b, weights, amx.ROW_BYTES * half), I64(TILE_ROW))

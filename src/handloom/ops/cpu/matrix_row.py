@@ -85,7 +85,7 @@ def _add_pair(b: Builder, pieces: Value, at: Value, w: Value, entry: Value) -> l
     that begin at zero. Of each vector of the panel and each piece: the sums of even and of odd k."""
     sums = [[[b.phi(VECTOR) for _ in range(2)] for _ in range(PIECES)] for _ in range(VECTORS)]
     x = b.add(pieces, at)
-    prefetch(b, simd.offset(b, w, PREFETCH))
+    prefetch(b, simd.offset(b, w, PREFETCH), frame=False)
     weights = [load_pair(b, simd.offset(b, w, LANES * 4 * v)) for v in range(VECTORS)]
     after: list[list[list[Value]]] = [[[] for _ in range(PIECES)] for _ in weights]
     for piece in range(PIECES):
@@ -98,5 +98,5 @@ def _add_pair(b: Builder, pieces: Value, at: Value, w: Value, entry: Value) -> l
                 total.add_incoming(simd.constant(0.0), entry)
                 total.add_incoming(new, b.block)
                 after[v][piece].append(new)
-    prefetch(b, simd.offset(b, w, PREFETCH + LINE))
+    prefetch(b, simd.offset(b, w, PREFETCH + LINE), frame=False)
     return after
