@@ -61,9 +61,7 @@ class Engine:
         for step in range(new_tokens):
             for first in range(0, len(work), self.room):
                 self._decode(work[first : first + self.room], tokens)
-            work = [
-                (own[-1], len(ids) + step, i, True) for i, (ids, own) in enumerate(zip(prompts, tokens, strict=True))
-            ]
+            work = [(own[-1], len(prompts[i]) + step, i, True) for i, own in enumerate(tokens)]
         return tokens
 
     def _decode(self, work: list[tuple[int, int, int, bool]], tokens: list[list[int]]) -> None:
