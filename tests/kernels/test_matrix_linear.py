@@ -122,6 +122,6 @@ def test_bias_softcap_and_residual_are_those_of_other_weights() -> None:
 
 def test_the_backend_says_which_way_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
-    assert "AMX for bfloat16 weights, int8 with a scale per row and 4 bits with zeros" in str(choose_backend(device))
+    assert "AMX for weights in bfloat16 and in fewer bits" in str(choose_backend(device))
     monkeypatch.setattr(matrix_units, "usable", lambda: False)
     assert "AMX" not in str(choose_backend(device))

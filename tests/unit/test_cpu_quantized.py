@@ -1,5 +1,5 @@
-"""The CPU's kernels on quantised weights: with vectors, bit for bit what they compute on the floats of the codes; with
-matrix units, which take codes as they are, as near to float64 as that."""
+"""The CPU's kernels on quantised weights: made floats, bit for bit what they compute on the floats of the codes; as
+whole numbers, in matrix units (AMX) or in vectors (VNNI), as near to float64 as that."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from handloom.checkpoint.quantization import FORMATS, QuantizedMatrix, Quantized
 from handloom.checkpoint.quantize import Scheme, quantize_rows
 from handloom.errors import CheckpointError
 from handloom.ops import cpu
-from handloom.ops.cpu import matrix_units
+from handloom.ops.cpu import blocks, matrix_units
 from tiny_models import ragged_prompts, save, tiny_gemma3, tiny_gpt2, tiny_llama
 
 SCHEMES = ["int8", "int8:32", "int8:64", "int8:128", "int4", "int4:64", "int4:128", "int4-sym"]
@@ -40,12 +40,12 @@ def rows_in(name: str, rows: int, columns: int) -> QuantizedRows:
 
 
 @pytest.fixture
-def vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The matrix units are left alone."""
-    monkeypatch.setattr(matrix_units, "usable", lambda: False)
+def floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes are made floats, whatever else the processor could do."""
+    monkeypatch.setattr(blocks, "has_whole_numbers", lambda: False)
 
 
-needs_units = pytest.mark.skipif(not matrix_units.usable(), reason="this processor or system has no AMX")
+needs_whole_numbers = pytest.mark.skipif(not blocks.has_whole_numbers(), reason="neither AMX nor VNNI here")
 
 
 def stacked(*formats: str, rows: int, columns: int) -> QuantizedMatrix:
@@ -114,7 +114,7 @@ def shapes() -> Iterator[Any]:
     yield from (pytest.param(name, 37, 96, id=f"{name}-37x96") for name in ("Q4_0", "Q5_1", "Q8_0", "int4"))
 
 
-@pytest.mark.usefixtures("vectors")
+@pytest.mark.usefixtures("floats")
 @pytest.mark.parametrize(("name", "rows", "columns"), list(shapes()))
 def test_a_product_is_bit_for_bit_that_of_the_floats(name: str, rows: int, columns: int) -> None:
     held = stacked(name, rows=rows, columns=columns)
@@ -142,13 +142,13 @@ def errors(got: Tensor, exact: Tensor) -> Tensor:
     return (got.double() - exact).norm(dim=1) / exact.norm(dim=1).clamp(min=1e-300)
 
 
-IN_UNITS = ["int8", "int8:32", "int8:128", "int4", "int4:128", "int4-sym:64", *FORMATS]
+IN_WHOLE_NUMBERS = ["int8", "int8:32", "int8:128", "int4", "int4:128", "int4-sym:64", *FORMATS]
 
 
-@needs_units
-@pytest.mark.parametrize("name", IN_UNITS)
+@needs_whole_numbers
+@pytest.mark.parametrize("name", IN_WHOLE_NUMBERS)
 @pytest.mark.parametrize(("rows", "columns"), [(33, 64), (200, 768), (37, 2304), (40, 8192)])
-def test_matrix_units_are_as_near_to_float64_as_vectors(
+def test_whole_numbers_are_as_near_to_float64_as_floats(
     name: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     columns = max(columns, 256)
@@ -158,15 +158,15 @@ def test_matrix_units_are_as_near_to_float64_as_vectors(
     packed = cpu.hold(held)
     own = errors(product(x, packed), exact)
     with monkeypatch.context() as patched:
-        patched.setattr(matrix_units, "usable", lambda: False)
+        patched.setattr(blocks, "has_whole_numbers", lambda: False)
         theirs = errors(product(x, packed), exact)
-    assert own.max() <= (2e-7 if name == "int8" else theirs.max())
+    assert own.max() <= (2e-7 if name == "int8" and matrix_units.usable() else theirs.max())
     assert own.mean() <= theirs.mean()
     for kind in range(4):
         assert own[kind::4].max() <= 2 * theirs[kind::4].max(), kind
 
 
-@needs_units
+@needs_whole_numbers
 def test_whole_numbers_are_multiplied_without_any_error() -> None:
     """Codes and rows whose sums a float32 holds."""
     weights = torch.randint(-127, 128, (70, 640), generator=torch.Generator().manual_seed(1)).float()
@@ -179,10 +179,10 @@ def test_whole_numbers_are_multiplied_without_any_error() -> None:
     assert torch.equal(product(x, cpu.hold(held)).double(), x.double() @ weights.double().T)
 
 
-@needs_units
+@needs_whole_numbers
 @pytest.mark.parametrize("ones", [False, True])
 @pytest.mark.parametrize("name", list(FORMATS))
-def test_no_sum_of_the_largest_codes_scales_and_digits_overflows(name: str, ones: bool) -> None:
+def test_no_sum_of_the_largest_codes_scales_and_rows_overflows(name: str, ones: bool) -> None:
     rows = QuantizedRows.empty(FORMATS[name], 40, 2048)
     for plane, held in rows.planes():
         if held.dtype == torch.float16:
@@ -223,10 +223,10 @@ def test_a_row_alone_gives_the_bits_that_it_gives_among_others(name: str) -> Non
     assert torch.equal(many[280:300], together[:20])
 
 
-@needs_units
+@needs_whole_numbers
 @pytest.mark.parametrize("name", ["int8", "int8:64", "int4", "int4-sym:64", "Q4_0", "Q4_1", "Q5_K", "Q6_K"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_row_of_digits_gets_the_same_bits_in_any_company(
+def test_a_row_of_whole_numbers_gets_the_same_bits_in_any_company(
     name: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     columns = 256 if name.endswith("K") else 192
@@ -253,7 +253,7 @@ def test_panels_lose_nothing(name: str) -> None:
     assert torch.equal(packed[some], held.matrix()[some])
 
 
-@pytest.mark.usefixtures("vectors")
+@pytest.mark.usefixtures("floats")
 def test_stacked_formats_are_one_weight() -> None:
     held = stacked("Q4_K", "Q6_K", "Q8_0", rows=37, columns=256)
     x, bias = torch.randn(5, 256), torch.randn(held.shape[0])
@@ -269,7 +269,7 @@ def logits(lm: hl.LM, prompts: list[list[int]]) -> Tensor:
     return lm.step([lm.sequence(prompt) for prompt in prompts])
 
 
-@pytest.mark.usefixtures("vectors")
+@pytest.mark.usefixtures("floats")
 @pytest.mark.parametrize("storage", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "mixed"])
 def test_a_kept_gguf_file_computes_as_its_floats_do(tmp_path: Path, storage: str) -> None:
     if storage == "mixed":
@@ -287,9 +287,9 @@ def test_a_kept_gguf_file_computes_as_its_floats_do(tmp_path: Path, storage: str
         assert kept.generate(prompt, max_new_tokens=8).token_ids == floats.generate(prompt, max_new_tokens=8).token_ids
 
 
-@needs_units
+@needs_whole_numbers
 @pytest.mark.parametrize("held", ["int8", "int4", "gguf"])
-def test_logits_of_matrix_units_depend_on_their_sequence_alone(tmp_path: Path, held: str) -> None:
+def test_logits_of_whole_numbers_depend_on_their_sequence_alone(tmp_path: Path, held: str) -> None:
     if held == "gguf":
         lm = hl.LM.from_pretrained(export(tiny_llama(**WIDE), tmp_path / "x.gguf", storages=MIXED))
     else:

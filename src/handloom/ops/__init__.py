@@ -218,8 +218,8 @@ def _cpu(device: torch.device, why: str) -> Backend:
     from handloom.ops import cpu
 
     cpu.require()
-    known = ", AMX for bfloat16 weights, int8 with a scale per row and 4 bits with zeros"
-    units = known if cpu.matrix_units.usable() else ""
+    units = ", VNNI for weights in fewer bits" if cpu.compiled.has_words() else ""
+    units = ", AMX for weights in bfloat16 and in fewer bits" if cpu.matrix_units.usable() else units
     program = cast(Callable[[], Program], cpu.Program)
     return Backend(
         "cpu", cast(Ops, cpu), f"{BACKENDS['cpu']}{units}; {why}", cpu.hold, cpu.take, cpu.quantize_rows, program

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from handloom.checkpoint.quantization import QuantizedMatrix, QuantizedRows
 from handloom.checkpoint.quantize import not_quantizable
-from handloom.ops.cpu import blocks, matrix_units
+from handloom.ops.cpu import blocks, compiled, matrix_units
 from handloom.ops.cpu.blocks import Scale, Weight, address
 from handloom.ops.cpu.compiled import compiled_step, is_loaded, require
 from handloom.ops.cpu.instructions import Frame
@@ -35,6 +35,7 @@ __all__ = [
     "Panels",
     "Program",
     "QuantizedPanels",
+    "compiled",
     "compiled_step",
     "embed",
     "format_of",

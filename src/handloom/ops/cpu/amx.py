@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core.registry import cpu_target
 
 from handloom.ops.cpu import simd
 from handloom.ops.cpu.simd import I8, I64, Builder, Value, operation, void
@@ -27,12 +26,7 @@ REGISTERS = 8
 FEATURES = ("amx-tile", "amx-bf16", "amx-int8", "avx512vnni", "avx512vbmi")
 
 
-def _compiled_for() -> bool:
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return {f"+{name}" for name in FEATURES} <= set(features.split(","))
-
-
-AMX = _compiled_for()
+AMX = simd.compiled_for(*FEATURES)
 """Whether code with these instructions can be compiled, for the processor that numba compiles for."""
 
 

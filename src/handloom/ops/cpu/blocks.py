@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from handloom.checkpoint.quantization import Format, QuantizedRows
+from handloom.ops.cpu import compiled, matrix_units
 from handloom.ops.cpu import instructions as ins
-from handloom.ops.cpu import matrix_units
 from handloom.ops.cpu.instructions import Frame, Split
 from handloom.ops.panels import PANEL, Panels, format_of
 from handloom.ops.quantized_panels import QUANTIZED, QuantizedPanels
@@ -115,18 +115,21 @@ def linear(
 
 
 def split_for(weight: Panels | QuantizedPanels) -> Split:
-    """How the matrix units take rows for this weight."""
+    """How rows are taken for this weight."""
     if isinstance(weight, Panels):
-        split = Split.PIECES if weight.dtype == torch.bfloat16 else Split.NONE
-    else:
-        formats, depth = [segment.like.format for segment in weight.segments], weight.shape[1]
-        whole = all(takes_digits(form) for form in formats)
-        split = Split.DIGITS if whole and depth % ins.BLOCK == 0 and depth <= MOST_SUMMED else Split.NONE
-    return split if split and matrix_units.usable() else Split.NONE
+        return Split.PIECES if weight.dtype == torch.bfloat16 and matrix_units.usable() else Split.NONE
+    formats, depth = [segment.like.format for segment in weight.segments], weight.shape[1]
+    fits = all(takes_whole(form) for form in formats) and depth % ins.BLOCK == 0 and depth <= MOST_SUMMED
+    return Split.WHOLE if fits and has_whole_numbers() else Split.NONE
 
 
-def takes_digits(form: Format) -> bool:
-    """Whether `digits` or `group_digits` has products with such codes."""
+def has_whole_numbers() -> bool:
+    """Whether this process multiplies codes as they are with whole numbers, in matrix units or in vectors."""
+    return matrix_units.usable() or compiled.has_words()
+
+
+def takes_whole(form: Format) -> bool:
+    """Whether there are products of whole numbers with such codes."""
     if form.bits == 8 and not form.group:
         return True
     return form.scale != "float32" and form.group % (16 if form.bits == 6 else 32) == 0 < form.group
@@ -203,7 +206,7 @@ def scratch_bytes(rows: Instructions) -> int:
             most = max(most, 4 * floats + 8 * (2 * ins.SPLIT + 32 + d) // 16)
         elif isinstance(row, ins.SplitRows) and row.split == Split.PIECES:
             most = max(most, 4 * (3 * 32 * PANEL + ins.PIECES * (row.depth + ins.TILE_DEPTH)))
-        elif isinstance(row, ins.SplitRows) and row.split == Split.DIGITS:
+        elif isinstance(row, ins.SplitRows) and row.split == Split.WHOLE:
             sums, codes = ins.ROWS * ins.GROUP + 8 * ins.QUAD * ins.DIGITS, 2 * PANEL + PANEL // 8
             most = max(most, 4 * PANEL * sums + row.depth * codes + PANEL)
     return -(-most // 64) * 64
@@ -223,7 +226,8 @@ def split_bytes(rows: Instructions) -> int:
     for row in rows:
         if isinstance(row, ins.SplitRows):
             pieces = ins.QUAD * ins.PIECES * 2 * -(-row.depth // ins.TILE_DEPTH) * ins.TILE_DEPTH
-            most = max(most, pieces if row.split == Split.PIECES else ins.quad_bytes(row.depth))
+            whole = max(ins.quad_bytes(row.depth), ins.QUAD * ins.word_bytes(row.depth))
+            most = max(most, pieces if row.split == Split.PIECES else whole)
     return most
 
 

@@ -25,7 +25,7 @@ from types import ModuleType
 from handloom import kept
 from handloom.errors import UnsupportedOption
 from handloom.ops.cpu import object_code
-from handloom.ops.cpu.instructions import ASKING
+from handloom.ops.cpu.instructions import ASKING, HAS_AMX, HAS_WORDS
 from handloom.ops.cpu.object_code import Function
 
 NAME = "handloom_step"
@@ -67,13 +67,23 @@ def _compiled_step() -> Function:
 
 
 @cache
-def has_matrix_units() -> bool:
-    """Whether the step has code for matrix units (AMX), or will have: it is not compiled. Raises as `require` does."""
+def _units() -> int:
+    """What the step has code for, or will have: it is not compiled. Raises as `require` does."""
     if not os.path.exists(kept_in()):  # noqa: PTH110 - as in `require`
-        return bool(_compiler().AMX)
+        return int(_compiler().UNITS)
     answer = ctypes.c_int64(0)
     compiled_step()(ctypes.addressof(answer), ASKING)
-    return answer.value == 1
+    return answer.value
+
+
+def has_matrix_units() -> bool:
+    """Whether the step has code for matrix units (AMX). Raises as `require` does."""
+    return _units() & HAS_AMX != 0
+
+
+def has_words() -> bool:
+    """Whether the step multiplies codes with rows as words (VNNI). Raises as `require` does."""
+    return _units() & HAS_WORDS != 0
 
 
 def is_loaded() -> bool:

@@ -16,11 +16,11 @@ from numba.core.registry import cpu_target
 
 from handloom.errors import UnsupportedOption
 from handloom.ops.cpu import step
-from handloom.ops.cpu.amx import AMX
 from handloom.ops.cpu.simd import I64
+from handloom.ops.cpu.step import UNITS
 from handloom.ops.cpu.tiles import assembly
 
-__all__ = ["AMX", "compile_step", "require_processor"]
+__all__ = ["UNITS", "compile_step", "require_processor"]
 
 
 def require_processor() -> None:

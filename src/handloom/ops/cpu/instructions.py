@@ -20,7 +20,10 @@ LINE = 64
 OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS, RUNS = (i * LINE for i in range(7))
 CONTROL_BYTES = 7 * LINE
 OPENING = -1  # in place of a thread's number: open a run
-ASKING = -2  # in place of a thread's number: write 1 where the control block is said to be, if there is code for AMX
+ASKING = (
+    -2
+)  # in place of a thread's number: write where the control block is said to be the sum of what there is code for
+HAS_AMX, HAS_WORDS = 1, 2
 
 BLOCK = 64  # columns of k that a product sums by themselves
 ROWS = 264  # of a product's item at most: a multiple of every tile
@@ -75,11 +78,12 @@ class Operation(IntEnum):
 
 
 class Split(IntEnum):
-    """What rows of x are for a product: themselves, or for the matrix units pieces or digits (see the modules)."""
+    """What rows of x are for a product: themselves, pieces for matrix units, or whole numbers for codes: digits for
+    matrix units, words for processors without (see the modules)."""
 
     NONE = 0
     PIECES = 1
-    DIGITS = 2
+    WHOLE = 2
 
 
 class Activation(IntEnum):
@@ -287,6 +291,11 @@ def row_of(instruction: tuple[int | float, ...]) -> list[int]:
 def quad_bytes(depth: int) -> int:
     """Of QUAD rows as digits, and what lies after them (see `digits`); depth is a multiple of BLOCK."""
     return depth * QUAD * DIGITS + 2 * LINE + depth // 16 * LINE + depth
+
+
+def word_bytes(depth: int) -> int:
+    """Of a row as words (see `words`); depth is a multiple of BLOCK."""
+    return depth * 4 + (depth // 8 + LINE - 1) // LINE * LINE + LINE
 
 
 def float_bits(value: float) -> int:

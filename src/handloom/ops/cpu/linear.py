@@ -45,6 +45,7 @@ from handloom.ops.cpu.tiles import (
     load_odd_bf16,
     tile_of,
 )
+from handloom.ops.cpu.words import WORDS, multiply_words
 from handloom.ops.panels import PANEL
 from handloom.ops.quantized_panels import QUANTIZED
 
@@ -266,12 +267,12 @@ def finish_panel(x, first, rows, panel, columns, bias, residual, residual_stride
 @kernel(void, *[int64] * 13, float64, *[int64] * 4)
 def linear_item(
     item, form, size, group, x, x_stride, rows, data, columns, depth, bias, residual, residual_stride, softcap, out,
-    out_stride, digits, scratch,
+    out_stride, whole, scratch,
 ):  # fmt: skip
     """out = residual + softcap(x @ weight.T + bias) for one item's rows and columns; addresses of 0: there is none.
 
     Many rows are taken a block of k at a time, which they leave in a near cache; of few the weights lie in one piece.
-    digits: the rows of x as such, for a quantised weight in the matrix units; 0: there are none.
+    whole: the rows of x as digits or words, for a quantised weight; 0: there are none.
     """
     panels = (columns + PANEL - 1) // PANEL
     groups = (panels + group - 1) // group
@@ -280,9 +281,11 @@ def linear_item(
     count = min(per, rows - first_row)
     last = min(panels, first + group)
     x, scales, width = x + first_row * x_stride, scratch + SCRATCH, ROWS * PANEL * 4
-    if digits != 0:
+    if whole != 0:
         if AMX:
-            multiply_codes(data, first, last, depth, digits, first_row, count, scales, scratch)
+            multiply_codes(data, first, last, depth, whole, first_row, count, scales, scratch)
+        elif WORDS:
+            multiply_words(data, first, last, depth, whole, first_row, count, scales, scratch)
     elif count > MANY:
         paired = first + (last - first) // 2 * 2 if form == FORMAT_F32 else first
         for k in range(0, depth, BLOCK):

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 from llvmlite import ir
 from numba.core import types
 from numba.core.compiler import Flags, compile_internal
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
@@ -47,6 +48,12 @@ void, int64, float32, float64 = types.void, types.int64, types.float32, types.fl
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
         super().__init__(dmm, fe_type, VECTOR)
+
+
+def compiled_for(*features: str) -> bool:
+    """Whether numba compiles for a processor with these, by LLVM's names."""
+    _, _, known = cpu_target.target_context.codegen().magic_tuple()
+    return {f"+{name}" for name in features} <= set(known.split(","))
 
 
 def operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Value]], Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from numba.core.types import UniTuple  # type: ignore[attr-defined]
 
-from handloom.ops.cpu import digits, pieces
+from handloom.ops.cpu import digits, pieces, words
 from handloom.ops.cpu import rows as row
 from handloom.ops.cpu.amx import AMX
 from handloom.ops.cpu.attention import attention_item, attention_items, combine_item, combine_items, item_rows
@@ -22,6 +22,8 @@ from handloom.ops.cpu.instructions import (
     ASKING,
     COUNTERS,
     FRAME,
+    HAS_AMX,
+    HAS_WORDS,
     INSIDE,
     LENGTH,
     LINE,
@@ -40,6 +42,7 @@ from handloom.ops.cpu.meeting import fetch_add, load_atomic, store_atomic, wait_
 from handloom.ops.cpu.quantizing import quantize_nibbles, quantize_octets
 from handloom.ops.cpu.simd import as_float, int64, kernel, read_i64, void, write_i64
 from handloom.ops.cpu.tiles import ask_for
+from handloom.ops.cpu.words import WORDS
 from handloom.ops.panels import PANEL
 from handloom.ops.quantized_panels import QUANTIZED
 
@@ -61,7 +64,8 @@ SCRATCH, SCRATCH_BYTES, THREADS, LOGITS, PAGE_SIZE, KEPT = (
     int(x) * 8 for x in (Frame.SCRATCH, Frame.SCRATCH_BYTES, Frame.THREADS, Frame.LOGITS, Frame.PAGE_SIZE, Frame.KEPT)
 )
 EMBED, NORM, LINEAR, ACTIVATE, QKV, ATTENTION, QUANTIZE, COMBINE, PERTURB, SPLIT = (int(x) for x in Operation)
-PIECES, DIGITS = int(Split.PIECES), int(Split.DIGITS)
+PIECES, WHOLE = int(Split.PIECES), int(Split.WHOLE)
+UNITS = HAS_AMX * AMX + HAS_WORDS * WORDS
 
 
 # Instructions -----------------------------------------------------------------------------------
@@ -137,7 +141,7 @@ def do_linear(i, frame, item, scratch):
     linear_item(
         item, operand(i, 3), operand(i, 4), linear_group(i, frame), operand(i, 1), operand(i, 2), rows, operand(i, 5),
         operand(i, 6), operand(i, 7), operand(i, 8), operand(i, 9), operand(i, 10), as_float(operand(i, 11)), out,
-        operand(i, 14), kept if operand(i, 15) == DIGITS else 0, scratch,
+        operand(i, 14), kept if operand(i, 15) == WHOLE else 0, scratch,
     )  # fmt: skip
 
 
@@ -148,6 +152,8 @@ def do_split(i, frame, at, count):
         pieces.split_row(x, at, count, depth, kept)
     elif AMX:
         digits.split_row(x, at, depth, kept)
+    elif WORDS:
+        words.split_row(x, at, depth, kept)
 
 
 @kernel(void, *[int64] * 4)
@@ -367,7 +373,7 @@ def run(control: int, thread: int) -> None:
         fetch_add(control + RUNS, 1)
         return
     if thread == ASKING:
-        write_i64(control, int(AMX))
+        write_i64(control, UNITS)
         return
     if thread == 0:
         walk(control, 0)
