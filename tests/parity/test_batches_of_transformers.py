@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 def padded(side: str, tensors: str | None = "pt") -> dict[str, Any]:
     """What a tokenizer returns for a batch of texts of different lengths."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())  # that one is everybody's
     tokenizer.padding_side, tokenizer.pad_token = side, tokenizer.eos_token
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer(TEXTS, padding=True, return_tensors=tensors)
