@@ -40,6 +40,8 @@ NAMES = {
 }
 """Shown as, and its colour: Okabe and Ito's, which the colour-blind tell apart."""
 INK = "#222222"
+ELSEWHERE = "cpu_without_amx"
+"""Rows of `handloom bench cpu` on another machine: a sentence, and tables of results."""
 SUITES = ("cpu", "cpu_vs_transformers", "throughput", "modes", "beams", "speculation", "rules", "grammar")
 
 
@@ -104,10 +106,10 @@ def between(values: Iterable[float]) -> str:
 # Words -----------------------------------------------------------------------------------------
 
 
-def section(rows: list[Row]) -> str:
-    """The README's section, from rows of all suites of the CPU."""
+def section(rows: list[Row], elsewhere: list[Row]) -> str:
+    """The README's section, from rows of all suites of the CPU, and of `handloom bench cpu` on another machine."""
     lines = lines_of(rows)
-    words = [_about(lines, rows), _starts(rows), _requests(rows), _beams(rows), MADE]
+    words = [_about(lines, rows), _elsewhere(lines_of(elsewhere)), _starts(rows), _requests(rows), _beams(rows), MADE]
     about, *others = [textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False) for text in words]
     return "\n\n".join([about, _table(lines), _picture_tag(lines), *others])
 
@@ -146,6 +148,16 @@ def _about(lines: Sequence[Line], rows: Iterable[Row]) -> str:
     if "llama.cpp-plain" in shown(lines):
         text += " llama.cpp is without its AMX code, which crashed here."
     return text
+
+
+def _elsewhere(lines: Sequence[Line]) -> str:
+    cases: dict[str, list[str]] = {}
+    for line in lines:
+        best = max(row["p50"] for peer, row in line.rows.items() if peer not in (OURS, LIMIT))
+        told = f"{PRECISIONS[line.precision]} {three(line.rows[OURS]['p50'])} ({three(best)})"
+        cases.setdefault(line.name, []).append(told)
+    device, told = lines[0].rows[OURS]["device"], "; ".join(f"{name}: {', '.join(own)}" for name, own in cases.items())
+    return f"**Without AMX**, on {device}, in the same way; in brackets the fastest other engine. {told}."
 
 
 def _machine(rows: Iterable[Row], lines: Sequence[Line]) -> list[Row]:
@@ -311,7 +323,7 @@ def all_tables() -> str:
     """results/README.md: the tables of every file of rows that there is."""
     out = ["# Results", "", BEGIN, ""]
     out += ["Medians (p20–p80); the limit is of the same run. How it is measured: [benchmarks](../README.md)."]
-    for suite in SUITES:
+    for suite in (SUITES[0], ELSEWHERE, *SUITES[1:]):
         if (file := RESULTS / f"{suite}.jsonl").is_file():
             out += ["", f"## {suite}", "", markdown(read(file)).rstrip()]
     if (file := RESULTS / "gpu.jsonl").is_file():
@@ -327,7 +339,8 @@ def renew(*, check: bool) -> int:
     _, end, after = rest.partition(END)
     if not end:
         raise SystemExit(f"README.md has no place for it between {BEGIN} and {END}")
-    texts = {readme: f"{before}{BEGIN}\n{section(rows)}\n{END}{after}", RESULTS / "README.md": all_tables()}
+    words = section(rows, read(RESULTS / f"{ELSEWHERE}.jsonl"))
+    texts = {readme: f"{before}{BEGIN}\n{words}\n{END}{after}", RESULTS / "README.md": all_tables()}
     stale = [file for file, text in texts.items() if not file.is_file() or file.read_text() != text]
     for file in stale:
         print(f"{file.relative_to(ROOT)}: {'out of date' if check else 'renewed'}")

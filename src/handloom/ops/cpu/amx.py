@@ -23,7 +23,8 @@ ROWS, ROW_BYTES = 16, 64
 TILE_BYTES = ROWS * ROW_BYTES
 REGISTERS = 8
 
-FEATURES = ("amx-tile", "amx-bf16", "amx-int8", "avx512vnni", "avx512vbmi")
+VNNI = ("avx512vnni", "avx512vbmi")
+FEATURES = ("amx-tile", "amx-bf16", "amx-int8", *VNNI)
 
 
 AMX = simd.compiled_for(*FEATURES)

@@ -19,6 +19,7 @@ import numpy as np
 from llvmlite import ir
 
 from handloom.ops.cpu import simd
+from handloom.ops.cpu.amx import VNNI
 from handloom.ops.cpu.simd import (
     F32,
     I8,
@@ -246,11 +247,9 @@ def _walk(make: Callable[[int, int], Any], step: int) -> Any:
 
 
 unpack_block = _walk(_unpacker, PANEL * 4)
-MOST_AT_ONCE, FEWER_AT_ONCE = (
-    (2, 2) if not WIDE else (4, 4) if simd.compiled_for("avx512vnni", "avx512vbmi") else (8, 4)
-)
-"""Rows that codes are multiplied with at once: as many sums as there are registers for. (Rows that are
-whole numbers come here for few depths, and less is to be compiled.)"""
+MOST_AT_ONCE, FEWER_AT_ONCE = (2, 2) if not WIDE else (4, 4) if simd.compiled_for(*VNNI) else (8, 4)
+"""Rows that codes are multiplied with at once: as many sums as there are registers for. (With VNNI rows are whole
+numbers, but for a depth that those do not have, and less is to be compiled.)"""
 multiply_one, multiply_fewer = (_walk(partial(_multiplier, rows), 0) for rows in (1, FEWER_AT_ONCE))
 multiply_most = multiply_fewer
 if MOST_AT_ONCE > FEWER_AT_ONCE:

@@ -20,10 +20,8 @@ LINE = 64
 OPEN, INSIDE, TABLE, LENGTH, FRAME, COUNTERS, RUNS = (i * LINE for i in range(7))
 CONTROL_BYTES = 7 * LINE
 OPENING = -1  # in place of a thread's number: open a run
-ASKING = (
-    -2
-)  # in place of a thread's number: write where the control block is said to be the sum of what there is code for
-HAS_AMX, HAS_WORDS = 1, 2
+ASKING = -2  # in place of a thread's number: write, where the control block is said to be, what there is code for
+HAS_AMX, HAS_WORDS = 1, 2  # of which that is the sum
 
 BLOCK = 64  # columns of k that a product sums by themselves
 ROWS = 264  # of a product's item at most: a multiple of every tile

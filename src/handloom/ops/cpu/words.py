@@ -20,7 +20,7 @@ from typing import Any
 from llvmlite import ir
 
 from handloom.ops.cpu import instructions, simd
-from handloom.ops.cpu.amx import AMX
+from handloom.ops.cpu.amx import AMX, VNNI
 from handloom.ops.cpu.code_bytes import BYTES, FEW_BYTES, eight_columns
 from handloom.ops.cpu.codes import (
     BITS,
@@ -60,7 +60,7 @@ from handloom.ops.cpu.simd import (
 from handloom.ops.cpu.tiles import PREFETCH, VECTORS, prefetch
 from handloom.ops.panels import PANEL
 
-WORDS = not AMX and simd.compiled_for("avx512vnni", "avx512vbmi")
+WORDS = simd.compiled_for(*VNNI) and not AMX
 """Whether code with these instructions can be compiled and is to be used."""
 MOST = 4  # rows at once: as many sums as there are registers for
 HELD = 16  # bits of codes that are words already
@@ -247,14 +247,8 @@ def _multiplier(rows: int, bits: int) -> Any:
             for at, (_, v) in enumerate(each):
                 value = _number(b, sums[2 * at], sums[2 * at + 1], VECTOR)
                 blocks[at] = simd.fused(b, of_record(0, v, VECTOR), value, blocks[at])
-            return b.icmp_signed("<", column, I64(BLOCK)), [
-                column,
-                low,
-                high,
-                simd.offset(b, record, RECORD),
-                x,
-                *blocks,
-            ]
+            after = [column, low, high, simd.offset(b, record, RECORD), x]
+            return b.icmp_signed("<", column, I64(BLOCK)), [*after, *blocks]
 
         own = [WIDTH * row + 4 * LANES * v for row, v in each]
         begun = [I64(0), low, high, records, x]
@@ -310,7 +304,8 @@ def read_part(segment, panel, depth, k, out):
 
 @kernel(void, *[int64] * 5)
 def write_least(records, numbers, stride, count, out):
-    """out [count, PANEL] = the minima of a block's two groups times the sums of the rows' numbers."""
+    """out [count, PANEL] = the minima of a block's groups times the sums of the rows' numbers: groups that have minima
+    have 32 columns."""
     for _ in range(count):
         first, second = simd.splat(read_f32(numbers)), simd.splat(read_f32(numbers + 4))
         for v in range(0, WIDTH, 4 * LANES):
