@@ -96,6 +96,15 @@ def test_the_words_around_the_table_have_figures_of_the_rows() -> None:
     )
 
 
+def test_the_other_machine_s_figures_are_those_of_its_rows() -> None:
+    told = " ".join(section().split()).partition("**Without AMX**")[2].partition("**")[0]
+    found = [r for r in rows("cpu_without_amx") if r["case"] == "tg64 b1" and r["dtype"] == "int4"]
+    speeds = {r["peer"]: r["p50"] for r in found if r["peer"] != "limit"}
+    best = max(speed for peer, speed in speeds.items() if peer != "handloom")
+    assert found[0]["device"] in told
+    assert f"4 bits {as_shown(speeds['handloom'])} ({as_shown(best)});" in told
+
+
 def test_readme_and_tables_are_what_the_rows_say() -> None:
     done = report("--readme", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
