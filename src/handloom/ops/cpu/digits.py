@@ -142,19 +142,26 @@ def numbers_of(quad, depth):
     return quad + depth * QUAD * DIGITS + 2 * LINE + depth // LANES * LINE
 
 
-@kernel(void, *[int64] * 4)
-def split_row(x, row, depth, quads):
-    """Row `row` [depth] float32 to its digits, their sums and its scale; depth is a multiple of BLOCK."""
-    quad, row = quads + row // QUAD * quad_bytes(depth), row % QUAD
-    most, bad, sums = simd.splat(ZERO), simd.splat(ZERO), simd.splat(ZERO)
+@kernel(float32, *[int64] * 3)
+def factor_of(x, depth, scale):
+    """What a row's numbers are multiplied with to be whole ones; its inverse, or NaN for a row that is not finite, to
+    `scale`."""
+    most, bad = simd.splat(ZERO), simd.splat(ZERO)
     for k in range(0, depth, LANES):
         value = simd.load(x + 4 * k)
         most = simd.larger(most, absolute(value))
         bad = simd.fma(value, simd.splat(ZERO), bad)
     bits = max(exponent(simd.max_lanes(most)), LEAST)
-    factor = simd.splat(power(127 + 127 + LARGEST - bits))
+    simd.write_f32(scale, power(bits - LARGEST) + simd.sum_lanes(bad))
+    return power(127 + 127 + LARGEST - bits)
+
+
+@kernel(void, *[int64] * 4)
+def split_row(x, row, depth, quads):
+    """Row `row` [depth] float32 to its digits, their sums and its scale; depth is a multiple of BLOCK."""
+    quad, row = quads + row // QUAD * quad_bytes(depth), row % QUAD
     tiles, scales = quad + row * DIGITS * BLOCK, quad + depth // BLOCK * TILE_BYTES
-    simd.write_f32(scales + 4 * row, power(bits - LARGEST) + simd.sum_lanes(bad))
+    factor, sums = simd.splat(factor_of(x, depth, scales + 4 * row)), simd.splat(ZERO)
     for k in range(0, depth, LANES):
         at = tiles + k // BLOCK * TILE_BYTES + k % BLOCK
         own = write_digits(at, simd.mul(simd.load(x + 4 * k), factor))

@@ -37,7 +37,7 @@ from handloom.ops.cpu.codes import (
     ZERO_POINT,
     read_scales,
 )
-from handloom.ops.cpu.digits import LARGEST, LEAST, absolute, exponent, power
+from handloom.ops.cpu.digits import factor_of
 from handloom.ops.cpu.instructions import BLOCK, LINE, ROWS
 from handloom.ops.cpu.simd import (
     F32,
@@ -121,14 +121,7 @@ def write_number(b: Builder, out: Value, first: Value, second: Value) -> None:
 def split_row(x, row, depth, kept):
     """Row `row` [depth] float32 to its words, the sums of its numbers and its scale; depth is a multiple of BLOCK."""
     out = kept + row * word_bytes(depth)
-    most, bad = simd.splat(ZERO), simd.splat(ZERO)
-    for k in range(0, depth, LANES):
-        value = simd.load(x + 4 * k)
-        most = simd.larger(most, absolute(value))
-        bad = simd.fma(value, simd.splat(ZERO), bad)
-    bits = max(exponent(simd.max_lanes(most)), LEAST)
-    factor = simd.splat(power(127 + 127 + LARGEST - bits))
-    simd.write_f32(out + word_bytes(depth) - LINE, power(bits - LARGEST) + simd.sum_lanes(bad))
+    factor = simd.splat(factor_of(x, depth, out + word_bytes(depth) - LINE))
     for k in range(0, depth, SUMMED):
         first = write_words(out + 4 * k, simd.mul(simd.load(x + 4 * k), factor))
         second = write_words(out + 4 * (k + LANES), simd.mul(simd.load(x + 4 * (k + LANES)), factor))
